@@ -1,0 +1,259 @@
+"""Processes, sharding, full-tensor streaming and checkpoints: all that knows torch.distributed.
+
+Runs as one plain process or under torchrun:
+    python ghpo.py ...        torchrun --nproc_per_node 8 ghpo.py ...
+Every sharding is fully_shard on a (replicate, shard) mesh, and gradients are SUMMED over the ranks
+(the loss divides by global counts). A forker changes `shard` to wrap another kind of block.
+"""
+
+import faulthandler
+import json
+import os
+import shutil
+import sys
+import traceback
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard)
+from torch.distributed.tensor import DTensor
+
+_now = {"phase": "start", "timeout": timedelta(seconds=600)}
+
+
+@dataclass(frozen=True)
+class Dist:
+    """Place of this process: rank among world, local_rank on its node, and its device."""
+
+    rank: int
+    local_rank: int
+    world: int
+    device: torch.device
+
+
+def setup_distributed(timeout_s: float = 600) -> Dist:
+    """Join torchrun's group, or a group of one; collectives fail after timeout_s seconds."""
+    cuda = torch.cuda.is_available()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    _now["timeout"] = timedelta(seconds=timeout_s)
+    store = None if "RANK" in os.environ else dist.HashStore()  # one process needs no port
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(
+        backend, timeout=_now["timeout"], store=store, rank=rank, world_size=world)
+    faulthandler.enable()  # NCCL's watchdog aborts the process: show where it stood
+
+    def report(kind, error, trace):
+        lines = "".join(traceback.format_exception(kind, error, trace))
+        print(f"{lines}[rank {rank} of {world}] failed in phase '{_now['phase']}': {error}",
+              file=sys.stderr, flush=True)
+        if world > 1:
+            os._exit(1)  # no clean-up can wait for peers: torchrun then ends them
+
+    sys.excepthook = report
+    return Dist(rank, local_rank, world, device)
+
+
+@contextmanager
+def phase(name: str):
+    """Name what this rank does now, for the report of an uncaught error or a timeout."""
+    before, _now["phase"] = _now["phase"], name
+    yield
+    _now["phase"] = before  # not reached on an error, which is then reported under `name`
+
+
+def all_reduce_scalars(values: dict[str, float], op: str = "sum") -> dict[str, float]:
+    """Sum or max over ranks of each value, in float64 on the CPU; same keys on every rank."""
+    total = torch.tensor(list(values.values()), dtype=torch.float64)
+    dist.all_reduce(total, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+    return dict(zip(values, total.tolist()))
+
+
+def gather_objects(item) -> list:
+    """The item of every rank, in rank order, on every rank; also serves as a CPU barrier."""
+    items = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def shard(module, blocks, sharding="zero3", dtype=None, replicate=1, cpu_offload=False):
+    """Shard each block and the root in place; `dtype` is the compute type, masters stay fp32.
+
+    sharding: zero3 frees a block after its forward, zero2 keeps it, ddp copies everything on
+    every rank. replicate > 1 is HSDP: that many replicas of world / replicate neighbouring ranks.
+    One process without mixed precision or offload stays unwrapped: hooks would only cost time.
+    """
+    world = dist.get_world_size()
+    replicate = world if sharding == "ddp" else replicate
+    if sharding not in ("zero3", "zero2", "ddp") or world % replicate:
+        raise ValueError(f"sharding {sharding!r} with {world} ranks in {replicate} replicas: need "
+                         "zero3, zero2 or ddp, and ranks divisible by replicas")
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    master = torch.promote_types(next(module.parameters()).dtype, torch.float32)
+    if world == 1 and dtype in (None, master) and not cpu_offload:
+        return module.to(kind, master)
+    # subgroups would get torch's 30 minutes, so they are made here, with our timeout
+    mesh = DeviceMesh.from_group(dist.group.WORLD, kind)
+    if replicate > 1:
+        ranks = torch.arange(world).view(replicate, -1)  # (replica, shard)
+        groups = [dist.new_subgroups_by_enumeration(rows.tolist(), timeout=_now["timeout"])[0]
+                  for rows in (ranks.T, ranks)]
+        mesh = DeviceMesh.from_group(
+            groups, kind, mesh=ranks, mesh_dim_names=("replicate", "shard"))
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # the loss's fp32 inputs stay fp32
+    if dtype not in (None, master):
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if cpu_offload else OffloadPolicy()
+    for part in [*blocks, module]:
+        # the root keeps its weights up to the backward, which starts with them
+        part.frees_after_forward = sharding == "zero3" and part is not module
+        fully_shard(part.to(master), mesh=mesh, reshard_after_forward=part.frees_after_forward,
+                    mp_policy=policy, offload_policy=offload)
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # else a premultiplied sum: not in gloo
+    return module
+
+
+def last_micro_batch(module, is_last: bool) -> None:
+    """Leave the all-reduce over replicas (HSDP, ddp) to the step's last backward."""
+    for part in _fsdp_parts(module):
+        part.set_requires_all_reduce(is_last, recurse=False)
+
+
+def unshard(module) -> None:
+    """Gather all weights and keep them: forwards (without gradients) then need no collective."""
+    for part in _fsdp_parts(module):
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+
+
+def reshard(module) -> None:
+    """Back to the sharded state and the setting of `shard`."""
+    for part in _fsdp_parts(module):
+        part.set_reshard_after_forward(part.frees_after_forward, recurse=False)
+        part.reshard()
+
+
+def _fsdp_parts(module):
+    return [m for m in module.modules() if isinstance(m, FSDPModule)]
+
+
+def full_tensors(module, dtype=None):
+    """Yield (name, whole tensor) one at a time, same order on all ranks, tied weights once.
+
+    Every rank must take all of them: each is a collective. dtype casts before the gather.
+    """
+    is_sharded = bool(_fsdp_parts(module))
+    for name, p in module.named_parameters():
+        if is_sharded and not isinstance(p, DTensor):
+            raise RuntimeError(f"{name} is unsharded: call reshard(root) before full_tensors")
+        p = p.detach().to(dtype or p.dtype)
+        yield name, p.to(p.device_mesh.device_type).full_tensor() if is_sharded else p
+
+
+def clip_grad_norm(params, max_norm: float) -> torch.Tensor:
+    """Clip in place by the norm over all ranks and return that norm; max_norm 0 only measures."""
+    norm = torch.nn.utils.clip_grad_norm_(list(params), max_norm or float("inf"))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def memory_estimate(n_params, world, sharding, replicate=1, dtype_bytes=2, gathered=0) -> dict:
+    """Bytes per GPU of fp32 masters, compute copy, fp32 gradients and Adam's two moments.
+
+    gathered: weights that zero3 holds at once (the root's plus two blocks'). Activations excluded.
+    """
+    shards = 1 if sharding == "ddp" else world // replicate
+    wrapped = world > 1 or dtype_bytes < 4
+    copied = gathered if sharding == "zero3" else n_params
+    parts = {"weights": 4 * n_params // shards, "compute_copy": wrapped * copied * dtype_bytes,
+             "gradients": 4 * n_params // shards, "optimizer": 8 * n_params // shards}
+    return {**parts, "total": sum(parts.values())}
+
+
+def _state_tensors(model, optimizer) -> dict:
+    """Names to the live weights and optimizer tensors (steps and moments)."""
+    reshard(model)
+    names = {p: name for name, p in model.named_parameters()}
+    tensors = {f"model.{name}": p.detach() for p, name in names.items()}
+    for p, state in optimizer.state.items():
+        tensors |= {f"optimizer.{names[p]}.{key}": value for key, value in state.items()}
+    return tensors
+
+
+def save_checkpoint(folder, step, model, optimizer, state: dict, keep=0, export=None) -> Path:
+    """Write checkpoint-<step> beside, then rename it; keep the newest `keep` (0: all).
+
+    state is JSON and the same on all ranks (rank 0's is written); the folder is shared by all
+    nodes. export(path) runs on all ranks inside the same checkpoint. A kill leaves only *.tmp.
+    """
+    final = Path(folder) / f"checkpoint-{step:06d}"
+    temporary = final.with_suffix(".tmp")
+    is_writer = dist.get_rank() == 0
+    with phase(f"checkpoint {step}"):
+        if is_writer:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        gather_objects(None)
+        dcp.save(_state_tensors(model, optimizer), checkpoint_id=temporary)
+        if export:
+            export(temporary)
+        gather_objects(None)
+        if is_writer:
+            (temporary / "state.json").write_text(json.dumps(state))
+            os.sync()  # names and contents reach the disk before the rename does
+            if final.exists():
+                _discard(final)
+            os.rename(temporary, final)
+            for old in _checkpoints(folder)[:-keep or None] if keep else []:
+                _discard(old)
+        gather_objects(None)
+    return final
+
+
+def _discard(path: Path) -> None:
+    """Delete a checkpoint so that a kill half-way leaves no broken one under a good name."""
+    trash = path.with_suffix(".old.tmp")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.rename(path, trash)
+    shutil.rmtree(trash)
+
+
+def _checkpoints(folder) -> list[Path]:
+    paths = [p for p in Path(folder).glob("checkpoint-*") if p.suffix != ".tmp"]
+    return sorted(paths, key=lambda p: int(p.name.split("-")[1]))
+
+
+def latest_checkpoint(folder) -> Path | None:
+    """The newest complete checkpoint: only complete ones have a name without .tmp."""
+    return (_checkpoints(folder) or [None])[-1]
+
+
+def load_checkpoint(path, model, optimizer) -> dict:
+    """Fill weights and optimizer in place, on any number of ranks, and return the saved state.
+
+    Learning rate and other hyper-parameters of the optimizer are not in it: they follow from the
+    configuration and the step.
+    """
+    with phase(f"load {path}"):
+        reshard(model)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+        optimizer.step()  # creates the moments, which the load then overwrites
+        optimizer.zero_grad()
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate
+        dcp.load(_state_tensors(model, optimizer), checkpoint_id=path)
+        return json.loads((Path(path) / "state.json").read_text())

@@ -1,0 +1,428 @@
+"""Sharding, streaming, clipping and checkpoints on gloo: 1, 2 and 4 CPU processes.
+
+The checks of a world size run in one torchrun of this same file, which starts once per size:
+    torchrun --standalone --nproc_per_node 2 tests/test_fsdp.py /tmp/somewhere [check ...]
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import fsdp_utils as fu  # noqa: E402
+
+MODES = {"zero3": {}, "zero2": {}, "ddp": {}, "hsdp": {"sharding": "zero3", "replicate": 2}}
+
+
+class Root(nn.Module):
+    """Stands for the trainer's Policy: the FSDP root around a causal LM."""
+
+    def __init__(self, causal_lm):
+        super().__init__()
+        self.model = causal_lm
+
+    def forward(self, ids_NT):
+        return self.model(input_ids=ids_NT, use_cache=False).logits
+
+
+def tiny(dtype=torch.float64, seed=0):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    return Root(Qwen2ForCausalLM(config).to(dtype))
+
+
+def sharded(mode, root, **options):
+    settings = {"sharding": mode} | MODES[mode] | options
+    return fu.shard(root, list(root.model.model.layers), **settings)
+
+
+def rows(n=8, seed=1):
+    return torch.randint(0, 97, (n, 11), generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(root, ids_NT, n_tokens):
+    """Summed cross-entropy over a count that is the same on all ranks."""
+    logits = root(ids_NT)[:, :-1].double()
+    return nn.functional.cross_entropy(
+        logits.flatten(0, 1), ids_NT[:, 1:].flatten(), reduction="sum") / n_tokens
+
+
+def backward_in_micro_batches(root, ids_NT, n_micro=2):
+    mine = ids_NT[dist.get_rank()::dist.get_world_size()]
+    parts = mine.chunk(n_micro)
+    for i, part in enumerate(parts):
+        fu.last_micro_batch(root, i == len(parts) - 1)
+        loss_of(root, part, ids_NT.numel()).backward()
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def grads(root):
+    return {name: whole(p.grad) for name, p in root.named_parameters()}
+
+
+def reference_grads(ids_NT):
+    root = tiny()
+    loss_of(root, ids_NT, ids_NT.numel()).backward()
+    return grads(root)
+
+
+def assert_close(got, want, tolerance):
+    assert got.keys() == want.keys()
+    for name in want:
+        worst = (got[name] - want[name]).abs().max().item()
+        assert worst <= tolerance, (name, worst)
+
+
+# ---- checks that run on every rank of a torchrun ----
+
+def check_gradients(folder):
+    """Summed over ranks and micro-batches they equal one process's, in every sharding."""
+    want = reference_grads(rows())
+    norm = torch.stack([g.norm() for g in want.values()]).norm()
+    for mode in MODES:
+        root = sharded(mode, tiny())
+        backward_in_micro_batches(root, rows())
+        assert_close(grads(root), want, 1e-9)
+        assert abs(fu.clip_grad_norm(root.parameters(), 0.0) - norm) < 1e-9
+        assert abs(fu.clip_grad_norm(root.parameters(), 0.25 * norm.item()) - norm) < 1e-9
+        scaled = {name: g * 0.25 for name, g in want.items()}
+        assert_close(grads(root), scaled, 1e-6)  # torch adds 1e-6 to the norm it divides by
+
+
+def check_stream(folder):
+    """The stream is the original state, tied weights once, before and after use."""
+    original = dict(tiny().named_parameters())
+    for mode in MODES:
+        root = sharded(mode, tiny())
+        backward_in_micro_batches(root, rows())
+        assert_close(dict(fu.full_tensors(root)), original, 0.0)
+        half = dict(fu.full_tensors(root.model, torch.bfloat16))  # names as in the HF folder
+        assert all(t.dtype == torch.bfloat16 for t in half.values())
+        assert {"model." + name for name in half} == original.keys()
+        assert "lm_head.weight" not in half
+    if dist.get_world_size() > 1:
+        fu.unshard(root)
+        with pytest.raises(RuntimeError, match="reshard"):
+            list(fu.full_tensors(root.model))
+
+
+def check_uneven_forwards(folder):
+    """Unsharded ranks may run different numbers of forwards, also before the first backward."""
+    for mode in MODES:
+        root = sharded(mode, tiny())
+        want = loss_of(tiny(), rows(), 1.0).item()
+        for _ in range(2):
+            fu.unshard(root)
+            with torch.no_grad():
+                for _ in range(3 if dist.get_rank() == 0 else 7):
+                    assert abs(loss_of(root, rows(), 1.0).item() - want) < 1e-9
+            fu.reshard(root)
+            root.zero_grad()
+            backward_in_micro_batches(root, rows())
+        assert_close(grads(root), reference_grads(rows()), 1e-9)
+
+
+def check_weights_move_after_sampling(folder):
+    """A forward after unshard sees the step that came before it, not the gathered copy."""
+    root = sharded("zero2", tiny())
+    optimizer = torch.optim.SGD(root.parameters(), lr=1.0)
+    for _ in range(2):
+        fu.unshard(root)
+        with torch.no_grad():
+            root(rows())
+        fu.reshard(root)
+        backward_in_micro_batches(root, rows())
+        optimizer.step()
+        optimizer.zero_grad()
+    plain = tiny()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=1.0)
+    for _ in range(2):
+        loss_of(plain, rows(), rows().numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_close(dict(fu.full_tensors(root)), dict(plain.named_parameters()), 1e-9)
+
+
+def check_mixed_precision(folder):
+    """bf16 compute, fp32 masters and reduction; half-precision weights are raised to fp32."""
+    root = sharded("zero3", tiny(torch.bfloat16), dtype=torch.bfloat16)
+    assert all(p.dtype == torch.float32 for p in root.parameters())
+    seen = []
+    layer = root.model.model.layers[0].mlp
+    layer.register_forward_hook(lambda m, args, out: seen.append((args[0].dtype, out.dtype)))
+    optimizer = torch.optim.AdamW(root.parameters(), lr=1e-6)
+    before = {name: t.clone() for name, t in fu.full_tensors(root)}  # on 1 rank they alias
+    backward_in_micro_batches(root, rows())
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    assert all(p.grad.dtype == torch.float32 for p in root.parameters())
+    cosine = nn.functional.cosine_similarity
+    for name, want in reference_grads(rows()).items():
+        # masters are bf16-rounded here and there not, hence a direction and not a difference
+        assert cosine(grads(root)[name].double().flatten(), want.flatten(), 0) > 0.99, name
+    optimizer.step()
+    after = dict(fu.full_tensors(root))
+    moved = sum((after[name] != before[name]).sum().item() for name in before)
+    assert moved > 0.9 * sum(t.numel() for t in before.values())  # lr 1e-6 does move fp32
+
+
+def check_cpu_offload(folder):
+    root = sharded("zero3", tiny(), cpu_offload=True)
+    backward_in_micro_batches(root, rows())
+    assert_close(grads(root), reference_grads(rows()), 1e-9)
+    torch.optim.SGD(root.parameters(), lr=1.0).step()
+    want = {name: p - reference_grads(rows())[name] for name, p in tiny().named_parameters()}
+    assert_close(dict(fu.full_tensors(root)), want, 1e-9)
+
+
+def train(root, optimizer, steps):
+    for step in steps:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 / (step + 1)
+        backward_in_micro_batches(root, rows(seed=step))
+        fu.clip_grad_norm(root.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def everything(root, optimizer):
+    """Weights and optimizer state as whole tensors."""
+    state = {f"{name}.{key}": whole(value) for name, p in root.named_parameters()
+             for key, value in optimizer.state[p].items()}
+    return dict(fu.full_tensors(root)) | state
+
+
+def adam(root, fused=False):
+    return torch.optim.AdamW(root.parameters(), lr=0.01, weight_decay=0.1, fused=fused)
+
+
+def check_exact_resume(folder):
+    """4 steps equal 2, save, load in a fresh model, 2 more: bit for bit."""
+    world = dist.get_world_size()
+    for mode, fused in [("zero3", False), ("zero3", True), ("hsdp", False)]:
+        here = Path(folder) / f"resume-{world}-{mode}-{fused}"
+        root = sharded(mode, tiny(torch.float32))
+        optimizer = adam(root, fused)
+        train(root, optimizer, range(2))
+        state = {"step": 2, "lr": 0.1 + 0.2, "queue": [[7, 0.25]]}
+        path = fu.save_checkpoint(here, 2, root, optimizer, state)
+        train(root, optimizer, range(2, 4))
+        fresh = sharded(mode, tiny(torch.float32, seed=5))
+        again = adam(fresh, fused)
+        assert fu.load_checkpoint(path, fresh, again) == state
+        assert again.param_groups[0]["lr"] == 0.01
+        train(fresh, again, range(2, 4))
+        assert_close(everything(fresh, again), everything(root, optimizer), 0.0)
+
+
+def check_save_for_other_world(folder):
+    root = sharded("zero3", tiny(torch.float32))
+    optimizer = adam(root)
+    train(root, optimizer, range(2))
+    fu.save_checkpoint(Path(folder) / f"from-{dist.get_world_size()}", 2, root, optimizer, {})
+    if dist.get_rank() == 0:
+        torch.save(everything(root, optimizer), Path(folder) / f"from-{dist.get_world_size()}.pt")
+    else:
+        everything(root, optimizer)
+
+
+def check_load_from_other_world(folder):
+    """A checkpoint of 2 ranks loads on 1, one of 1 on 4."""
+    source = {1: 2, 4: 1}[dist.get_world_size()]
+    root = sharded("zero3", tiny(torch.float32, seed=5))
+    optimizer = adam(root)
+    fu.load_checkpoint(fu.latest_checkpoint(Path(folder) / f"from-{source}"), root, optimizer)
+    assert_close(everything(root, optimizer), torch.load(Path(folder) / f"from-{source}.pt"), 0.0)
+
+
+def check_keep(folder):
+    """Old checkpoints go only after the new one; stale temporaries do not confuse."""
+    here = Path(folder) / f"keep-{dist.get_world_size()}"
+    root = sharded("zero3", tiny(torch.float32))
+    optimizer = adam(root)
+    train(root, optimizer, range(1))
+    if dist.get_rank() == 0:
+        (here / "checkpoint-000003.tmp").mkdir(parents=True)
+        (here / "checkpoint-000003.tmp" / "junk").write_text("from a killed write")
+    seen_while_writing = []
+
+    def export(path):
+        assert path.name.endswith(".tmp")
+        seen_while_writing.append(sorted(p.name for p in here.glob("checkpoint-??????")))
+        if dist.get_rank() == 0:
+            (path / "exported").write_text("x")
+
+    for step in (1, 2, 3, 3):
+        fu.save_checkpoint(here, step, root, optimizer, {"step": step}, keep=2, export=export)
+    names = ["checkpoint-000001", "checkpoint-000002", "checkpoint-000003"]
+    assert seen_while_writing[:3] == [[], names[:1], names[:2]]
+    assert sorted(p.name for p in here.iterdir()) == names[1:]
+    assert fu.latest_checkpoint(here).name == names[2]
+    assert sorted(p.name for p in (here / names[2]).iterdir() if p.suffix != ".distcp") == [
+        ".metadata", "exported", "state.json"]
+    assert fu.latest_checkpoint(here / "nothing") is None
+
+
+def check_helpers(folder):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    assert fu.all_reduce_scalars({"a": rank + 0.1, "b": -rank}) == pytest.approx(
+        {"a": sum(r + 0.1 for r in range(world)), "b": -sum(range(world))})
+    assert fu.all_reduce_scalars({"a": rank}, "max") == {"a": world - 1}
+    assert fu.gather_objects(("rank", rank)) == [("rank", r) for r in range(world)]
+    with pytest.raises(ValueError, match="divisible"):
+        sharded("zero3", tiny(), replicate=world + 1)
+
+
+def check_all_masters_kept_by_wrapping(folder):
+    """One fp32 process stays unwrapped, a mixed-precision one does not."""
+    assert not isinstance(sharded("zero3", tiny(torch.float32)), fu.FSDPModule)
+    wrapped = sharded("zero3", tiny(torch.float32), dtype=torch.bfloat16)
+    assert isinstance(wrapped, fu.FSDPModule)
+
+
+COMMON = ["gradients", "stream", "uneven_forwards", "weights_move_after_sampling",
+          "mixed_precision", "cpu_offload", "exact_resume", "keep", "helpers"]
+CHECKS = {2: COMMON + ["save_for_other_world"],
+          1: COMMON + ["save_for_other_world", "load_from_other_world",
+                       "all_masters_kept_by_wrapping"],
+          4: ["gradients", "exact_resume", "load_from_other_world"]}
+
+
+def run_check(name, folder):
+    if dist.get_world_size() == 1:  # HSDP needs two ranks
+        MODES.update(hsdp={"sharding": "zero3"})
+    globals()[f"check_{name}"](folder)
+    fu.gather_objects(None)
+
+
+# ---- pytest side ----
+
+def torchrun(world, *args, **options):
+    """Run this file on `world` ranks, on a free port; one process runs without torchrun."""
+    launcher = [sys.executable]
+    if world > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*launcher, __file__, *map(str, args)], env=env, capture_output=True,
+                          text=True, timeout=240, **options)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """Standard output and error of each world size; 2 before 1 before 4: they pass checkpoints."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    return {world: torchrun(world, folder) for world in (2, 1, 4)}
+
+
+@pytest.mark.parametrize("world,name", [(w, name) for w in CHECKS for name in CHECKS[w]])
+def test_on_ranks(outcomes, world, name):
+    done = outcomes[world]
+    assert f"ok {name}\n" in done.stdout, done.stdout + done.stderr[-4000:]
+
+
+def test_failed_rank_is_named_and_ends_the_others_at_once(tmp_path):
+    start = time.monotonic()
+    done = torchrun(2, tmp_path, "fail_on_rank_1")
+    assert done.returncode != 0
+    assert "[rank 1 of 2] failed in phase 'train step 7': no more tea" in done.stderr
+    assert time.monotonic() - start < 60
+
+
+def test_collective_timeout_names_rank_and_phase(tmp_path):
+    done = torchrun(2, tmp_path, "hang_on_rank_1")
+    assert "[rank 0 of 2] failed in phase 'sync weights'" in done.stderr
+
+
+def fail_on_rank_1():
+    fu.setup_distributed()
+    with fu.phase("train step 7"):
+        if dist.get_rank() == 1:
+            raise RuntimeError("no more tea")
+        fu.gather_objects(None)
+
+
+def hang_on_rank_1():
+    fu.setup_distributed(timeout_s=3)
+    if dist.get_rank() == 1:
+        time.sleep(20)
+    with fu.phase("sync weights"):
+        fu.gather_objects(None)
+
+
+def save_and_save(folder):
+    """Writes checkpoints without end until it is killed."""
+    fu.setup_distributed()
+    root = sharded("zero3", tiny(torch.float32))
+    optimizer = adam(root)
+    for step in range(1, 10_000):
+        train(root, optimizer, [step])
+        fu.save_checkpoint(folder, step, root, optimizer, {"step": step}, keep=2)
+        print(step, flush=True)
+
+
+def test_kill_while_saving_keeps_a_good_checkpoint(tmp_path):
+    """SIGKILL at four moments of a run that does little else than save."""
+    for delay in (0.0, 0.013, 0.02, 0.031):
+        child = subprocess.Popen([sys.executable, __file__, tmp_path, "save_and_save"],
+                                 env=os.environ | {"OMP_NUM_THREADS": "1"},
+                                 stdout=subprocess.PIPE, text=True)
+        for _ in range(3):
+            last = int(child.stdout.readline())
+        time.sleep(delay)
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        path = fu.latest_checkpoint(tmp_path)
+        assert int(path.name[-6:]) >= last
+        root = tiny(torch.float32)
+        assert fu.load_checkpoint(path, root, adam(root)) == {"step": int(path.name[-6:])}
+
+
+@pytest.mark.parametrize("case,want", [
+    # 1.5 B weights on one GPU in bf16: 16 bytes of masters, gradients, moments + 2 of the copy
+    ((1.5e9, 1, "zero2", 1, 2), {"weights": 6e9, "compute_copy": 3e9, "gradients": 6e9,
+                                 "optimizer": 12e9, "total": 27e9}),
+    # 8 GPUs, zero3, 0.2 B weights gathered at once
+    ((8e9, 8, "zero3", 1, 2, 0.2e9), {"weights": 4e9, "compute_copy": 0.4e9, "gradients": 4e9,
+                                      "optimizer": 8e9, "total": 16.4e9}),
+    # 2 replicas of 8 GPUs each, like 8 GPUs
+    ((8e9, 16, "zero2", 2, 2), {"weights": 4e9, "compute_copy": 16e9, "gradients": 4e9,
+                                "optimizer": 8e9, "total": 32e9}),
+    ((1e6, 4, "ddp", 1, 4), {"weights": 4e6, "compute_copy": 4e6, "gradients": 4e6,
+                             "optimizer": 8e6, "total": 20e6}),
+    # one fp32 process is not wrapped: the masters compute
+    ((1e6, 1, "zero3", 1, 4), {"weights": 4e6, "compute_copy": 0, "gradients": 4e6,
+                               "optimizer": 8e6, "total": 16e6}),
+])
+def test_memory_estimate(case, want):
+    assert fu.memory_estimate(*case) == want
+
+
+if __name__ == "__main__":
+    target, *names = sys.argv[1:]
+    if names in (["fail_on_rank_1"], ["hang_on_rank_1"]):
+        globals()[names[0]]()
+    elif names == ["save_and_save"]:
+        save_and_save(Path(target))
+    else:
+        place = fu.setup_distributed()
+        for check in names or CHECKS[place.world]:
+            with fu.phase(check):
+                began = time.monotonic()
+                run_check(check, target)
+                if place.rank == 0:
+                    print(f"{check}: {time.monotonic() - began:.1f} s", file=sys.stderr)
+                    print(f"ok {check}", flush=True)
