@@ -39,9 +39,9 @@ class Request:
     problem: Problem
     prompts: list  # (G,) of token ids
     shown: Try  # the ratios and hints in these prompts
+    tries: list  # list[Try] before this one
     prefixes: list  # (G,) text the assistant's turn already starts with
     seed: int  # sample j uses seed + j
-    stage: int  # tries sampled before this one
     sampling: Sampling
     slot: int = 0  # place in the collect call
 
@@ -161,9 +161,13 @@ class HfEngine:
             if not self.rows:
                 break
             self._decode()
-        done = [(q, rows) for q, rows in self.running if all(r.finish_reason for r in rows)]
-        self.running = [entry for entry in self.running if entry not in done]
-        return [(request, [row.completion() for row in rows]) for request, rows in done]
+        running, self.running, done = self.running, [], []
+        for request, rows in running:
+            if all(row.finish_reason for row in rows):
+                done.append((request, [row.completion() for row in rows]))
+            else:
+                self.running.append((request, rows))
+        return done
 
     def _prefill(self, rows):
         """Runs each distinct prompt once, samples the first token, joins the running batch."""
@@ -209,6 +213,10 @@ class HfEngine:
             index = torch.tensor(alive, device=self.mask_BT.device)
             self.cache.batch_select_indices(index)
             self.mask_BT = self.mask_BT[index]
+            start = int(self.mask_BT.any(0).int().argmax())  # columns that pad every row
+            for layer in self.cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, start:], layer.values[:, :, start:]
+            self.mask_BT = self.mask_BT[:, start:]
         self.rows = [self.rows[i] for i in alive]
 
     def _sample(self, rows, logits_BV):
