@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import difflib
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -174,6 +175,11 @@ def load_config(path, overrides=()):
         if not equals:
             raise UserError(f"{override!r}: overrides are written key=value")
         values[key] = yaml.safe_load(value)
+    return config_from(values)
+
+
+def config_from(values):
+    """A dict of settings to a checked Config."""
     types = get_type_hints(Config)
     for key in list(values):
         if key in IGNORED:
@@ -944,3 +950,224 @@ def export(run, path):
     if run.dist.rank == 0:
         run.policy.model.save_pretrained(path, state_dict=weights)
         run.tokenizer.save_pretrained(path)
+
+
+# ---- start -------------------------------------------------------------------------------------
+
+
+def make_engine(run):
+    """The sampler named by the config; see rollout.py for the surface."""
+    config = run.config
+    name = config.engine or ("vllm" if config.use_vllm else "hf")
+    if name == "hf":
+        eos = run.policy.model.generation_config.eos_token_id
+        eos_ids = {run.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        return rollout.HfEngine(
+            run.policy, eos_ids, lambda: fsdp_utils.unshard(run.policy),
+            lambda: fsdp_utils.reshard(run.policy),
+        )  # fmt: skip
+    length = config.max_prompt_length + max(
+        config.max_completion_length, config.eval_max_completion_length or 0
+    )
+    if name == "vllm":
+        return rollout.VllmEngine(config, length, run.dist)
+    return rollout.ServerEngine(config, length, run.dist)
+
+
+def load_policy(config, attention):
+    """The causal LM in float32 (float64 when asked), wrapped."""
+    master = torch.promote_types(getattr(torch, config.torch_dtype), torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model_name_or_path, revision=config.model_revision, dtype=master,
+        attn_implementation=attention,
+    )  # fmt: skip
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Policy(model)
+
+
+def setup(config):
+    """Everything `train` needs, in the order that matters: workers before GPU, group before vLLM."""
+    run = argparse.Namespace(config=config)
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    pool = VerifierPool(config.reward_funcs, max(1, min(8, cores)), config.verifier_timeout)
+    run.dist = fsdp_utils.setup_distributed()
+    run.tokenizer = load_tokenizer(config)
+    run.prompts = Prompts(run.tokenizer, config)
+    run.problems, run.plan = load_training_data(config, run.prompts, run.dist.world)
+    run.by_id = {problem.id: problem for problem in run.problems}
+    run.eval_sets = {}
+    for name, spec in config.eval_datasets.items():
+        spec = {"dataset_name": spec} if isinstance(spec, str) else spec
+        spec = config_from({**dataclasses.asdict(config), **spec})
+        run.eval_sets[name] = (spec, load_problems(spec, run.prompts, with_trace=False))
+    attention = config.attn_implementation
+    if attention == "flash_attention_2" and not is_installed("flash_attn"):
+        say("attn_implementation: flash-attn is not installed, using sdpa")
+        attention = "sdpa"
+    run.is_packed = attention == "flash_attention_2" if config.packing is None else config.packing
+    run.dtype = torch.float64 if config.torch_dtype == "float64" else torch.float32
+    run.export_dtype = getattr(torch, config.torch_dtype)
+    shard = lambda p: fsdp_utils.shard(  # noqa: E731
+        p, p.blocks, config.sharding, run.export_dtype, config.replicas, config.cpu_offload
+    )
+    run.policy = shard(load_policy(config, attention))
+    if config.beta:
+        run.reference = shard(load_policy(config, attention)).requires_grad_(False).eval()
+    run.optimizer = torch.optim.AdamW(
+        run.policy.parameters(), lr=0.0, betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay, fused=run.dist.device.type == "cuda",
+    )  # fmt: skip
+    trigger = config.reward_funcs.index(config.hint_trigger) if config.hint_trigger != "always" else 0
+    names = config.reward_funcs
+    run.accuracy = names.index("accuracy") if "accuracy" in names else 0
+    run.judge = Judge(pool, run.tokenizer, trigger)
+    open_folder(run)
+    run.engine = make_engine(run)
+    return run
+
+
+def is_installed(package):
+    return importlib.util.find_spec(package) is not None
+
+
+def load_tokenizer(config):
+    try:
+        return AutoTokenizer.from_pretrained(
+            config.model_name_or_path, revision=config.model_revision
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"model_name_or_path={config.model_name_or_path}: {error}") from None
+
+
+def load_training_data(config, prompts, world):
+    hinted = config.rl_type == "ghpo"
+    problems = load_problems(config, prompts, with_trace=hinted)
+    return problems, make_plan(config, world, len(problems))
+
+
+def open_folder(run):
+    """Resumes, refuses or starts the run in output_dir; what was written is moved, never deleted."""
+    config, folder = run.config, Path(run.config.output_dir)
+    run.folder, run.wandb = folder, None
+    run.state = {"step": 0, "cursor": 0, "queue": [], "history": {}}
+    mine = dataclasses.asdict(config)
+    previous = folder / "config.yaml"
+    if previous.is_file():
+        theirs = yaml.safe_load(previous.read_text())
+        changed = [k for k in mine if k not in RESUMABLE and theirs.get(k) != mine[k]]
+        if changed and not config.overwrite_output_dir:
+            raise UserError(
+                f"output_dir={folder} holds a run with another {', '.join(changed)}: choose another "
+                "folder, or overwrite_output_dir=true to move that run aside"
+            )
+        if changed:
+            if run.dist.rank == 0:
+                aside = next(p for i in itertools.count(1) if not (p := Path(f"{folder}.old{i}")).exists())
+                folder.rename(aside)
+            fsdp_utils.gather_objects(None)
+    latest = fsdp_utils.latest_checkpoint(folder)
+    if latest:
+        run.state = fsdp_utils.load_checkpoint(latest, run.policy, run.optimizer)
+        run.state["history"] = {int(k): v for k, v in run.state["history"].items()}
+        say(f"resuming {latest}")
+    run.first_step = run.state["step"]
+    fsdp_utils.gather_objects(None)
+    if run.dist.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        set_newer_aside(folder, run.first_step)
+        previous.write_text(yaml.safe_dump(mine, sort_keys=False))
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+        (folder / "command.txt").write_text(f"{' '.join(sys.argv)}\ngit {git.stdout.strip()}\n")
+        if "wandb" in config.report_to:
+            if is_installed("wandb"):
+                import wandb
+
+                run.wandb = wandb.init(project="ghpo", config=mine, dir=folder)
+            else:
+                say("report_to: wandb is not installed, metrics.jsonl has everything")
+
+
+def set_newer_aside(folder, step):
+    """Metrics and rollouts after the checkpoint go to *.stale: they are computed again."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept, stale = [], []
+    for line in lines:
+        is_whole = line.endswith("\n")
+        (kept if is_whole and json.loads(line)["step"] <= step and step else stale).append(line)
+    if stale:
+        with open(folder / "metrics.jsonl.stale", "a") as file:
+            file.writelines(stale)
+        temporary = folder / "metrics.jsonl.tmp"
+        temporary.write_text("".join(kept))
+        temporary.rename(path)
+    for path in (folder / "rollouts").glob("step_*.jsonl"):
+        if int(path.stem.removeprefix("step_")) > step:
+            path.rename(path.with_suffix(".jsonl.stale"))
+
+
+def dry_run(config):
+    """Config, arithmetic, data and one problem at every hint stage, as the model would see it."""
+    print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    tokenizer = load_tokenizer(config)
+    prompts = Prompts(tokenizer, config)
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    problems, plan = load_training_data(config, prompts, world)
+    problem = next((p for p in problems if p.trace), problems[0])
+    for omega in [0.0, *config.hint_ratio]:
+        hint, trimmed = hints.make_hint(problem, omega) if omega else ("", False)
+        ids, _, hint = prompts.fitted(problem, omega, hint)
+        print(f"---- problem {problem.id}, omega {omega:g}, {len(ids)} tokens, trimmed {trimmed}")
+        print(tokenizer.decode(ids))
+    with torch.device("meta"):
+        shape = AutoConfig.from_pretrained(config.model_name_or_path, revision=config.model_revision)
+        model = AutoModelForCausalLM.from_config(shape)
+    size = sum(p.numel() for p in model.parameters())
+    estimate = fsdp_utils.memory_estimate(
+        size, world, config.sharding, config.replicas, 2 if config.torch_dtype == "bfloat16" else 4
+    )
+    print(f"---- {size:,} parameters; bytes per GPU without activations: {estimate}")
+
+
+def main():
+    """Reads the command line; a UserError ends the program with its message alone."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--dry_run", action="store_true", help="show what would run, and stop")
+    parser.add_argument("--eval", action="store_true", help="evaluate the model, and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    try:
+        config = load_config(args.config, args.overrides)
+        if args.dry_run:
+            return dry_run(config)
+        run = setup(config)
+        if args.eval or (config.eval_strategy == "steps" and run.first_step == 0):
+            evaluate(run)
+        if not args.eval:
+            train(run)
+            finish(run)
+        fsdp_utils.gather_objects(None)
+        run.engine.close()
+        run.judge.pool.close()
+    except UserError as error:
+        say(f"error: {error}")
+        os._exit(2)
+
+
+def finish(run):
+    """Reports what is left in the queue and gives the model its final place."""
+    if run.state["queue"]:
+        say(f"{len(run.state['queue'])} failed problems were still queued for a hint at the end")
+    export(run, run.folder / "model")
+    if run.config.push_to_hub and run.dist.rank == 0:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        repo = api.create_repo(run.config.hub_model_id or run.folder.name, exist_ok=True)
+        api.upload_folder(repo_id=repo.repo_id, folder_path=run.folder / "model")
+
+
+if __name__ == "__main__":
+    main()

@@ -136,6 +136,11 @@ def baseline(rewards_G, ratios_G):
 # ---- the machinery they share ------------------------------------------------------------------
 
 
+def unhinted(size):
+    """A Try of `size` samples that shows nothing."""
+    return Try([0.0] * size, [""] * size)
+
+
 def plan_try(problem, tries, size, config, history, step):
     """The next try at a problem: (Try to sample or None, tries with the skipped stages appended).
 
