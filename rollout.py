@@ -12,10 +12,20 @@ cannot tell the engines apart:
 A forker adds an engine as one more class with these names, and its line in `make_engine` of ghpo.py.
 """
 
+import http.client
+import itertools
+import json
+import os
+import socket
+import time
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
 
@@ -273,3 +283,251 @@ def pad_left(prompts):
         ids_PT[i, longest - len(prompt) :] = torch.tensor(prompt)
         mask_PT[i, longest - len(prompt) :] = 1
     return ids_PT, mask_PT
+
+
+class VllmEngine:
+    """vLLM inside this training process: one engine per rank, weights streamed into it.
+
+    Build it on all ranks at the same point, after init_process_group: it joins the default group.
+    close() ends that group too, so it comes last.
+    """
+
+    deterministic = False  # what is batched together depends on arrival times
+
+    def __init__(self, config, eos_ids, max_model_len, device):
+        """config: model, torch_dtype, vllm_gpu_memory_utilization; max_model_len: prompt + answer."""
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in-process: update_weights needs it
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        options = {"gpu_memory_utilization": config.vllm_gpu_memory_utilization}
+        if device.type == "cpu":
+            import vllm._custom_ops
+
+            vllm._custom_ops._supports_onednn = False  # packed weights cannot be loaded again
+            torch._dynamo.config.disable = True  # else log-probs need a C++ compiler
+            options = {"kv_cache_memory_bytes": 2**30, "enforce_eager": True}
+            # trap: a request with a seed crashes in a chunked prefill on CPU
+            options |= {"enable_chunked_prefill": False}
+            options |= {"max_num_batched_tokens": max(4096, max_model_len)}
+        if "RANK" in os.environ:  # torchrun: a plain LLM would take cuda:0 on every rank
+            options["distributed_executor_backend"] = "external_launcher"
+        import vllm
+
+        self.can_sleep = vllm.platforms.current_platform.is_sleep_mode_available()  # not on CPU
+        self.llm = vllm.LLM(
+            config.model_name_or_path, revision=config.model_revision, dtype=config.torch_dtype,
+            max_model_len=max_model_len, skip_tokenizer_init=True,
+            logprobs_mode="processed_logprobs", enable_sleep_mode=self.can_sleep, **options
+        )  # fmt: skip
+        final_only = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
+        self.params = partial(vllm.SamplingParams, output_kind=final_only)
+        self.asleep = False
+        self.eos_ids, self.max_model_len = list(eos_ids), max_model_len
+        self.calls = {}  # handle of a sample under way: (request, completions so far, j)
+        self.number = itertools.count()
+        self._say("built")
+
+    @property
+    def busy(self):
+        return bool(self.calls)
+
+    def submit(self, request):
+        """Starts every sample as a call of its own; ValueError when it cannot fit the engine."""
+        sampling, completions = request.sampling, [None] * len(request.prompts)
+        for j, prompt in enumerate(request.prompts):
+            if len(prompt) + sampling.max_tokens > self.max_model_len:  # vLLM would clip silently
+                raise ValueError(f"problem {request.problem.id}: {len(prompt)} prompt + "
+                    f"{sampling.max_tokens} new tokens, vLLM has {self.max_model_len}")  # fmt: skip
+            # eos_ids are those of the run, not what vLLM finds in tokenizer and generation config
+            fields = vars(sampling) | {"seed": request.seed % 2**62 + j, "logprobs": 0}
+            fields |= {"detokenize": False, "ignore_eos": True, "stop_token_ids": self.eos_ids}
+            self.calls[self._start(prompt, fields)] = request, completions, j
+
+    def poll(self):
+        finished = []
+        for call, ids, logp, reason in self._ended():
+            request, completions, j = self.calls.pop(call)
+            # trap: from NaN weights vLLM samples on without a word; over HTTP NaN is -9999
+            if not all(-9000 < number < 0.001 for number in logp) or len(logp) != len(ids):
+                raise RuntimeError(f"vLLM sent log-probs {logp[:4]}: are the weights finite?")
+            ratio = request.shown.ratios[j]
+            completions[j] = Completion(request.prompts[j], list(ids), logp, reason, ratio)
+            if None not in completions:
+                finished.append((request, completions))
+        return finished
+
+    def _start(self, prompt, fields):
+        call = str(next(self.number))
+        self.llm.llm_engine.add_request(call, {"prompt_token_ids": prompt}, self.params(**fields))
+        return call
+
+    def _ended(self):
+        """One step of the engine, a token of every sample; (handle, ids, log-probs, reason)."""
+        for output in self.llm.llm_engine.step() if self.calls else []:
+            (out,) = output.outputs
+            logp = [entry[token].logprob for token, entry in zip(out.token_ids, out.logprobs)]
+            yield output.request_id, out.token_ids, logp, out.finish_reason
+
+    def update_weights(self, tensors):
+        """Loads the tensors in place, one by one; RuntimeError when the stream lacks some."""
+
+        def load(model):
+            return {name for name, _ in model.named_parameters()} - model.load_weights(tensors)
+
+        (missing,) = self.llm.apply_model(load)
+        if missing:
+            raise RuntimeError(f"vLLM was not given {sorted(missing)[:8]}")
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self._say("KV cache awake")
+        self.asleep = False
+        # trap: vLLM would keep the KV of the old weights and use it wherever a block matches
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache: requests are still running")
+
+    def sleep(self):
+        """Drops weights and KV cache (level 2): the next update_weights brings new ones."""
+        if self.can_sleep:
+            self.llm.sleep(level=2)
+            self.asleep = True
+            self._say("asleep")
+
+    def wake(self):
+        """Makes room for the weights; update_weights fills it, then makes room for the KV cache."""
+        if self.asleep:
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["weights"])
+            self._say("weights awake")
+
+    def close(self):
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def _say(self, moment):
+        if torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
+            free, total = torch.cuda.mem_get_info()
+            print(f"vllm {moment}: {(total - free) / 2**30:.1f} of {total / 2**30:.1f} GiB in use")
+
+
+class ServerEngine(VllmEngine):
+    """A vLLM server started by `./run.sh serve CONFIG`: the same calls, by HTTP, from every rank.
+
+    Rank 0 sends the weights by vLLM's weight transfer and listens for that on port + 1: NCCL, or
+    gloo to a CPU server (tests/vllm_ext.py). What fails is a RuntimeError with host and port.
+    """
+
+    connect_s, call_s, generate_s, health_s = 5, 120, 1800, 10  # limits; time between check-ups
+
+    def __init__(self, config, eos_ids, max_model_len, device):
+        self.eos_ids, self.max_model_len = list(eos_ids), max_model_len
+        self.dtype, self.device = getattr(torch, config.torch_dtype), device
+        self.host, self.port = config.vllm_server_host, config.vllm_server_port
+        self.pool = ThreadPoolExecutor(512)
+        self.calls = {}
+        self.next_check = 0.0
+        self._lead(self._connect)
+
+    def _start(self, prompt, fields):
+        body = {"token_ids": prompt, "sampling_params": fields}
+        return self.pool.submit(self._http, "/inference/v1/generate", body, self.generate_s)
+
+    def _ended(self):
+        """What has come back, after 20 ms at most; raises when a call or the server has failed."""
+        if self.calls and time.monotonic() > self.next_check:
+            self._http("/health")
+            self.next_check = time.monotonic() + self.health_s
+        for call in wait(self.calls, timeout=0.02, return_when=FIRST_COMPLETED).done:
+            (out,) = call.result()["choices"]
+            logp = [token["logprob"] for token in out["logprobs"]["content"]]
+            yield call, out["token_ids"], logp, out["finish_reason"]
+
+    def update_weights(self, tensors):
+        self._lead(lambda: None)  # no rank is sampling any more
+        self._lead(lambda: self._push(tensors), tensors)
+
+    def sleep(self):
+        """Nothing to free: the server has GPUs of its own."""
+
+    wake = sleep
+
+    def close(self):
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def _http(self, path, body=None, timeout=call_s):
+        """The JSON answer to a POST, or to a GET when there is no body."""
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=self.connect_s)
+        try:
+            connection.connect()
+            connection.sock.settimeout(timeout)
+            method = "GET" if body is None else "POST"
+            connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            text = response.read().decode(errors="replace")
+            if response.status < 400:
+                return json.loads(text or "{}")
+            problem = f"{response.status} {text[:2000]}"
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            problem = repr(error)
+        finally:
+            connection.close()
+        raise RuntimeError(f"vLLM server {self.host}:{self.port}{path}: {problem}. "
+                           "Is it running? ./run.sh serve CONFIG starts it")  # fmt: skip
+
+    def _lead(self, work, stream=()):
+        """Rank 0 works; all empty the stream (a collective), meet, and raise what rank 0 met."""
+        errors = [None]
+        try:
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                work()
+        except (RuntimeError, OSError) as error:
+            errors = [str(error) or repr(error)]
+        for _ in stream:
+            pass
+        if dist.is_initialized():
+            mine, errors = errors[0], [None] * dist.get_world_size()
+            dist.all_gather_object(errors, mine)
+        if errors[0]:
+            raise RuntimeError(errors[0])
+
+    def _connect(self):
+        """Opens the transfer group: rank 0 is ours, the server's workers are the others."""
+        size = 1 + self._http("/get_world_size")["world_size"]
+        with socket.create_connection((self.host, self.port), self.connect_s) as probe:
+            address = probe.getsockname()[0]  # ours, as the server can reach it
+        place = {"master_address": address, "master_port": self.port + 1, "world_size": size}
+
+        def join():
+            if self.device.type == "cuda":
+                from vllm.distributed.weight_transfer.nccl_common import trainer_init
+
+                return partial(trainer_init(place).broadcast, src=0)
+            limit = timedelta(seconds=self.call_s)
+            store = dist.TCPStore(address, self.port + 1, size, True, limit, wait_for_workers=False)
+            group = dist.ProcessGroupGloo(store, 0, size, limit)
+            return lambda tensor: group.broadcast([tensor], dist.BroadcastOptions()).wait()
+
+        ours = self.pool.submit(join)
+        self._http("/init_weight_transfer_engine", {"init_info": place | {"rank_offset": 1}})
+        self.broadcast = ours.result(self.call_s)
+
+    def _push(self, tensors):
+        self._http("/pause?mode=keep", {})
+        self._http("/start_weight_update", {})
+        bucket = []
+        for name, tensor in tensors:
+            bucket.append((name, tensor.to(self.device, self.dtype).contiguous()))
+            if sum(tensor.nbytes for _, tensor in bucket) > 2**30:
+                self._send(bucket)
+                bucket = []
+        self._send(bucket)
+        self._http("/finish_weight_update", {})
+        if not self._http("/reset_prefix_cache", {})["success"]:
+            raise RuntimeError("the vLLM server kept its prefix cache: requests are still running")
+        self._http("/resume", {})
+
+    def _send(self, bucket):
+        """Broadcasts (name, tensor) pairs while the server, told what comes, receives them."""
+        info = {"names": [name for name, _ in bucket],
+                "dtype_names": [str(self.dtype).removeprefix("torch.")] * len(bucket),
+                "shapes": [list(tensor.shape) for _, tensor in bucket]}  # fmt: skip
+        ours = self.pool.submit(lambda: [self.broadcast(tensor) for _, tensor in bucket])
+        self._http("/update_weights", {"update_info": info})
+        ours.result(self.call_s)
