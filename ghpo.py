@@ -959,9 +959,9 @@ def make_engine(run):
     """The sampler named by the config; see rollout.py for the surface."""
     config = run.config
     name = config.engine or ("vllm" if config.use_vllm else "hf")
+    eos = run.policy.model.generation_config.eos_token_id
+    eos_ids = {run.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     if name == "hf":
-        eos = run.policy.model.generation_config.eos_token_id
-        eos_ids = {run.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
         return rollout.HfEngine(
             run.policy, eos_ids, lambda: fsdp_utils.unshard(run.policy),
             lambda: fsdp_utils.reshard(run.policy),
@@ -969,9 +969,8 @@ def make_engine(run):
     length = config.max_prompt_length + max(
         config.max_completion_length, config.eval_max_completion_length or 0
     )
-    if name == "vllm":
-        return rollout.VllmEngine(config, length, run.dist)
-    return rollout.ServerEngine(config, length, run.dist)
+    engine = rollout.VllmEngine if name == "vllm" else rollout.ServerEngine
+    return engine(config, eos_ids, length, run.dist.device)
 
 
 def load_policy(config, attention):
