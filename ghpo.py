@@ -733,7 +733,7 @@ def train(run):
         blank = next_groups(run)
         with fsdp_utils.phase("rollout"):
             run.engine.wake()
-            run.engine.update_weights(fsdp_utils.full_tensors(run.policy))
+            run.engine.update_weights(fsdp_utils.full_tensors(run.policy.model))
             clock.lap("sync")
             mine = blank[dist.rank :: dist.world]
             groups = rollout.collect(run.engine, mine, run.judge, next_request, hints.merge)
@@ -891,7 +891,7 @@ def evaluate(run):
         return
     with fsdp_utils.phase("evaluate"):
         run.engine.wake()
-        run.engine.update_weights(fsdp_utils.full_tensors(run.policy))
+        run.engine.update_weights(fsdp_utils.full_tensors(run.policy.model))
         metrics = {}
         for name, (spec, problems) in run.eval_sets.items():
             length = spec.eval_max_completion_length or spec.max_completion_length
