@@ -96,26 +96,15 @@ def build_model(tokenizer, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def prompt_text(digits: list[int], hint: str = "", first_label: int = 0) -> str:
+def prompt_text(digits: list[int], hint: str = "") -> str:
     """What the chat template gives for the problem, with the hint in the user message."""
-    content = question_of(digits, first_label) + (HINT_SENTENCE + hint if hint else "")
+    content = question_of(digits) + (HINT_SENTENCE + hint if hint else "")
     return f"<|user|>{content}<|end|><|assistant|>"
 
 
 def hint_text(digits: list[int], steps: int, end: str = "") -> str:
     """The first `steps` lines of the correct trace; `end` is "" or a line end, as a cutter may leave."""
     return "\n".join(steps_of(digits)[0][:steps]) + (end if steps else "")
-
-
-def plain_example(rng: random.Random, k: int) -> tuple[str, str]:
-    """Prompt and correct response; the labels of short problems begin anywhere in the alphabet.
-
-    So every label is learnt from the start, not one by one as the problems grow.
-    """
-    digits = random_digits(rng, k)
-    first_label = rng.randint(0, MAX_STEPS - k)
-    lines, totals = steps_of(digits, first_label=first_label)
-    return prompt_text(digits, first_label=first_label), response_of(lines, totals) + END
 
 
 def training_example(rng: random.Random, k: int, hinted: bool, slip: float) -> tuple[str, str]:
@@ -219,10 +208,10 @@ def phase_learn(model, tokenizer, rng: random.Random, seed: int, max_steps: int 
     optimizer = make_optimizer(model)
     longest = 2
     for step in range(1, max_steps + 1):
-        lengths = [longest if i % 2 else rng.randint(1, longest) for i in range(BATCH)]
-        examples = [plain_example(rng, k) for k in lengths]
+        lengths = [rng.randint(1, longest) for _ in range(BATCH)]
+        examples = [training_example(rng, k, hinted=False, slip=0.0) for k in lengths]
         train_step(model, optimizer, tokenizer, examples, lr=2e-3)
-        if step % 25:
+        if step % 50:
             continue
         if accuracy(model, tokenizer, longest, 0, 64, 0.0, seed + step) >= 0.9:
             print(f"  step {step}: length {longest} of {MAX_STEPS} learnt", flush=True)

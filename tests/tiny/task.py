@@ -22,7 +22,7 @@ LABELS = "abcdefgh"
 MAX_STEPS = len(LABELS)
 
 
-def steps_of(digits: list[int], slips=None, first_label: int = 0) -> tuple[list[str], list[int]]:
+def steps_of(digits: list[int], slips: list[int] | None = None) -> tuple[list, list]:
     """Lines and totals of the steps that add digits[1:] to digits[0].
 
     slips[i] is added to the i-th total (a mistake the later steps carry on from); None means none.
@@ -31,15 +31,14 @@ def steps_of(digits: list[int], slips=None, first_label: int = 0) -> tuple[list[
     lines, totals = [], []
     for i, digit in enumerate(digits[1:]):
         total = (total + digit + (slips[i] if slips else 0)) % 10
-        lines.append(f"{LABELS[first_label + i]}{digit}{total}")
+        lines.append(f"{LABELS[i]}{digit}{total}")
         totals.append(total)
     return lines, totals
 
 
-def question_of(digits: list[int], first_label: int = 0) -> str:
+def question_of(digits: list[int]) -> str:
     """`4a3b5c2?` for [4, 3, 5, 2]."""
-    labels = LABELS[first_label:]
-    labelled = "".join(f"{label}{digit}" for label, digit in zip(labels, digits[1:]))
+    labelled = "".join(f"{label}{digit}" for label, digit in zip(LABELS, digits[1:]))
     return f"{digits[0]}{labelled}?"
 
 
