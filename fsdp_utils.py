@@ -1,9 +1,7 @@
 """Processes, sharding, full-tensor streaming and checkpoints: all that knows torch.distributed.
 
-Runs as one plain process or under torchrun:
-    python ghpo.py ...        torchrun --nproc_per_node 8 ghpo.py ...
-Every sharding is fully_shard on a (replicate, shard) mesh, and gradients are SUMMED over the ranks
-(the loss divides by global counts). A forker changes `shard` to wrap another kind of block.
+Works in one plain process or under torchrun. Every sharding is fully_shard on a (replicate, shard)
+mesh, and gradients are SUMMED over ranks: the loss divides by global counts. Fork point: `shard`.
 """
 
 import faulthandler
@@ -13,13 +11,14 @@ import shutil
 import sys
 import traceback
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard)
@@ -28,9 +27,8 @@ from torch.distributed.tensor import DTensor
 _now = {"phase": "start", "timeout": timedelta(seconds=600)}
 
 
-@dataclass(frozen=True)
-class Dist:
-    """Place of this process: rank among world, local_rank on its node, and its device."""
+class Dist(NamedTuple):
+    """This process among `world`; local_rank counts on its node."""
 
     rank: int
     local_rank: int
@@ -58,7 +56,7 @@ def setup_distributed(timeout_s: float = 600) -> Dist:
         print(f"{lines}[rank {rank} of {world}] failed in phase '{_now['phase']}': {error}",
               file=sys.stderr, flush=True)
         if world > 1:
-            os._exit(1)  # no clean-up can wait for peers: torchrun then ends them
+            os._exit(1)  # no clean-up that waits for peers: torchrun then ends them
 
     sys.excepthook = report
     return Dist(rank, local_rank, world, device)
@@ -180,80 +178,57 @@ def memory_estimate(n_params, world, sharding, replicate=1, dtype_bytes=2, gathe
     return {**parts, "total": sum(parts.values())}
 
 
-def _state_tensors(model, optimizer) -> dict:
-    """Names to the live weights and optimizer tensors (steps and moments)."""
-    reshard(model)
-    names = {p: name for name, p in model.named_parameters()}
-    tensors = {f"model.{name}": p.detach() for p, name in names.items()}
-    for p, state in optimizer.state.items():
-        tensors |= {f"optimizer.{names[p]}.{key}": value for key, value in state.items()}
-    return tensors
-
-
 def save_checkpoint(folder, step, model, optimizer, state: dict, keep=0, export=None) -> Path:
     """Write checkpoint-<step> beside, then rename it; keep the newest `keep` (0: all).
 
-    state is JSON and the same on all ranks (rank 0's is written); the folder is shared by all
-    nodes. export(path) runs on all ranks inside the same checkpoint. A kill leaves only *.tmp.
+    state: JSON, the same on all ranks. folder: shared by all nodes. export(path) runs on all ranks
+    inside the same checkpoint. A kill at any moment leaves the last good one and *.tmp folders.
     """
     final = Path(folder) / f"checkpoint-{step:06d}"
     temporary = final.with_suffix(".tmp")
     is_writer = dist.get_rank() == 0
     with phase(f"checkpoint {step}"):
         if is_writer:
-            shutil.rmtree(temporary, ignore_errors=True)
+            for left_by_a_kill in Path(folder).glob("checkpoint-*.tmp"):
+                shutil.rmtree(left_by_a_kill)
             temporary.mkdir(parents=True)
         gather_objects(None)
-        dcp.save(_state_tensors(model, optimizer), checkpoint_id=temporary)
+        reshard(model)
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
         if export:
             export(temporary)
         gather_objects(None)
         if is_writer:
             (temporary / "state.json").write_text(json.dumps(state))
-            os.sync()  # names and contents reach the disk before the rename does
+            os.sync()  # names and contents are on the disk before the rename is
             if final.exists():
                 _discard(final)
-            os.rename(temporary, final)
-            for old in _checkpoints(folder)[:-keep or None] if keep else []:
+            temporary.rename(final)
+            for old in _checkpoints(folder)[:-keep] if keep else []:
                 _discard(old)
         gather_objects(None)
     return final
 
 
 def _discard(path: Path) -> None:
-    """Delete a checkpoint so that a kill half-way leaves no broken one under a good name."""
-    trash = path.with_suffix(".old.tmp")
-    shutil.rmtree(trash, ignore_errors=True)
-    os.rename(path, trash)
-    shutil.rmtree(trash)
+    # renamed first, so that a kill never leaves half a checkpoint under a good name
+    shutil.rmtree(path.rename(path.with_suffix(".old.tmp")))
 
 
 def _checkpoints(folder) -> list[Path]:
-    paths = [p for p in Path(folder).glob("checkpoint-*") if p.suffix != ".tmp"]
-    return sorted(paths, key=lambda p: int(p.name.split("-")[1]))
+    return sorted(path for path in Path(folder).glob("checkpoint-*") if path.suffix != ".tmp")
 
 
 def latest_checkpoint(folder) -> Path | None:
-    """The newest complete checkpoint: only complete ones have a name without .tmp."""
+    """The newest checkpoint: only complete ones have a name without .tmp."""
     return (_checkpoints(folder) or [None])[-1]
 
 
 def load_checkpoint(path, model, optimizer) -> dict:
-    """Fill weights and optimizer in place, on any number of ranks, and return the saved state.
-
-    Learning rate and other hyper-parameters of the optimizer are not in it: they follow from the
-    configuration and the step.
-    """
+    """Fill weights and optimizer in place, on any number of ranks; return the saved state."""
     with phase(f"load {path}"):
-        reshard(model)
-        rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
-            for p in group["params"]:
-                p.grad = torch.zeros_like(p)
-        optimizer.step()  # creates the moments, which the load then overwrites
-        optimizer.zero_grad()
-        for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate
-        dcp.load(_state_tensors(model, optimizer), checkpoint_id=path)
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path)
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
         return json.loads((Path(path) / "state.json").read_text())
