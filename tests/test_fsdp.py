@@ -1,11 +1,11 @@
 """Sharding, streaming, clipping and checkpoints on gloo: 1, 2 and 4 CPU processes.
 
-The checks of a world size run in one torchrun of this same file, which starts once per size:
-    torchrun --standalone --nproc_per_node 2 tests/test_fsdp.py /tmp/somewhere [check ...]
+All checks on ranks, without pytest:  python tests/test_fsdp.py /tmp/somewhere all
 """
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -312,39 +312,62 @@ def run_check(name, folder):
 
 # ---- pytest side ----
 
-def torchrun(world, *args, **options):
-    """Run this file on `world` ranks, on a free port; one process runs without torchrun."""
+def run_this_file(*args, torchrun=False):
     launcher = [sys.executable]
-    if world > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launcher, __file__, *map(str, args)], env=env, capture_output=True,
-                          text=True, timeout=240, **options)
+    if torchrun:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [*launcher, __file__, *map(str, args)], env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """Standard output and error of each world size; 2 before 1 before 4: they pass checkpoints."""
-    folder = tmp_path_factory.mktemp("fsdp")
-    return {world: torchrun(world, folder) for world in (2, 1, 4)}
+def outcome(tmp_path_factory):
+    return run_this_file(tmp_path_factory.mktemp("fsdp"), "all")
+
+
+def fork_ranks(world):
+    """Become `world` ranks, which saves the imports that torchrun would do once per rank.
+
+    The parent waits and ends with the first failure; the function returns in the children only.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    children = {}
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            if world > 1:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+                                  MASTER_ADDR="localhost", MASTER_PORT=str(port))
+            return True
+        children[pid] = rank
+    while children:
+        pid, status = os.wait()
+        del children[pid]
+        if status:
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(1)
+    return False
 
 
 @pytest.mark.parametrize("world,name", [(w, name) for w in CHECKS for name in CHECKS[w]])
-def test_on_ranks(outcomes, world, name):
-    done = outcomes[world]
-    assert f"ok {name}\n" in done.stdout, done.stdout + done.stderr[-4000:]
+def test_on_ranks(outcome, world, name):
+    assert f"ok {world} {name}\n" in outcome.stdout, outcome.stdout + outcome.stderr[-4000:]
 
 
 def test_failed_rank_is_named_and_ends_the_others_at_once(tmp_path):
     start = time.monotonic()
-    done = torchrun(2, tmp_path, "fail_on_rank_1")
+    done = run_this_file(tmp_path, "fail_on_rank_1", torchrun=True)
     assert done.returncode != 0
     assert "[rank 1 of 2] failed in phase 'train step 7': no more tea" in done.stderr
     assert time.monotonic() - start < 60
 
 
 def test_collective_timeout_names_rank_and_phase(tmp_path):
-    done = torchrun(2, tmp_path, "hang_on_rank_1")
+    done = run_this_file(tmp_path, "hang_on_rank_1", torchrun=True)
     assert "[rank 0 of 2] failed in phase 'sync weights'" in done.stderr
 
 
@@ -412,18 +435,28 @@ def test_memory_estimate(case, want):
     assert fu.memory_estimate(*case) == want
 
 
+def run_checks(target):
+    place = fu.setup_distributed()
+    for check in CHECKS[place.world]:
+        with fu.phase(check):
+            began = time.monotonic()
+            run_check(check, target)
+            if place.rank == 0:
+                print(f"ok {place.world} {check}", flush=True)
+                print(f"{check}: {time.monotonic() - began:.1f} s", file=sys.stderr)
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    target, *names = sys.argv[1:]
-    if names in (["fail_on_rank_1"], ["hang_on_rank_1"]):
-        globals()[names[0]]()
-    elif names == ["save_and_save"]:
+    target, name = sys.argv[1:]
+    if name in ("fail_on_rank_1", "hang_on_rank_1"):
+        globals()[name]()
+    elif name == "save_and_save":
         save_and_save(Path(target))
     else:
-        place = fu.setup_distributed()
-        for check in names or CHECKS[place.world]:
-            with fu.phase(check):
-                began = time.monotonic()
-                run_check(check, target)
-                if place.rank == 0:
-                    print(f"{check}: {time.monotonic() - began:.1f} s", file=sys.stderr)
-                    print(f"ok {check}", flush=True)
+        import transformers.models.qwen2.modeling_qwen2  # noqa: F401  before the forks
+
+        for world in CHECKS:  # 2 before 1 before 4: they pass each other checkpoints
+            if fork_ranks(world):
+                run_checks(target)
+                break
