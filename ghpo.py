@@ -2,14 +2,13 @@
 
     python ghpo.py --config configs/tiny.yaml                          one process, CPU or GPU
     torchrun --nproc_per_node 8 ghpo.py --config configs/x.yaml lr_scheduler_type=constant
-    python ghpo.py --config configs/x.yaml --dry_run                   what would run, model unloaded
+    python ghpo.py --config configs/x.yaml --dry_run                     what would run
 
-`train` is the algorithm; E1-E8 are the equations of the README. Fork here for the loss and the loop,
-in hints.py for the method, in rollout.py for samplers, in reward.py for rewards.
+`train` is the algorithm; E1-E8 are the README's equations. Fork here for the loss and the loop, in
+hints.py for the method, in rollout.py for samplers, in reward.py for rewards.
 """
 
 import argparse
-import dataclasses
 import difflib
 import hashlib
 import importlib.util
@@ -17,13 +16,16 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import get_args, get_type_hints
+from types import SimpleNamespace
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -32,6 +34,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 import fsdp_utils
 import hints
@@ -42,12 +45,12 @@ from rollout import Group, Request, Sampling
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting, one line each. "steps" are rollout batches everywhere."""
+    """Every setting. "steps" are rollout batches everywhere; weights are kept in float32."""
 
     # model
     model_name_or_path: str = ""  # hub name or folder, a causal LM with a chat template
     model_revision: str = "main"
-    torch_dtype: str = "bfloat16"  # compute type; weights and optimizer are always float32
+    torch_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # compute type
     bf16: bool | None = None  # the reference's flag: must agree with torch_dtype
     attn_implementation: str = "sdpa"  # flash_attention_2 falls back to sdpa where not installed
     # data
@@ -61,18 +64,18 @@ class Config:
     system_prompt: str | None = None
     curriculum: bool = False  # easy to hard by level instead of shuffled (GRPO-CL)
     # hints
-    rl_type: str = "ghpo"  # ghpo | grpo (= no hints)
+    rl_type: Literal["ghpo", "grpo"] = "ghpo"  # grpo: the same without hints
     hint_ratio: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])  # omega; one = fixed
     start_hint_step: int = 0  # cold start: no hints in the first so many steps
     hint_trigger: str = "accuracy"  # reward that decides what is hard; "always" hints everything
     hint_threshold: float = 0.0  # hard: mean trigger reward of the group <= this
-    hint_where: str = "user"  # user (message) | assistant (prefix of the answer)
-    hint_timing: str = "inline"  # inline (paper) | deferred (failed problems return next step)
+    hint_where: Literal["user", "assistant"] = "user"  # message, or answer's beginning
+    hint_timing: Literal["inline", "deferred"] = "inline"  # deferred: in the next step
     deferred_share: float = 0.5  # largest part of a step's prompts that are returning problems
-    hint_context: str = "hinted"  # loss sees the hint (paper) | original: clip on the plain prompt
-    hint_exhausted: str = "keep"  # a group that fails the last stage: keep (reference) | drop
+    hint_context: Literal["hinted", "original"] = "hinted"  # what E4 conditions on (hinted: paper)
+    hint_exhausted: Literal["keep", "drop"] = "keep"  # groups that fail the last stage
     # rollout
-    engine: str | None = None  # hf | vllm | server; unset: vllm if use_vllm else hf
+    engine: Literal["hf", "vllm", "server", None] = None  # unset: vllm if use_vllm else hf
     use_vllm: bool | None = None
     num_generations: int = 8  # G
     max_prompt_length: int = 512  # tokens; longer problems are dropped, longer hints shortened
@@ -88,7 +91,7 @@ class Config:
     reward_weights: list[float] = field(default_factory=lambda: [1.0, 0.5])
     verifier_timeout: float = 5.0  # seconds an answer, then it scores 0
     # loss
-    loss_type: str = "bnpo"  # bnpo (the reference's) | dapo | grpo | dr_grpo, see E6
+    loss_type: Literal["bnpo", "dapo", "grpo", "dr_grpo"] = "bnpo"  # E6; bnpo: the reference's
     epsilon: float = 0.2
     epsilon_high: float | None = None  # unset: epsilon
     beta: float = 0.0  # KL coefficient; > 0 keeps a frozen reference model
@@ -98,14 +101,14 @@ class Config:
     importance_cap: float | None = 2.0  # E7; null: no correction
     # optimisation
     learning_rate: float = 1e-6
-    lr_scheduler_type: str = "cosine"  # cosine | linear (both to 0) | constant
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"  # the first two to 0
     warmup_ratio: float = 0.0
     warmup_steps: int = 0  # wins over warmup_ratio
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     max_grad_norm: float = 1.0
-    nonfinite: str = "stop"  # stop | skip the step when the gradient is not finite
+    nonfinite: Literal["stop", "skip"] = "stop"  # when the gradient norm is not finite
     num_train_epochs: float = 1.0
     max_steps: int = -1  # > 0 wins over num_train_epochs
     per_device_train_batch_size: int = 8  # completions; with the next line: prompts a step
@@ -113,12 +116,12 @@ class Config:
     micro_batch_tokens: int = 16384  # tokens per forward: memory, not the objective
     packing: bool | None = None  # several rows in one sequence; unset: with flash attention only
     gradient_checkpointing: bool = True
-    sharding: str = "zero3"  # zero3 | zero2 | ddp
+    sharding: Literal["zero3", "zero2", "ddp"] = "zero3"
     replicas: int = 1  # HSDP: copies of the sharded model (number of nodes)
     cpu_offload: bool = False
     startup_pass: bool | None = None  # a step at maximum length first; unset: on GPU
     # evaluation, never with hints
-    eval_strategy: str = "no"  # no | steps
+    eval_strategy: Literal["no", "steps"] = "no"
     eval_steps: int = 100
     eval_datasets: dict = field(default_factory=dict)  # name: path or {dataset_name: ..., ...}
     eval_samples: int = 1  # k of avg@k and pass@k
@@ -127,7 +130,7 @@ class Config:
     # output
     output_dir: str = "runs/ghpo"
     overwrite_output_dir: bool = False  # a run of another config there is moved aside
-    save_strategy: str = "steps"  # no | steps | epoch
+    save_strategy: Literal["no", "steps", "epoch"] = "steps"
     save_steps: int = 100
     save_total_limit: int | None = None
     push_to_hub: bool = False
@@ -137,20 +140,11 @@ class Config:
     seed: int = 42
 
 
-# Keys of the reference's YAML that have no meaning here.
+# Keys of the reference's YAML (and its trainer's) that have no meaning here.
 IGNORED = """vllm_device do_eval gradient_checkpointing_kwargs hub_strategy log_completions log_level
     logging_first_step logging_strategy per_device_eval_batch_size remove_unused_columns
     dataloader_num_workers ddp_timeout trust_remote_code use_liger_kernel run_name""".split()
-CHOICES = {
-    "torch_dtype": ("bfloat16", "float16", "float32", "float64"), "rl_type": ("ghpo", "grpo"),
-    "hint_where": ("user", "assistant"), "hint_timing": ("inline", "deferred"),
-    "hint_context": ("hinted", "original"), "hint_exhausted": ("keep", "drop"),
-    "engine": ("hf", "vllm", "server", None), "loss_type": ("bnpo", "dapo", "grpo", "dr_grpo"),
-    "lr_scheduler_type": ("cosine", "linear", "constant"), "nonfinite": ("stop", "skip"),
-    "sharding": ("zero3", "zero2", "ddp"), "eval_strategy": ("no", "steps"),
-    "save_strategy": ("no", "steps", "epoch"),
-}  # fmt: skip
-# Keys that may change when a run is resumed.
+# Keys that may change when a run is resumed; the others define it.
 RESUMABLE = """output_dir overwrite_output_dir save_strategy save_steps save_total_limit push_to_hub
     hub_model_id report_to logging_steps micro_batch_tokens packing gradient_checkpointing sharding
     replicas cpu_offload startup_pass per_device_train_batch_size gradient_accumulation_steps
@@ -161,6 +155,18 @@ class UserError(Exception):
     """Something the user can mend; shown as one message, without a traceback."""
 
 
+def need(condition, message):
+    """Raises UserError unless condition."""
+    if not condition:
+        raise UserError(message)
+
+
+def say(message):
+    """One line on the terminal, from rank 0."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(message, file=sys.stderr)
+
+
 # ---- configuration -----------------------------------------------------------------------------
 
 
@@ -168,132 +174,92 @@ def load_config(path, overrides=()):
     """YAML file and key=value strings to a checked Config; UserError names key, value and remedy."""
     try:
         values = yaml.safe_load(Path(path).read_text()) or {}
+        for override in overrides:
+            key, equals, value = override.partition("=")
+            need(equals, f"{override!r}: overrides are written key=value")
+            values[key] = yaml.safe_load(value)
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"--config {path}: {error}") from None
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise UserError(f"{override!r}: overrides are written key=value")
-        values[key] = yaml.safe_load(value)
-    return config_from(values)
+    return make_config(values)
 
 
-def config_from(values):
+def make_config(values):
     """A dict of settings to a checked Config."""
-    types = get_type_hints(Config)
-    for key in list(values):
+    kinds, known = get_type_hints(Config), {}
+    for key, value in values.items():
         if key in IGNORED:
-            say(f"config: {key} has no meaning here, ignored")
-            del values[key]
-        elif key not in types:
-            near = difflib.get_close_matches(key, [*types, *IGNORED], n=1)
-            raise UserError(f"config: unknown key {key!r}" + (f", did you mean {near[0]}?" * bool(near)))
-    config = Config(**{key: cast(key, value, types[key]) for key, value in values.items()})
-    check(config)
-    return config
+            say(f"config: {key} has no meaning here and is ignored")
+            continue
+        near = difflib.get_close_matches(key, kinds, n=1)
+        need(key in kinds, f"config: unknown key {key!r}" + "".join(f", not {n}?" for n in near))
+        known[key] = cast(key, value, kinds[key])
+    c = Config(**known)
+    for key in ("model_name_or_path", "dataset_name"):
+        need(getattr(c, key), f"config: {key} is missing")
+    for key in """num_generations per_device_train_batch_size gradient_accumulation_steps save_steps
+            max_prompt_length max_completion_length num_iterations eval_steps eval_samples replicas
+            logging_steps micro_batch_tokens""".split():
+        least = 2 if key == "num_generations" else 1
+        need(getattr(c, key) >= least, f"config: {key}={getattr(c, key)} must be at least {least}")
+    in_range = c.hint_ratio == sorted(c.hint_ratio) and all(0 <= w <= 1 for w in c.hint_ratio)
+    need(in_range, f"config: hint_ratio={c.hint_ratio} must ascend within [0, 1]")
+    need(len(c.reward_weights) == len(c.reward_funcs), "config: one reward_weights per reward_funcs")
+    triggers = ["always"] * bool(c.hint_ratio) + c.reward_funcs
+    need(c.hint_trigger in triggers, f"config: hint_trigger={c.hint_trigger} is not in {triggers}")
+    need(c.use_vllm is None or c.use_vllm == (engine_name(c) != "hf"),
+         f"config: engine={c.engine} and use_vllm={c.use_vllm} disagree, set one of them")
+    need(c.bf16 is None or c.bf16 == (c.torch_dtype == "bfloat16"),
+         f"config: bf16={c.bf16} and torch_dtype={c.torch_dtype} disagree")
+    need(c.temperature > 0, "config: temperature must be above 0")
+    for name in c.reward_funcs:
+        try:
+            resolve_reward(name)
+        except ValueError as error:
+            raise UserError(f"config: reward_funcs: {error}") from None
+    return c
+
+
+def engine_name(config):
+    """hf, vllm or server."""
+    return config.engine or ("vllm" if config.use_vllm else "hf")
 
 
 def cast(key, value, kind):
-    """A YAML value as `kind`, a field's annotation; UserError when it cannot be one."""
-    options = get_args(kind) if None in get_args(kind) or type(None) in get_args(kind) else (kind,)
-    if value is None and type(None) in options:
-        return None
-    kind = options[0]
-    if str(kind).startswith("list["):
-        items = value if isinstance(value, list) else [value]
-        return [cast(key, item, get_args(kind)[0]) for item in items]
-    if kind is str and value is False:
-        return "no"  # YAML 1.1 reads an unquoted no as false
-    if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+    """A YAML value as a field's annotated type; UserError when it cannot be one."""
+    options = get_args(kind)
+    if get_origin(kind) is Literal:
+        value = "no" if value is False else value  # YAML 1.1 reads a bare no as false
+        need(value in options, f"config: {key}={value!r} must be one of {options}")
+        return value
+    if get_origin(kind) is list:
+        return [cast(key, v, options[0]) for v in (value if isinstance(value, list) else [value])]
+    if options:  # kind | None
+        return None if value is None else cast(key, value, options[0])
+    if kind in (int, float) and isinstance(value, (int, float, str)) and value is not True:
         try:
             number = float(value)  # YAML 1.1 reads 1e-6 as text
+            if math.isfinite(number) and kind(number) == number:
+                return kind(number)
         except ValueError:
-            number = math.nan
-        if kind is float and math.isfinite(number):
-            return number
-        if kind is int and number == number // 1:
-            return int(number)
-    elif kind not in (int, float) and isinstance(value, kind):
-        return value
-    raise UserError(f"config: {key}={value!r} is no {getattr(kind, '__name__', kind)}")
-
-
-def check(config):
-    """Everything that can be wrong in a config by itself; UserError names the key."""
-
-    def need(condition, message):
-        if not condition:
-            raise UserError("config: " + message)
-
-    for key, allowed in CHOICES.items():
-        value = getattr(config, key)
-        need(value in allowed, f"{key}={value!r} must be one of {[a for a in allowed if a]}")
-    for key in ("model_name_or_path", "dataset_name"):
-        need(getattr(config, key), f"{key} is missing")
-    need(all(0 <= omega <= 1 for omega in config.hint_ratio), "hint_ratio lies outside [0, 1]")
-    need(config.hint_ratio == sorted(config.hint_ratio), "hint_ratio must be ascending")
-    need(
-        len(config.reward_weights) == len(config.reward_funcs),
-        f"{len(config.reward_funcs)} reward_funcs but {len(config.reward_weights)} reward_weights",
-    )
-    need(
-        config.rl_type == "grpo" or config.hint_trigger in ["always", *config.reward_funcs],
-        f"hint_trigger={config.hint_trigger!r} is not among reward_funcs {config.reward_funcs}",
-    )
-    need(config.hint_trigger != "always" or config.hint_ratio, "always hinting needs a hint_ratio")
-    engine = config.engine or ("vllm" if config.use_vllm else "hf")
-    need(
-        config.use_vllm is None or config.use_vllm == (engine != "hf"),
-        f"engine={config.engine} and use_vllm={config.use_vllm} disagree: set only one",
-    )
-    need(
-        config.bf16 is None or config.bf16 == (config.torch_dtype == "bfloat16"),
-        f"bf16={config.bf16} and torch_dtype={config.torch_dtype} disagree",
-    )
-    need(config.temperature > 0, "temperature must be above 0 in training")
-    at_least = {"num_generations": 2, "per_device_train_batch_size": 1, "num_iterations": 1,
-                "gradient_accumulation_steps": 1, "max_prompt_length": 1, "max_completion_length": 1,
-                "eval_steps": 1, "save_steps": 1, "logging_steps": 1, "eval_samples": 1}  # fmt: skip
-    for key, least in at_least.items():
-        need(getattr(config, key) >= least, f"{key}={getattr(config, key)} must be at least {least}")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Numbers that follow from config, ranks and data."""
-
-    prompts: int  # per step, all ranks together
-    steps_per_epoch: int
-    steps: int
+            pass
+    need(kind not in (int, float) and isinstance(value, kind),
+         f"config: {key}={value!r} must be of type {kind.__name__}")
+    return value
 
 
 def make_plan(config, world, n_problems):
-    """Batch arithmetic, checked: prompts = ranks * per_device * accumulation / G."""
-    c = config
-    rows = c.per_device_train_batch_size * c.gradient_accumulation_steps
-    if rows % c.num_generations:
-        raise UserError(
-            f"config: per_device_train_batch_size {c.per_device_train_batch_size} * "
-            f"gradient_accumulation_steps {c.gradient_accumulation_steps} = {rows} is not divisible "
-            f"by num_generations {c.num_generations}"
-        )
-    prompts = world * rows // c.num_generations
-    if n_problems < prompts:
-        raise UserError(f"{c.dataset_name}: {n_problems} usable problems, one step takes {prompts}")
+    """Batch arithmetic, printed: prompts = ranks * per_device * accumulation / G (all ranks')."""
+    batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    G, rows = config.num_generations, batch * accumulation
+    need(rows % G == 0, f"config: per_device_train_batch_size {batch} * gradient_accumulation_steps "
+         f"{accumulation} = {rows} is not divisible by num_generations {G}")
+    prompts = world * rows // G
     per_epoch = n_problems // prompts
-    steps = c.max_steps if c.max_steps > 0 else max(1, int(c.num_train_epochs * per_epoch))
-    say(
-        f"batch: {world} ranks * {c.per_device_train_batch_size} per device * "
-        f"{c.gradient_accumulation_steps} accumulation / {c.num_generations} generations = "
-        f"{prompts} prompts a step; {n_problems} problems = {per_epoch} steps an epoch; {steps} steps"
-    )
-    return Plan(prompts, per_epoch, steps)
-
-
-def say(message):
-    """One line from rank 0."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(message, file=sys.stderr)
+    need(per_epoch, f"{config.dataset_name}: {n_problems} usable problems, a step takes {prompts}")
+    steps = config.max_steps if config.max_steps > 0 else int(config.num_train_epochs * per_epoch)
+    say(f"batch: {world} ranks * {batch} per device * {accumulation} accumulation / {G} generations "
+        f"= {prompts} prompts a step; {n_problems} problems = {per_epoch} steps an epoch; {steps} steps")
+    return SimpleNamespace(prompts=prompts, per_epoch=per_epoch, steps=max(1, steps))
 
 
 # ---- data --------------------------------------------------------------------------------------
@@ -302,64 +268,50 @@ def say(message):
 def read_rows(config):
     """Rows of the data set as dicts; UserError names the file and line."""
     name, path = config.dataset_name, Path(config.dataset_name)
+    number = None
     try:
-        if path.suffix == ".jsonl" and path.is_file():
-            rows = []
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-                try:
-                    rows += [json.loads(line)] if line.strip() else []
-                except ValueError as error:
-                    raise UserError(f"{name}, line {number}: broken JSON, {error}") from None
-        elif path.suffix in (".jsonl", ".json", ".parquet"):
-            if not path.is_file():
-                raise UserError(f"dataset_name={name}: no such file")
-            from datasets import load_dataset
-
-            kind = "json" if path.suffix == ".json" else "parquet"
-            rows = list(load_dataset(kind, data_files=name, split="train"))
+        if path.suffix == ".jsonl":
+            lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
+            rows = [json.loads(line) for number, line in lines if line.strip()]
         else:
             from datasets import load_dataset
 
-            rows = list(load_dataset(name, config.dataset_config, split=config.dataset_split))
+            if path.suffix in (".json", ".parquet"):
+                rows = list(load_dataset(path.suffix[1:], data_files=name, split="train"))
+            else:
+                rows = list(load_dataset(name, config.dataset_config, split=config.dataset_split))
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"dataset_name={name} cannot be loaded: {error}") from None
-    if not rows:
-        raise UserError(f"dataset_name={name} has no rows")
+        raise UserError(f"dataset_name={name} cannot be read: {error}") from None
+    need(rows, f"dataset_name={name} has no rows")
     return rows
 
 
 def load_problems(config, prompts, with_trace):
     """Usable problems, ids = row numbers; what is dropped is counted and shown."""
-    rows, problems, dropped = read_rows(config), [], defaultdict(list)
-    needed = [config.dataset_prompt_column, config.dataset_answer_column]
-    needed += [config.dataset_hint_column] * with_trace
-    for column in needed:
-        if column not in rows[0]:
-            raise UserError(
-                f"{config.dataset_name}: no column {column!r}, it has {sorted(rows[0])}; set "
-                "dataset_prompt_column, dataset_answer_column or dataset_hint_column"
-            )
-    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+    c, rows, problems, dropped = config, read_rows(config), [], {}
+    for column in [c.dataset_prompt_column, c.dataset_answer_column, c.dataset_hint_column][: 2 + with_trace]:
+        need(column in rows[0], f"{c.dataset_name}: no column {column!r} among {sorted(rows[0])}: set "
+             "dataset_prompt_column, dataset_answer_column or dataset_hint_column")
+    system = [{"role": "system", "content": c.system_prompt}] if c.system_prompt else []
     for number, row in enumerate(rows):
-        question, answer, trace = [row.get(c) for c in (*needed, config.dataset_hint_column)[:3]]
-        level = row.get(config.dataset_level_column)
-        answer = "" if answer is None else str(answer).strip()
-        if isinstance(question, str) and question.strip():
+        question = row.get(c.dataset_prompt_column) or []
+        if isinstance(question, str):
             question = [{"role": "user", "content": question}]
-        messages = [*system, *(question or [])]
-        level = float("".join(filter(str.isdigit, str(level))) or 0)  # "Level 5" is 5
-        problem = hints.Problem(number, messages, answer, str(trace or ""), level)
-        reason = "no problem text" * (not question) or "no answer" * (not answer)
-        reason = reason or parse_gold(answer)
-        if not reason and len(prompts.ids(problem)[0]) > config.max_prompt_length:
-            reason = f"prompt over max_prompt_length {config.max_prompt_length}"
+        answer = row.get(c.dataset_answer_column)
+        answer = "" if answer is None else str(answer).strip()
+        digits = re.findall(r"\d+", str(row.get(c.dataset_level_column)))  # "Level 5" is 5
+        problem = hints.Problem(number, system + question, answer,
+                                str(row.get(c.dataset_hint_column) or ""), float((digits or [0])[0]))
+        reason = "no problem text" if not question else "no answer" if not answer else parse_gold(answer)
+        if not reason and len(prompts.ids(problem)[0]) > c.max_prompt_length:
+            reason = f"prompt over max_prompt_length={c.max_prompt_length} tokens"
         if reason:
-            dropped[reason].append(number)
+            dropped.setdefault(reason, []).append(number)
         else:
             problems.append(problem)
-    say(f"data: {config.dataset_name}: {len(problems)} of {len(rows)} problems usable")
+    say(f"data: {c.dataset_name}: {len(problems)} of {len(rows)} rows usable")
     for reason, numbers in dropped.items():
-        say(f"data: dropped {len(numbers)}: {reason} (rows {', '.join(map(str, numbers[:5]))} ...)")
+        say(f"data: dropped {len(numbers)}, {reason}: rows {str(numbers[:5])[1:-1]}")
     untraced = sum(not p.trace.strip() for p in problems)
     if with_trace and untraced:
         say(f"data: {untraced} problems have no solution trace and are never hinted")
@@ -369,90 +321,50 @@ def load_problems(config, prompts, with_trace):
 class Prompts:
     """The chat template: what the model reads for a problem and a hint."""
 
-    def __init__(self, tokenizer, config):
-        if not tokenizer.chat_template:
-            raise UserError(f"{config.model_name_or_path}: its tokenizer has no chat template")
-        if tokenizer.pad_token_id is None:
-            raise UserError(f"{config.model_name_or_path}: its tokenizer has no pad token")
-        self.tokenizer = tokenizer
+    def __init__(self, config):
+        name = config.model_name_or_path
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision)
+        except (OSError, ValueError) as error:
+            raise UserError(f"model_name_or_path={name}: {error}") from None
+        need(self.tokenizer.chat_template, f"{name}: its tokenizer has no chat template")
+        need(self.tokenizer.pad_token_id is not None, f"{name}: its tokenizer has no pad token")
         self.config = config
 
     def ids(self, problem, hint=""):
         """(token ids, text the assistant's turn starts with)."""
         messages, prefix = hints.render(problem, hint, self.config)
         text = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False
-        )
+            messages, add_generation_prompt=True, tokenize=False)
         return self.tokenizer(text + prefix, add_special_tokens=False).input_ids, prefix
 
     def fitted(self, problem, ratio, hint):
-        """(ids, prefix, hint), the hint shortened until the prompt has max_prompt_length."""
+        """(ids, prefix, hint), the hint shortened until the prompt fits max_prompt_length."""
         ids, prefix = self.ids(problem, hint)
         while hint and len(ids) > self.config.max_prompt_length:
             hint, _ = hints.make_hint(problem, ratio, limit=len(hint) - 1)
             ids, prefix = self.ids(problem, hint)
         return ids, prefix, hint
 
-    def request(self, problem, shown, tries, sampling, seed, slot):
-        """A Try to sample, as a Request of G prompts."""
-        fits = {pair: self.fitted(problem, *pair) for pair in set(zip(shown.ratios, shown.hints))}
-        ids, prefixes, texts = zip(*(fits[pair] for pair in zip(shown.ratios, shown.hints)))
+    def request(self, group, shown, sampling, slot, step):
+        """The Request for a Try. Its seed (62 bits) comes from run, step, problem, stage: no rank."""
+        pairs = list(zip(shown.ratios, shown.hints))
+        fits = {pair: self.fitted(group.problem, *pair) for pair in set(pairs)}
+        ids, prefixes, texts = zip(*(fits[pair] for pair in pairs))
         ratios = [omega * bool(text) for omega, text in zip(shown.ratios, texts)]
-        shown = dataclasses.replace(shown, ratios=ratios, hints=list(texts))
-        return Request(problem, list(ids), shown, tries, list(prefixes), seed, sampling, slot)
+        shown = replace(shown, ratios=ratios, hints=list(texts))
+        key = repr((self.config.seed, step, group.problem.id, len(group.tries))).encode()
+        seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 2
+        return Request(group.problem, ids, shown, group.tries, prefixes, seed, sampling, slot)
 
 
-class Judge:
-    """Verification for collect: completions to rewards, in worker processes, by text."""
-
-    def __init__(self, pool, tokenizer, trigger):
-        self.pool = pool
-        self.tokenizer = tokenizer
-        self.trigger = trigger  # column of the reward that decides what is hard
-        self.open = {}
-        self.count = 0
-        self.seconds = 0.0  # waited for verdicts
-
-    def text(self, completion, prefix):
-        return prefix + self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-
-    def submit(self, request, completions):
-        texts = [self.text(c, p) for c, p in zip(completions, request.prefixes)]
-        self.open[self.count] = (request, completions)
-        self.pool.submit(self.count, texts, request.problem.answer)
-        self.count += 1
-
-    def poll(self, wait):
-        """[(slot, Group of this try)], in the order of submission."""
-        started = time.perf_counter()
-        judged = sorted(self.pool.poll(wait))
-        self.seconds += time.perf_counter() - started
-        groups = []
-        for key, rewards in judged:
-            request, completions = self.open.pop(key)
-            pass_rate = float(np.mean([row[self.trigger] for row in rewards]))
-            tokens = sum(len(c.token_ids) for c in completions)
-            tried = dataclasses.replace(request.shown, pass_rate=pass_rate, tokens=tokens)
-            tries = [*request.tries, tried]
-            group = Group(request.problem, tries, completions, rewards, request)
-            groups.append((request.slot, group))
-        return groups
-
-
-def request_seed(*parts):
-    """A 62-bit seed from (run seed, step, problem id, stage); rank-free. Sample j adds j."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 2
-
-
-# ---- advantages and loss -----------------------------------------------------------------------
+# ---- advantages, loss, policy ------------------------------------------------------------------
 
 
 def advantages(group, config):
     """E1 and E3: rewards (G, F) to advantages (G,), float64."""
     rewards_G = np.array(group.rewards) @ np.array(config.reward_weights)  # E1
-    ratios_G = np.array([c.hint_ratio for c in group.completions])
-    mean, std = hints.baseline(rewards_G, ratios_G)
+    mean, std = hints.baseline(rewards_G, np.array([c.hint_ratio for c in group.completions]))
     return (rewards_G - mean) / (std + 1e-4 if config.scale_rewards else 1.0)  # E3
 
 
@@ -460,73 +372,71 @@ def advantages(group, config):
 class Row:
     """One completion as the loss sees it."""
 
-    input_ids: list  # context and targets
-    context: int  # tokens that are context; the other T are targets
-    behaviour_logp: list  # (T,)
-    policy_weight: list  # (T,)
-    likelihood_weight: list  # (T,)
+    input_ids: list  # context, then the T targets
+    context: int  # tokens of context
+    behaviour_logp: list  # (T,), as are the two weights
+    policy_weight: list
+    likelihood_weight: list
     advantage: float
-    tokens: int  # that count in E6; 0 when masked as truncated
-    group: int
-    is_on_context: bool  # the loss context is the one sampled from: mismatch can be measured
+    tokens: int  # that count in E6, 0 when masked as truncated
+    is_on_context: bool  # scored under the prompt it was sampled from: mismatch can be measured
     scale: float = 0.0  # E6
 
 
-def make_rows(groups, plain_ids, config):
-    """Groups to Rows; plain_ids: problem -> prompt ids without hint."""
-    rows = []
+def make_rows(groups, prompts, config):
+    """Rows of the groups, with E6 taken over all ranks' groups: every rank must call it."""
+    rows, group_N = [], []
     for number, group in enumerate(groups):
+        plain = prompts.ids(group.problem)[0]
         for completion, advantage in zip(group.completions, advantages(group, config)):
-            plain = plain_ids(group.problem)
-            context, targets, policy, likelihood = hints.loss_view(completion, plain, config)
+            context, targets, *weights = hints.loss_view(completion, plain, config)
             taken_over = [0.0] * (len(targets) - len(completion.token_ids))
-            masked = config.mask_truncated_completions and completion.finish_reason == "length"
-            row = Row(
-                [*context, *targets], len(context), taken_over + completion.behaviour_logp,
-                policy, likelihood, float(advantage),
-                0 if masked else len(completion.token_ids), number,
-                [*context, *targets] == [*completion.prompt_ids, *completion.token_ids],
-            )  # fmt: skip
-            rows.append(row)
+            is_masked = config.mask_truncated_completions and completion.finish_reason == "length"
+            rows.append(Row([*context, *targets], len(context),
+                            [*taken_over, *completion.behaviour_logp], *weights, float(advantage),
+                            0 if is_masked else len(completion.token_ids),
+                            [*context, *targets] == [*completion.prompt_ids, *completion.token_ids]))
+            group_N.append(number)
+    tokens_N, group_N = np.array([r.tokens for r in rows], int), np.array(group_N, int)
+    counts = {"groups": len(groups), "rows": len(rows), "tokens": int(tokens_N.sum())}
+    counts = fsdp_utils.all_reduce_scalars(counts)
+    for row, scale in zip(rows, token_scales(tokens_N, group_N, counts, config)):
+        row.scale = float(scale)
     return rows
 
 
 def token_scales(tokens_N, group_N, counts, config):
-    """E6: the weight of each row's tokens in the objective of the whole step.
+    """E6: what each token of a row weighs in the objective of the whole step.
 
-    counts: {"groups", "rows", "tokens"} over all ranks and all rows, zero-advantage ones included.
+    counts: groups, rows and tokens of all ranks, rows without advantage included.
     """
-    ones_N = np.ones(len(tokens_N))
     if config.loss_type == "bnpo":  # mean over groups of the group's token mean
-        group_tokens_N = np.bincount(group_N, weights=tokens_N)[group_N] if len(group_N) else ones_N
-        scale_N = 1 / (counts["groups"] * np.maximum(group_tokens_N, 1))
+        scale_N = 1 / (counts["groups"] * np.maximum(np.bincount(group_N, tokens_N)[group_N], 1))
     elif config.loss_type == "dapo":  # mean over all tokens
-        scale_N = ones_N / max(counts["tokens"], 1)
+        scale_N = np.full(len(tokens_N), 1 / max(counts["tokens"], 1))
     elif config.loss_type == "grpo":  # mean over rows of the row's token mean
         scale_N = 1 / (counts["rows"] * np.maximum(tokens_N, 1))
     else:  # dr_grpo: sum over a constant
-        scale_N = ones_N / (counts["rows"] * config.max_completion_length)
-    return scale_N * (tokens_N > 0)
+        scale_N = np.full(len(tokens_N), 1 / (counts["rows"] * config.max_completion_length))
+    return scale_N * (tokens_N > 0)  # E6
 
 
 def token_loss(logp, old_logp, ref_logp, batch, config):
-    """E4, E5 and E7 for the tokens of a micro-batch, each (M,); ref_logp may be None."""
-    advantage = batch["advantage"]
+    """E4, E5 and E7 for each token of a micro-batch, (M,); ref_logp: None when beta is 0."""
+    advantage, high = batch["advantage"], config.epsilon_high
     ratio = torch.exp(logp - old_logp)
-    high = config.epsilon if config.epsilon_high is None else config.epsilon_high
-    clipped = ratio.clamp(1 - config.epsilon, 1 + high)
+    clipped = ratio.clamp(1 - config.epsilon, 1 + (config.epsilon if high is None else high))
     loss = -torch.minimum(ratio * advantage, clipped * advantage)  # E4
     if config.importance_cap is not None:
         weight = torch.exp(old_logp - batch["behaviour_logp"]).clamp(max=config.importance_cap)
         loss = loss * weight.detach()  # E7
     if ref_logp is not None:
-        kl = torch.exp(ref_logp - logp) - (ref_logp - logp) - 1  # E5
-        loss = loss + config.beta * kl
+        loss = loss + config.beta * (torch.exp(ref_logp - logp) - (ref_logp - logp) - 1)  # E5
     return loss * batch["policy_weight"] - batch["likelihood_weight"] * logp
 
 
 def pass_at_k(n, c, k):
-    """E8: the unbiased chance that one of k of n samples, c of them right, is right."""
+    """The unbiased chance that one of k of n samples is right when c are."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)  # E8
 
 
@@ -537,601 +447,477 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
 
-    @property
-    def blocks(self):
-        return list(self.model.base_model.layers)
-
-    def forward(self, ids, positions, mask=None, cache=None, predict_M=None, target_M=None, temperature=1.0):
-        """With a cache: logits (B, V) of the last position. Else logp and entropy (M,) of target_M
-        at the flat positions predict_M of the (B, T) ids; packed rows restart their positions.
+    def forward(self, ids, positions, mask=None, cache=None, predict=None, target=None, heat=1.0):
+        """With a cache: logits (B, V) of the last position. Without: logp and entropy (M,) of the
+        tokens target (M,) predicted at the flat positions predict (M,) of ids (B, T), logits
+        divided by the temperature heat. Rows are padded right, or packed with positions restarted.
         """
         if cache is not None:
-            out = self.model(
-                input_ids=ids, position_ids=positions, attention_mask=mask,
-                past_key_values=cache, use_cache=True, logits_to_keep=1,
-            )  # fmt: skip
-            return out.logits[:, -1]
-        # Right padding needs no mask under causal attention. use_cache must be off: it is what
-        # makes restarted positions mean separate sequences.
+            return self.model(input_ids=ids, position_ids=positions, attention_mask=mask,
+                              past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        # No mask: causal attention never looks right. No cache: only then do restarted positions
+        # keep packed rows apart.
         out = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
-        hidden_MH = out.last_hidden_state.flatten(0, 1)[predict_M]
-        # The (tokens, V) logits exist one chunk at a time, forward and backward.
+        hidden_MH = out.last_hidden_state.flatten(0, 1)[predict]
+        # One chunk of (tokens, V) logits exists at a time, forward and backward.
         chunk = max(64, 2**26 // self.model.config.vocab_size)
-        parts = []
-        for hidden, target in zip(hidden_MH.split(chunk), target_M.split(chunk)):
-            parts.append(checkpoint(self._score, hidden, target, temperature, use_reentrant=False))
+        parts = [checkpoint(self._score, h, t, heat, use_reentrant=False)
+                 for h, t in zip(hidden_MH.split(chunk), target.split(chunk))]
         logp, entropy = zip(*parts)
         return torch.cat(logp), torch.cat(entropy)
 
-    def _score(self, hidden, target, temperature):
+    def _score(self, hidden, target, heat):
         logits = self.model.get_output_embeddings()(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / heat
         logp_MV = logits.log_softmax(-1)
         with torch.no_grad():
-            entropy = -(logp_MV.exp() * logp_MV).sum(-1)
-        return logp_MV.gather(-1, target[:, None]).squeeze(-1), entropy
+            entropy_M = -(logp_MV.exp() * logp_MV).sum(-1)
+        return logp_MV.gather(-1, target[:, None]).squeeze(-1), entropy_M
 
 
 def micro_batches(rows, budget, is_packed):
     """Rows in lists of at most `budget` tokens (padding counted unless packed), longest first."""
     batches = []
     for row in sorted(rows, key=lambda r: -len(r.input_ids)):
-        if batches:
-            batch = batches[-1]
-            used = sum(len(r.input_ids) for r in batch) if is_packed else 0
-            padded = (len(batch) + 1) * len(batch[0].input_ids)
-            if (used + len(row.input_ids) if is_packed else padded) <= budget:
-                batch.append(row)
-                continue
-        batches.append([row])
+        batch = batches[-1] if batches else []
+        tokens = sum(len(r.input_ids) for r in batch) + len(row.input_ids)
+        padded = (len(batch) + 1) * len((batch or [row])[0].input_ids)
+        if batch and (tokens if is_packed else padded) <= budget:
+            batch.append(row)
+        else:
+            batches.append([row])
     return batches
 
 
 def collate(rows, is_packed, device, dtype):
-    """Rows to the tensors of one forward: ids, positions (B, T) and per-token tensors (M,)."""
+    """(arguments of Policy.forward, per-token tensors of the loss, each (M,)) for some rows."""
     lengths = [len(r.input_ids) for r in rows]
     width = sum(lengths) if is_packed else max(lengths)
     ids = np.zeros((1 if is_packed else len(rows), width), dtype=np.int64)
-    positions = np.tile(np.arange(width), (len(ids), 1))
-    starts = np.cumsum([0] + lengths)[:-1] if is_packed else np.arange(len(rows)) * width
-    predict, target = [], []
+    positions = np.zeros_like(ids) + np.arange(width)
+    starts = np.cumsum([0, *lengths]) if is_packed else np.arange(len(rows)) * width
+    predict = []
     for row, start, length in zip(rows, starts, lengths):
         ids.flat[start : start + length] = row.input_ids
         positions.flat[start : start + length] = np.arange(length)
         predict.append(start + np.arange(row.context, length) - 1)
-        target.append(row.input_ids[row.context :])
+    predict = np.concatenate(predict)
+    inputs = {"ids": ids, "positions": positions, "predict": predict, "target": ids.flat[predict + 1]}
+    batch = {key: np.concatenate([getattr(row, key) for row in rows])
+             for key in ("behaviour_logp", "policy_weight", "likelihood_weight")}
     repeats = [length - row.context for row, length in zip(rows, lengths)]
-    per_token = {
-        key: np.concatenate([np.asarray(getattr(row, key)) for row in rows])
-        for key in ("behaviour_logp", "policy_weight", "likelihood_weight")
-    }
     for key in ("advantage", "scale", "is_on_context"):
-        per_token[key] = np.repeat([float(getattr(row, key)) for row in rows], repeats)
-    inputs = {
-        "ids": ids, "positions": positions,
-        "predict_M": np.concatenate(predict), "target_M": np.concatenate(target),
-    }  # fmt: skip
-    move = lambda array, kind: torch.from_numpy(array).to(device, kind, non_blocking=True)  # noqa: E731
-    return (
-        {key: move(array, torch.long) for key, array in inputs.items()},
-        {key: move(array, dtype) for key, array in per_token.items()},
-    )
+        batch[key] = np.repeat([getattr(row, key) for row in rows], repeats)
+    inputs = {key: torch.from_numpy(value).to(device) for key, value in inputs.items()}
+    return inputs, {key: torch.from_numpy(value).to(device, dtype) for key, value in batch.items()}
 
 
-FILLER = Row([0, 0], 1, [0.0], [0.0], [0.0], 0.0, 0, 0, False)  # runs, and weighs nothing
-SUMS = ["tokens", "entropy", "clipped", "compared", "mismatch_k3", "capped", "loss"]
+FILLER = Row([0, 0], 1, [0.0], [0.0], [0.0], 0.0, 0, False)  # runs, and weighs nothing
+SUMS = "tokens entropy clipped compared mismatch_k3 capped loss".split()
 
 
-def optimize(run, rows, counts, lr):
-    """Phases 4 and 5: micro-batches, loss, optimizer steps; returns metrics of all ranks.
+def optimize(run, rows, lr):
+    """Loss and optimizer steps on the rows of all ranks; returns metrics.
 
     Every rank runs the same number of micro-batches; gradients are summed over them and the ranks,
-    and the objective is already divided by the counts of the whole step.
+    for the objective is divided by the counts of the whole step beforehand.
     """
     config, policy = run.config, run.policy
-    scales = token_scales(
-        np.array([r.tokens for r in rows]), np.array([r.group for r in rows], int), counts, config
-    )
-    for row, scale in zip(rows, scales):
-        row.scale = float(scale)
     # A row without advantage gives no gradient, but it has been counted.
-    used = [r for r in rows if r.advantage or config.beta or any(r.likelihood_weight)]
+    used = [row for row in rows if row.advantage or config.beta or any(row.likelihood_weight)]
     batches = micro_batches(used, config.micro_batch_tokens, run.is_packed)
-    count = int(fsdp_utils.all_reduce_scalars({"n": max(1, len(batches))}, "max")["n"])
-    batches += [[FILLER]] * (count - len(batches))
-    batches = [collate(batch, run.is_packed, run.dist.device, run.dtype) for batch in batches]
+    most = int(fsdp_utils.all_reduce_scalars({"n": max(1, len(batches))}, "max")["n"])
+    batches += [[FILLER]] * (most - len(batches))
+    batches = [collate(batch, run.is_packed, run.dist.device, run.master_dtype) for batch in batches]
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    old, ref = [None] * count, [None] * count
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=run.dist.device)
-    largest = torch.zeros((), dtype=run.dtype, device=run.dist.device)
+    old, ref = [None] * most, [None] * most
+    sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=run.dist.device)
     for iteration in range(config.num_iterations):
         for i, (inputs, batch) in enumerate(batches):
-            fsdp_utils.last_micro_batch(policy, i == count - 1)
+            fsdp_utils.last_micro_batch(policy, i == most - 1)
             if config.beta and iteration == 0:
                 with torch.no_grad():
-                    ref[i], _ = run.reference(**inputs, temperature=config.temperature)
-            logp, entropy = policy(**inputs, temperature=config.temperature)
+                    ref[i], _ = run.reference(**inputs, heat=config.temperature)
+            logp, entropy = policy(**inputs, heat=config.temperature)
             if iteration == 0:
-                old[i] = logp.detach()
-            loss_M = token_loss(logp, old[i], ref[i], batch, config) * batch["scale"]  # E6
-            loss_M.sum().backward()
-            with torch.no_grad():
-                delta = (old[i] - batch["behaviour_logp"]) * batch["is_on_context"]
-                capped = torch.exp(delta) > (config.importance_cap or math.inf)
-                clipped = ((logp - old[i]).exp() - 1) * batch["advantage"].sign()
-                high = config.epsilon if config.epsilon_high is None else config.epsilon_high
-                bound = torch.where(batch["advantage"] > 0, high, config.epsilon)
-                parts = [
-                    batch["policy_weight"], entropy * batch["policy_weight"], clipped > bound,
-                    batch["is_on_context"], delta.exp() - delta - 1, capped, loss_M,
-                ]  # fmt: skip
-                sums += torch.stack([part.double().sum() for part in parts])
-                largest = torch.maximum(largest, delta.abs().max())
+                old[i] = logp.detach()  # before the first update of this batch
+            loss = token_loss(logp, old[i], ref[i], batch, config) * batch["scale"]
+            loss.sum().backward()
+            sums[:-1] += statistics(logp.detach(), old[i], entropy, loss.detach(), batch, config)
+            delta = (old[i] - batch["behaviour_logp"]) * batch["is_on_context"]
+            sums[-1] = torch.maximum(sums[-1], delta.abs().max())
         norm = float(fsdp_utils.clip_grad_norm(policy.parameters(), config.max_grad_norm))
-        if not math.isfinite(norm):
-            path = run.folder / f"nonfinite_step_{run.step:06d}_rank_{run.dist.rank}.pt"
-            torch.save({"rows": rows, "step": run.step}, path)
-            if config.nonfinite == "stop":
-                raise UserError(f"gradient norm is {norm} at step {run.step}; its rows are in {path}")
-        else:
+        if math.isfinite(norm):
             run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
+        else:
+            path = run.folder / f"nonfinite_step_{run.state['step']}_rank_{run.dist.rank}.pt"
+            torch.save(rows, path)
+            need(config.nonfinite == "skip", f"gradient norm is {norm}, its batch is in {path}")
+        run.optimizer.zero_grad()
     total = fsdp_utils.all_reduce_scalars(dict(zip(SUMS, sums.tolist())))
-    largest = fsdp_utils.all_reduce_scalars({"largest": float(largest)}, "max")["largest"]
-    tokens, compared = max(total["tokens"], 1), max(total["compared"], 1)
-    return {
-        "loss": total["loss"] / config.num_iterations,
-        "grad_norm": norm,
-        "lr": lr,
-        "entropy": total["entropy"] / tokens,
-        "clip_fraction": total["clipped"] / tokens,
-        "mismatch_k3": total["mismatch_k3"] / compared,
-        "mismatch_max": largest,
-        "importance_capped": total["capped"] / compared,
-        "micro_batches": count,
-    }
+    largest = fsdp_utils.all_reduce_scalars({"mismatch_max": float(sums[-1])}, "max")
+    per = {"entropy": "tokens", "clipped": "tokens", "mismatch_k3": "compared", "capped": "compared"}
+    means = {key: total[key] / max(total[of], 1) for key, of in per.items()}
+    return {"loss": total["loss"], "grad_norm": norm, "lr": lr, **means, **largest}
+
+
+@torch.no_grad()
+def statistics(logp, old_logp, entropy, loss, batch, config):
+    """SUMS over the tokens of a micro-batch, float64, left on the device."""
+    on, weight, high = batch["is_on_context"], batch["policy_weight"], config.epsilon_high
+    delta = (old_logp - batch["behaviour_logp"]) * on
+    drift = (torch.exp(logp - old_logp) - 1) * batch["advantage"].sign()
+    bound = torch.where(batch["advantage"] > 0, config.epsilon if high is None else high, config.epsilon)
+    capped = delta > math.log(config.importance_cap or math.inf)
+    k3 = torch.expm1(delta) - delta
+    values = [weight, entropy * weight, (drift > bound) * weight, on, k3, capped, loss]
+    return torch.stack([value.double().sum() for value in values])
 
 
 def learning_rate(config, step, steps):
-    """lr of a rollout batch; differs from reference: the first warm-up step is not 0."""
+    """lr of a step; differs from reference: the first warm-up step is not 0."""
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, steps - warmup)
-    shape = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
-    return config.learning_rate * shape[config.lr_scheduler_type]
+    shapes = {"constant": 1, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return config.learning_rate * shapes[config.lr_scheduler_type]
 
 
 # ---- the loop ----------------------------------------------------------------------------------
 
 
 def train(run):
-    """The algorithm: one pass of the loop is one rollout batch. State is the same on all ranks."""
-    config, state, dist = run.config, run.state, run.dist
-    sampling = Sampling(
-        config.temperature, config.max_completion_length, config.top_p, config.top_k
-    )
-    for step in tqdm(range(state["step"], run.plan.steps), initial=state["step"],
-                     total=run.plan.steps, disable=dist.rank > 0, desc=config.rl_type):  # fmt: skip
-        run.step = step + 1
-        clock = Clock()
+    """The algorithm: one pass of the loop is one rollout batch. run.state is alike on all ranks."""
+    c, state, plan = run.config, run.state, run.plan
+    sampling = Sampling(c.temperature, c.max_completion_length, c.top_p, c.top_k)
+    steps = range(state["step"], plan.steps)
+    for step in tqdm(steps, c.rl_type, plan.steps, initial=state["step"], disable=run.rank > 0):
+        clock = [time.perf_counter()]
 
-        # 1. roll out, 2. hint: sample G answers a problem; ask the groups that fail again (E2)
+        # 1. Roll out G samples a problem; 2. hint: a group that fails is asked again (E2).
         def next_request(group, slot, step=step):
-            if group.completions and config.hint_timing == "deferred":
+            shown, tries = hints.plan_try(group, c, state["history"], step)
+            if group.completions and (shown is None or c.hint_timing == "deferred"):
                 return None
-            shown, tries = hints.plan_try(
-                group.problem, group.tries, config.num_generations, config, state["history"], step
-            )
-            if shown is None and group.completions:
-                return None
-            shown = shown or hints.unhinted(config.num_generations)
-            seed = request_seed(config.seed, step, group.problem.id, len(tries))
-            return run.prompts.request(group.problem, shown, tries, sampling, seed, slot)
+            group = replace(group, tries=tries)
+            shown = shown or hints.unhinted(c.num_generations)
+            return run.prompts.request(group, shown, sampling, slot, step)
 
-        blank = next_groups(run)
-        with fsdp_utils.phase("rollout"):
-            run.engine.wake()
-            run.engine.update_weights(fsdp_utils.full_tensors(run.policy.model))
-            clock.lap("sync")
-            mine = blank[dist.rank :: dist.world]
-            groups = rollout.collect(run.engine, mine, run.judge, next_request, hints.merge)
-            run.engine.sleep()
-            clock.lap("generate")
-        metrics = record(run, step, groups, mine)
-        if config.hint_exhausted == "drop":
-            groups = [g for g in groups if not is_exhausted(run, g, step)]
+        blank = next_groups(run)[run.rank :: run.world]
+        groups = sample(run, blank, next_request, clock)
+        planned = [hints.plan_try(group, c, state["history"], step) for group in groups]
+        metrics = record(run, groups, blank, planned)
+        if c.hint_exhausted == "drop" and c.rl_type == "ghpo" and step >= c.start_hint_step:
+            groups = [group for group, (shown, _) in zip(groups, planned)
+                      if shown or not hints.needs_hint(group.tries, c)]
+        clock.append(time.perf_counter())
 
-        # 3. advantages (E1, E3)
-        rows = make_rows(groups, lambda problem: run.prompts.ids(problem)[0], config)
-        tokens = sum(row.tokens for row in rows)
-        counts = {"groups": len(groups), "rows": len(rows), "tokens": tokens}
-        counts = fsdp_utils.all_reduce_scalars(counts)
-        clock.lap("wait")
+        # 3. Advantages (E1, E3) and the weight of each row in the objective of the step (E6).
+        rows = make_rows(groups, run.prompts, c)
 
-        # 4. micro-batches and loss (E4-E7), 5. optimizer step
+        # 4. Micro-batches and loss (E4, E5, E7); 5. optimizer step. The sampler gets the weights
+        # when the next rollout begins.
         with fsdp_utils.phase("train"):
-            lr = learning_rate(config, step, run.plan.steps)
-            metrics |= optimize(run, rows, counts, lr)
-            clock.lap("train")
-        check_mismatch(run, step, metrics)
-
-        metrics |= {"seconds/verify": run.judge.seconds} | clock.laps
-        run.judge.seconds = 0.0
+            metrics |= optimize(run, rows, learning_rate(c, step, plan.steps))
+        clock.append(time.perf_counter())
         state["step"] = step + 1
+        names = ("sync", "generate", "record", "train")
+        metrics |= {f"seconds/{name}": d for name, d in zip(names, np.diff(clock).tolist())}
+        metrics |= {"seconds/verify": run.judge.seconds}
+        run.judge.seconds = 0.0
         write_metrics(run, metrics)
-        if config.eval_strategy == "steps" and is_due(step + 1, config.eval_steps, run.plan.steps):
+        check_mismatch(run, metrics)
+        if c.eval_strategy == "steps" and is_due(run, c.eval_steps):
             evaluate(run)
-        every = {"steps": config.save_steps, "epoch": run.plan.steps_per_epoch}
-        if is_due(step + 1, every.get(config.save_strategy, run.plan.steps), run.plan.steps):
-            save(run)
+        if is_due(run, {"steps": c.save_steps, "epoch": plan.per_epoch, "no": plan.steps}[c.save_strategy]):
+            fsdp_utils.save_checkpoint(run.folder, step + 1, run.policy, run.optimizer, state,
+                                       c.save_total_limit or 0, lambda at: export(run, at / "model"))
 
 
-def is_due(step, every, last):
-    return step % every == 0 or step == last
+def is_due(run, every):
+    """Every so many steps, and at the last."""
+    return run.state["step"] % every == 0 or run.state["step"] == run.plan.steps
 
 
-class Clock:
-    """Seconds per phase of a step."""
-
-    def __init__(self):
-        self.laps, self.last = {}, time.perf_counter()
-
-    def lap(self, name):
-        now = time.perf_counter()
-        self.laps[f"seconds/{name}"], self.last = now - self.last, now
+def sample(run, blank, next_request, clock):
+    """Blank groups to final ones, with the current weights; appends to clock around sampling."""
+    with fsdp_utils.phase("rollout"):
+        run.engine.wake()
+        run.engine.update_weights(fsdp_utils.full_tensors(run.policy.model))
+        clock.append(time.perf_counter())
+        groups = rollout.collect(run.engine, blank, run.judge, next_request, hints.merge)
+        run.engine.sleep()
+        clock.append(time.perf_counter())
+    return groups
 
 
 def next_groups(run):
-    """The blank groups of the next step, all ranks: returning problems first, then fresh ones."""
-    config, state, n = run.config, run.state, len(run.problems)
-    most = int(config.deferred_share * run.plan.prompts)
+    """The blank groups of the next step, for all ranks: returning problems, then fresh ones."""
+    c, state, n = run.config, run.state, len(run.problems)
+    most = int(c.deferred_share * run.plan.prompts)
     queue, state["queue"] = state["queue"][:most], state["queue"][most:]
     fresh = run.plan.prompts - len(queue)
     epoch, start = divmod(state["cursor"], n)
     if start + fresh > n:  # a step never straddles two epochs: no problem twice in one step
         epoch, start = epoch + 1, 0
     state["cursor"] = epoch * n + start + fresh
-    order = np.random.default_rng([config.seed, epoch]).permutation(n)
-    if config.curriculum:
+    order = np.random.default_rng([c.seed, epoch]).permutation(n)
+    if c.curriculum:
         order = sorted(order, key=lambda i: run.problems[i].level)
-    blank = [Group(run.by_id[id], [hints.Try(**t) for t in tries]) for id, tries in queue]
+    known = {problem.id: problem for problem in run.problems}
+    blank = [Group(known[i], [hints.Try(**t) for t in tries]) for i, tries in queue]
     return blank + [Group(run.problems[i]) for i in order[start : start + fresh]]
 
 
-def is_exhausted(run, group, step):
-    """Still hard after its last stage, with nothing left to show."""
-    config = run.config
-    if step < config.start_hint_step or not hints.needs_hint(group.tries, config):
-        return False
-    G, history = config.num_generations, run.state["history"]
-    return hints.plan_try(group.problem, group.tries, G, config, history, step)[0] is None
-
-
-def record(run, step, groups, blank):
-    """Writes the rollouts of all ranks, updates history and queue, gives the step's metrics."""
-    config, state, lines = run.config, run.state, []
-    for group, before in zip(groups, blank):
-        planned, tries = hints.plan_try(
-            group.problem, group.tries, config.num_generations, config, state["history"], step
-        )
-        deferred = config.hint_timing == "deferred" and planned is not None
-        completions = [
-            {
-                "text": run.judge.text(c, ""), "hint_ratio": c.hint_ratio, "tokens": len(c.token_ids),
-                "finish_reason": c.finish_reason, **dict(zip(config.reward_funcs, scores)),
-            }
-            for c, scores in zip(group.completions, group.rewards)
-        ]  # fmt: skip
-        lines.append({
-            "id": group.problem.id, "problem": group.problem.messages[-1]["content"],
-            "prompt": run.tokenizer.decode(group.completions[-1].prompt_ids),
-            "hint": group.request.shown.hints[-1], "hint_ratio": group.request.shown.ratios[-1],
-            "fresh": not before.tries, "deferred": deferred,
-            "tries": [dataclasses.asdict(t) for t in tries], "completions": completions,
-        })  # fmt: skip
+def record(run, groups, blank, planned):
+    """Writes the rollouts of all ranks, updates history and queue; returns the step's metrics."""
+    c, state, lines = run.config, run.state, []
+    for group, before, (shown, tries) in zip(groups, blank, planned):
+        request, is_deferred = group.request, shown is not None and c.hint_timing == "deferred"
+        samples = [{"text": run.judge.text(o, ""), "hint_ratio": o.hint_ratio, "tokens": len(o.token_ids),
+                    "finish_reason": o.finish_reason, **dict(zip(c.reward_funcs, scores))}
+                   for o, scores in zip(group.completions, group.rewards)]
+        lines.append({"id": group.problem.id, "problem": group.problem.messages[-1]["content"],
+                      "prompt": run.prompts.tokenizer.decode(request.prompts[0]),
+                      "hint": request.shown.hints[0], "hint_ratio": request.shown.ratios[0],
+                      "is_fresh": not before.tries, "is_deferred": is_deferred,
+                      "tries": [asdict(t) for t in tries], "completions": samples})
     lines = list(itertools.chain(*fsdp_utils.gather_objects(lines)))
     for line in lines:
-        tries = [hints.Try(**t) for t in line["tries"]]
-        hints.remember(state["history"], line["id"], tries)
-        if line["deferred"]:
-            state["queue"].append((line["id"], line["tries"]))
-    if run.dist.rank == 0:
-        path = run.folder / "rollouts" / f"step_{step + 1:06d}.jsonl"
-        path.parent.mkdir(exist_ok=True)
+        hints.remember(state["history"], line["id"], [hints.Try(**t) for t in line["tries"]])
+        state["queue"] += [(line["id"], line["tries"])] * line["is_deferred"]
+    if run.rank == 0:
+        path = run.folder / "rollouts" / f"step_{state['step'] + 1:06d}.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return rollout_metrics(lines, config) | {"queue": len(state["queue"])}
+    return rollout_metrics(lines, c) | {"queue": len(state["queue"])}
 
 
 def rollout_metrics(lines, config):
     """Metrics of a step from its rollout lines. Without hint means: fresh problems, first try."""
-    metrics, samples = {}, [c for line in lines for c in line["completions"]]
-    for name in config.reward_funcs:
-        metrics[f"reward/{name}"] = float(np.mean([c[name] for c in samples]))
-    plain = [line["tries"][0] for line in lines if line["fresh"] and line["tries"][0]["ratios"][0] == 0]
-    tries = [t for line in lines for t in line["tries"]]
-    stages, counts = Counter(), Counter()
-    for t in tries:
-        omega = max(t["ratios"])
-        counts["skipped" if t["skipped"] else f"tried@{omega:g}"] += 1
-        counts["trimmed"] += t["trimmed"]
+    samples = [s for line in lines for s in line["completions"]]
+    plain = [line["tries"][0] for line in lines if line["is_fresh"]]
+    plain = [t["pass_rate"] for t in plain if not any(t["ratios"])]
+    failed = [line["tries"][-1]["pass_rate"] <= config.hint_threshold for line in lines]
+    mean = lambda values: float(np.mean(values)) if values else None  # noqa: E731
+    counts = Counter({"hint/trimmed": 0, "hint/skipped": 0, "tokens/generated": 0})
+    for t in [t for line in lines for t in line["tries"]]:
+        omega = f"@{max(t['ratios']):g}"
+        counts["hint/skipped"] += t["skipped"]
+        counts["hint/trimmed"] += t["trimmed"]
         if not t["skipped"]:
-            stages[omega] += t["tokens"]
-            counts[f"solved@{omega:g}"] += t["pass_rate"] > config.hint_threshold
-    hard = [t["pass_rate"] <= config.hint_threshold for t in plain]
-    metrics |= {f"hint/{name}": count for name, count in sorted(counts.items())}
-    metrics |= {f"tokens/stage@{omega:g}": n for omega, n in sorted(stages.items())}
-    return metrics | {
-        "accuracy_without_hint": float(np.mean([t["pass_rate"] for t in plain])) if plain else None,
-        "hard_fraction": float(np.mean(hard)) if plain else None,
-        "hint/unsolved": sum(
-            line["tries"][-1]["pass_rate"] <= config.hint_threshold for line in lines
-        ),
-        "tokens/generated": sum(stages.values()),
-        "completion_length": float(np.mean([c["tokens"] for c in samples])),
-        "truncated": float(np.mean([c["finish_reason"] == "length" for c in samples])),
+            counts["hint/tried" + omega] += 1
+            counts["hint/solved" + omega] += t["pass_rate"] > config.hint_threshold
+            counts["tokens/generated" + omega] += t["tokens"]
+            counts["tokens/generated"] += t["tokens"]
+    return {
+        **{f"reward/{name}": mean([s[name] for s in samples]) for name in config.reward_funcs},
+        "accuracy_without_hint": mean(plain), "hard_fraction": mean([p <= config.hint_threshold for p in plain]),
+        "hint/unsolved": sum(failed), **dict(sorted(counts.items())),
+        "tokens/completion": mean([s["tokens"] for s in samples]),
+        "truncated": mean([s["finish_reason"] == "length" for s in samples]),
     }
 
 
-def check_mismatch(run, step, metrics):
-    """Sampler and trainer must agree in the first steps of a run, or something is wired wrongly."""
-    limit = 1e-4 if run.config.torch_dtype in ("float32", "float64") else 1e-2
-    if step - run.first_step < 3 and metrics["mismatch_k3"] > limit:
-        raise UserError(
-            f"step {step + 1}: sampler and trainer disagree, mean k3 {metrics['mismatch_k3']:.2g} > "
-            f"{limit:g} (largest log-prob difference {metrics['mismatch_max']:.2g}): stale weights, "
-            "another dtype, or top_p/top_k in the sampler"
-        )
+def check_mismatch(run, metrics):
+    """Sampler and trainer must agree in the first steps, or something is wired wrongly."""
+    limit = 1e-2 if run.config.torch_dtype == "bfloat16" else 1e-4
+    need(run.state["step"] > run.first_step + 3 or metrics["mismatch_k3"] <= limit,
+         f"sampler and trainer disagree: mean k3 {metrics['mismatch_k3']:.2g} > {limit:g}, largest "
+         f"log-prob difference {metrics['mismatch_max']:.2g}: stale weights, another dtype, or top_p "
+         "and top_k in use?")
 
 
 def evaluate(run):
-    """Un-hinted accuracy on each eval set: avg@k with its standard error, pass@k (E8)."""
-    if not run.eval_sets:
-        return
-    with fsdp_utils.phase("evaluate"):
-        run.engine.wake()
-        run.engine.update_weights(fsdp_utils.full_tensors(run.policy.model))
-        metrics = {}
-        for name, (spec, problems) in run.eval_sets.items():
-            length = spec.eval_max_completion_length or spec.max_completion_length
-            sampling = Sampling(spec.eval_temperature, length, spec.top_p, spec.top_k)
-            shown = hints.unhinted(spec.eval_samples)
+    """Accuracy without hints on each eval set: avg@k, its standard error over problems, pass@k."""
+    metrics = {}
+    for name, (c, problems) in run.eval_sets.items():
+        k, length = c.eval_samples, c.eval_max_completion_length or c.max_completion_length
+        sampling = Sampling(c.eval_temperature, length, c.top_p, c.top_k)
 
-            def ask(group, slot, name=name, sampling=sampling, shown=shown):
-                seed = request_seed(run.config.seed, "eval", name, group.problem.id)
-                if not group.completions:
-                    return run.prompts.request(group.problem, shown, [], sampling, seed, slot)
+        def ask(group, slot, sampling=sampling, shown=hints.unhinted(k), name=name):
+            if not group.completions:
+                return run.prompts.request(group, shown, sampling, slot, name)
 
-            blank = [Group(problem) for problem in problems[run.dist.rank :: run.dist.world]]
-            groups = rollout.collect(run.engine, blank, run.judge, ask, hints.merge)
-            right = [[int(r[run.accuracy] > 0) for r in group.rewards] for group in groups]
-            right = list(itertools.chain(*fsdp_utils.gather_objects(right)))
-            k, means = spec.eval_samples, np.mean(right, axis=1)
-            metrics[f"eval/{name}"] = float(means.mean())
-            metrics[f"eval/{name}_stderr"] = float(means.std(ddof=1) / math.sqrt(len(means)))
-            if k > 1:
-                passed = [pass_at_k(k, sum(r), j) for r in right for j in (k,)]
-                metrics[f"eval/{name}_pass@{k}"] = float(np.mean(passed))
-        run.engine.sleep()
+        blank = [Group(problem) for problem in problems[run.rank :: run.world]]
+        groups = sample(run, blank, ask, [])
+        right = [[int(scores[run.judge.accuracy] > 0) for scores in g.rewards] for g in groups]
+        right_PK = np.array(list(itertools.chain(*fsdp_utils.gather_objects(right))))
+        error = right_PK.mean(1).std(ddof=1) / math.sqrt(len(right_PK)) if len(right_PK) > 1 else 0.0
+        metrics |= {f"eval/{name}": float(right_PK.mean()), f"eval/{name}_stderr": float(error)}
+        if k > 1:
+            passed = [pass_at_k(k, n, k // 2) for n in right_PK.sum(1).tolist()]
+            metrics[f"eval/{name}_pass@{k // 2}"] = float(np.mean(passed))
     write_metrics(run, metrics)
-    say(" ".join(f"{key} {value:.3f}" for key, value in metrics.items() if "stderr" not in key))
 
 
 def write_metrics(run, metrics):
-    """Appends a line to metrics.jsonl; the terminal and wandb get the same numbers."""
-    if run.dist.rank:
-        return
-    line = {"step": run.state["step"], **metrics}
-    with open(run.folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
-    if run.wandb:
-        run.wandb.log(metrics, step=run.state["step"])
-    if "loss" in metrics and is_due(line["step"], run.config.logging_steps, run.plan.steps):
-        keys = ("accuracy_without_hint", "hard_fraction", "reward/accuracy", "grad_norm", "mismatch_k3")
-        say(f"step {line['step']}: " + " ".join(f"{k} {line[k] or 0:.3g}" for k in keys if k in line))
+    """One line to metrics.jsonl, a shorter one to the terminal, all of it to wandb if asked."""
+    if run.rank == 0:
+        with open(run.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": run.state["step"], **metrics}) + "\n")
+        if run.wandb:
+            run.wandb.log(metrics, step=run.state["step"])
+        short = re.compile("accuracy_without|hard_|reward/|grad_norm|mismatch_k3|eval/(?!.*stderr)")
+        if "loss" not in metrics or is_due(run, run.config.logging_steps):
+            say(f"step {run.state['step']}: " + ", ".join(
+                f"{key} {value:.3g}" for key, value in metrics.items() if short.match(key) and value is not None))
 
 
-def save(run):
-    """A checkpoint with an export in Hugging Face format in it."""
-    limit = run.config.save_total_limit or 0
-    fsdp_utils.save_checkpoint(
-        run.folder, run.state["step"], run.policy, run.optimizer, run.state, limit,
-        lambda path: export(run, path / "model"),
-    )  # fmt: skip
-
-
-def export(run, path):
-    """Full weights, config and tokenizer as transformers and vLLM load them; all ranks call it."""
+def export(run, folder):
+    """Weights, config and tokenizer as transformers and vLLM load them; called on all ranks."""
     weights = {}
-    for name, tensor in fsdp_utils.full_tensors(run.policy):
-        if run.dist.rank == 0:
-            weights[name.removeprefix("model.")] = tensor.to("cpu", run.export_dtype)
-    if run.dist.rank == 0:
-        run.policy.model.save_pretrained(path, state_dict=weights)
-        run.tokenizer.save_pretrained(path)
+    for name, tensor in fsdp_utils.full_tensors(run.policy.model):
+        if run.rank == 0:
+            weights[name] = tensor.to("cpu", run.compute_dtype)
+    if run.rank == 0:
+        run.policy.model.save_pretrained(folder, state_dict=weights)
+        run.prompts.tokenizer.save_pretrained(folder)
 
 
-# ---- start -------------------------------------------------------------------------------------
-
-
-def make_engine(run):
-    """The sampler named by the config; see rollout.py for the surface."""
-    config = run.config
-    name = config.engine or ("vllm" if config.use_vllm else "hf")
-    eos = run.policy.model.generation_config.eos_token_id
-    eos_ids = {run.tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    if name == "hf":
-        return rollout.HfEngine(
-            run.policy, eos_ids, lambda: fsdp_utils.unshard(run.policy),
-            lambda: fsdp_utils.reshard(run.policy),
-        )  # fmt: skip
-    length = config.max_prompt_length + max(
-        config.max_completion_length, config.eval_max_completion_length or 0
-    )
-    engine = rollout.VllmEngine if name == "vllm" else rollout.ServerEngine
-    return engine(config, eos_ids, length, run.dist.device)
-
-
-def load_policy(config, attention):
-    """The causal LM in float32 (float64 when asked), wrapped."""
-    master = torch.promote_types(getattr(torch, config.torch_dtype), torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(
-        config.model_name_or_path, revision=config.model_revision, dtype=master,
-        attn_implementation=attention,
-    )  # fmt: skip
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Policy(model)
+# ---- start and end -----------------------------------------------------------------------------
 
 
 def setup(config):
-    """Everything `train` needs, in the order that matters: workers before GPU, group before vLLM."""
-    run = argparse.Namespace(config=config)
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    pool = VerifierPool(config.reward_funcs, max(1, min(8, cores)), config.verifier_timeout)
+    """What `train` needs, in the order that matters: verifiers, process group, weights, engine."""
+    run = SimpleNamespace(config=config, folder=Path(config.output_dir), wandb=None)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = max(1, min(8, (os.cpu_count() or 1) // processes))
+    pool = VerifierPool(config.reward_funcs, workers, config.verifier_timeout)
     run.dist = fsdp_utils.setup_distributed()
-    run.tokenizer = load_tokenizer(config)
-    run.prompts = Prompts(run.tokenizer, config)
-    run.problems, run.plan = load_training_data(config, run.prompts, run.dist.world)
-    run.by_id = {problem.id: problem for problem in run.problems}
+    run.rank, run.world, device = run.dist.rank, run.dist.world, run.dist.device
+    run.prompts = Prompts(config)
+    run.problems = load_problems(config, run.prompts, config.rl_type == "ghpo")
+    run.plan = make_plan(config, run.world, len(run.problems))
     run.eval_sets = {}
     for name, spec in config.eval_datasets.items():
-        spec = {"dataset_name": spec} if isinstance(spec, str) else spec
-        spec = config_from({**dataclasses.asdict(config), **spec})
-        run.eval_sets[name] = (spec, load_problems(spec, run.prompts, with_trace=False))
-    attention = config.attn_implementation
-    if attention == "flash_attention_2" and not is_installed("flash_attn"):
-        say("attn_implementation: flash-attn is not installed, using sdpa")
-        attention = "sdpa"
-    run.is_packed = attention == "flash_attention_2" if config.packing is None else config.packing
-    run.dtype = torch.float64 if config.torch_dtype == "float64" else torch.float32
-    run.export_dtype = getattr(torch, config.torch_dtype)
-    shard = lambda p: fsdp_utils.shard(  # noqa: E731
-        p, p.blocks, config.sharding, run.export_dtype, config.replicas, config.cpu_offload
-    )
-    run.policy = shard(load_policy(config, attention))
-    if config.beta:
-        run.reference = shard(load_policy(config, attention)).requires_grad_(False).eval()
+        spec = make_config(asdict(config) | ({"dataset_name": spec} if isinstance(spec, str) else spec))
+        run.eval_sets[name] = spec, load_problems(spec, run.prompts, False)
+    names = config.reward_funcs
+    trigger = names.index(config.hint_trigger) if config.hint_trigger in names else 0
+    run.judge = rollout.Judge(pool, run.prompts.tokenizer, trigger)
+    run.judge.accuracy = names.index("accuracy") if "accuracy" in names else 0
+    run.compute_dtype = getattr(torch, config.torch_dtype)
+    run.master_dtype = torch.promote_types(run.compute_dtype, torch.float32)
+    transformers_logging.disable_progress_bar()
+    run.policy = load_policy(run)
+    run.reference = load_policy(run).requires_grad_(False).eval() if config.beta else None
+    run.is_packed = config.packing
+    if config.packing is None:
+        run.is_packed = run.policy.model.config._attn_implementation == "flash_attention_2"
     run.optimizer = torch.optim.AdamW(
         run.policy.parameters(), lr=0.0, betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.weight_decay, fused=run.dist.device.type == "cuda",
-    )  # fmt: skip
-    trigger = config.reward_funcs.index(config.hint_trigger) if config.hint_trigger != "always" else 0
-    names = config.reward_funcs
-    run.accuracy = names.index("accuracy") if "accuracy" in names else 0
-    run.judge = Judge(pool, run.tokenizer, trigger)
+        weight_decay=config.weight_decay, fused=device.type == "cuda")
     open_folder(run)
-    run.engine = make_engine(run)
+    ends = run.policy.model.generation_config.eos_token_id
+    ends = {run.prompts.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    longest = max(config.max_completion_length, config.eval_max_completion_length or 0)
+    if engine_name(config) == "hf":
+        wake, sleep = partial(fsdp_utils.unshard, run.policy), partial(fsdp_utils.reshard, run.policy)
+        run.engine = rollout.HfEngine(run.policy, ends, wake, sleep)
+    else:
+        engine = {"vllm": rollout.VllmEngine, "server": rollout.ServerEngine}[engine_name(config)]
+        run.engine = engine(config, ends, config.max_prompt_length + longest, device)
     return run
 
 
-def is_installed(package):
-    return importlib.util.find_spec(package) is not None
-
-
-def load_tokenizer(config):
-    try:
-        return AutoTokenizer.from_pretrained(
-            config.model_name_or_path, revision=config.model_revision
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"model_name_or_path={config.model_name_or_path}: {error}") from None
-
-
-def load_training_data(config, prompts, world):
-    hinted = config.rl_type == "ghpo"
-    problems = load_problems(config, prompts, with_trace=hinted)
-    return problems, make_plan(config, world, len(problems))
+def load_policy(run):
+    """The causal LM, float32 (or float64) weights, sharded."""
+    c, attention = run.config, run.config.attn_implementation
+    if attention == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
+        say("attn_implementation: flash-attn is not installed, using sdpa")
+        attention = "sdpa"
+    model = AutoModelForCausalLM.from_pretrained(
+        c.model_name_or_path, revision=c.model_revision, dtype=run.master_dtype,
+        attn_implementation=attention)
+    if c.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return fsdp_utils.shard(Policy(model), model.base_model.layers, c.sharding, run.compute_dtype,
+                            c.replicas, c.cpu_offload)
 
 
 def open_folder(run):
-    """Resumes, refuses or starts the run in output_dir; what was written is moved, never deleted."""
-    config, folder = run.config, Path(run.config.output_dir)
-    run.folder, run.wandb = folder, None
+    """Starts, resumes or refuses output_dir; what was written is moved aside, never deleted."""
+    c, folder, mine = run.config, run.folder, asdict(run.config)
     run.state = {"step": 0, "cursor": 0, "queue": [], "history": {}}
-    mine = dataclasses.asdict(config)
-    previous = folder / "config.yaml"
-    if previous.is_file():
-        theirs = yaml.safe_load(previous.read_text())
-        changed = [k for k in mine if k not in RESUMABLE and theirs.get(k) != mine[k]]
-        if changed and not config.overwrite_output_dir:
-            raise UserError(
-                f"output_dir={folder} holds a run with another {', '.join(changed)}: choose another "
-                "folder, or overwrite_output_dir=true to move that run aside"
-            )
-        if changed:
-            if run.dist.rank == 0:
-                aside = next(p for i in itertools.count(1) if not (p := Path(f"{folder}.old{i}")).exists())
-                folder.rename(aside)
-            fsdp_utils.gather_objects(None)
+    settings = folder / "config.yaml"
+    theirs = yaml.safe_load(settings.read_text()) if settings.is_file() else mine
+    changed = [k for k in mine if k not in RESUMABLE and theirs.get(k) != mine[k]]
+    need(not changed or c.overwrite_output_dir, f"output_dir={folder} holds another run ("
+         f"{', '.join(changed)} differ): choose another, or overwrite_output_dir=true moves it aside")
+    fsdp_utils.gather_objects(None)
+    if changed and run.rank == 0:
+        folder.rename(next(p for i in itertools.count(1) if not (p := Path(f"{folder}.old{i}")).exists()))
+    fsdp_utils.gather_objects(None)
     latest = fsdp_utils.latest_checkpoint(folder)
     if latest:
         run.state = fsdp_utils.load_checkpoint(latest, run.policy, run.optimizer)
-        run.state["history"] = {int(k): v for k, v in run.state["history"].items()}
+        run.state["history"] = {int(key): value for key, value in run.state["history"].items()}
         say(f"resuming {latest}")
     run.first_step = run.state["step"]
-    fsdp_utils.gather_objects(None)
-    if run.dist.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+    if run.rank == 0:
+        (folder / "rollouts").mkdir(parents=True, exist_ok=True)
         set_newer_aside(folder, run.first_step)
-        previous.write_text(yaml.safe_dump(mine, sort_keys=False))
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-        (folder / "command.txt").write_text(f"{' '.join(sys.argv)}\ngit {git.stdout.strip()}\n")
-        if "wandb" in config.report_to:
-            if is_installed("wandb"):
-                import wandb
-
-                run.wandb = wandb.init(project="ghpo", config=mine, dir=folder)
-            else:
-                say("report_to: wandb is not installed, metrics.jsonl has everything")
+        settings.write_text(yaml.safe_dump(mine, sort_keys=False))
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+        (folder / "command.txt").write_text(f"{' '.join(sys.argv)}\ngit {git}")
+        if "wandb" in c.report_to and importlib.util.find_spec("wandb"):
+            run.wandb = importlib.import_module("wandb").init(project="ghpo", config=mine, dir=folder)
+        elif "wandb" in c.report_to:
+            say("report_to: wandb is not installed; metrics.jsonl has everything")
 
 
 def set_newer_aside(folder, step):
     """Metrics and rollouts after the checkpoint go to *.stale: they are computed again."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept, stale = [], []
-    for line in lines:
-        is_whole = line.endswith("\n")
-        (kept if is_whole and json.loads(line)["step"] <= step and step else stale).append(line)
-    if stale:
-        with open(folder / "metrics.jsonl.stale", "a") as file:
-            file.writelines(stale)
-        temporary = folder / "metrics.jsonl.tmp"
-        temporary.write_text("".join(kept))
-        temporary.rename(path)
+    kept = [line for line in lines if step and line.endswith("\n") and json.loads(line)["step"] <= step]
+    if len(kept) < len(lines):
+        with open(folder / "metrics.jsonl.stale", "a") as stale:
+            stale.writelines(lines[len(kept) :])
+        (folder / "metrics.jsonl.new").write_text("".join(kept))
+        (folder / "metrics.jsonl.new").rename(path)
     for path in (folder / "rollouts").glob("step_*.jsonl"):
         if int(path.stem.removeprefix("step_")) > step:
             path.rename(path.with_suffix(".jsonl.stale"))
 
 
 def dry_run(config):
-    """Config, arithmetic, data and one problem at every hint stage, as the model would see it."""
-    print(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
-    tokenizer = load_tokenizer(config)
-    prompts = Prompts(tokenizer, config)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    problems, plan = load_training_data(config, prompts, world)
-    problem = next((p for p in problems if p.trace), problems[0])
+    """Prints config, arithmetic, data, memory, and one problem at every stage as the model sees it."""
+    print(yaml.safe_dump(asdict(config), sort_keys=False))
+    prompts, world = Prompts(config), int(os.environ.get("WORLD_SIZE", 1))
+    problems = load_problems(config, prompts, config.rl_type == "ghpo")
+    make_plan(config, world, len(problems))
+    problem = max(problems, key=lambda p: bool(p.trace))
     for omega in [0.0, *config.hint_ratio]:
-        hint, trimmed = hints.make_hint(problem, omega) if omega else ("", False)
+        hint, is_trimmed = hints.make_hint(problem, omega) if omega else ("", False)
         ids, _, hint = prompts.fitted(problem, omega, hint)
-        print(f"---- problem {problem.id}, omega {omega:g}, {len(ids)} tokens, trimmed {trimmed}")
-        print(tokenizer.decode(ids))
+        print(f"---- row {problem.id}, omega {omega:g}, {len(ids)} tokens, trimmed: {is_trimmed}")
+        print(prompts.tokenizer.decode(ids))
+    shape = AutoConfig.from_pretrained(config.model_name_or_path, revision=config.model_revision)
     with torch.device("meta"):
-        shape = AutoConfig.from_pretrained(config.model_name_or_path, revision=config.model_revision)
-        model = AutoModelForCausalLM.from_config(shape)
-    size = sum(p.numel() for p in model.parameters())
-    estimate = fsdp_utils.memory_estimate(
-        size, world, config.sharding, config.replicas, 2 if config.torch_dtype == "bfloat16" else 4
-    )
-    print(f"---- {size:,} parameters; bytes per GPU without activations: {estimate}")
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
+    width = 2 if config.torch_dtype == "bfloat16" else 4
+    memory = fsdp_utils.memory_estimate(size, world, config.sharding, config.replicas, width)
+    print(f"---- {size:,} parameters; bytes per GPU, activations excluded: {memory}")
+
+
+def finish(run):
+    """Reports what is left in the queue and exports the model."""
+    if run.state["queue"]:
+        say(f"{len(run.state['queue'])} failed problems were still waiting for a hint at the end")
+    export(run, run.folder / "model")
+    if run.config.push_to_hub and run.rank == 0:
+        from huggingface_hub import HfApi
+
+        repo = HfApi().create_repo(run.config.hub_model_id or run.folder.name, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo.repo_id, folder_path=run.folder / "model")
 
 
 def main():
-    """Reads the command line; a UserError ends the program with its message alone."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """The command line; what the user can mend ends the program with one message, status 2."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True)
     parser.add_argument("--dry_run", action="store_true", help="show what would run, and stop")
     parser.add_argument("--eval", action="store_true", help="evaluate the model, and stop")
@@ -1142,7 +928,7 @@ def main():
         if args.dry_run:
             return dry_run(config)
         run = setup(config)
-        if args.eval or (config.eval_strategy == "steps" and run.first_step == 0):
+        if args.eval or (config.eval_strategy == "steps" and run.state["step"] == 0):
             evaluate(run)
         if not args.eval:
             train(run)
@@ -1151,21 +937,8 @@ def main():
         run.engine.close()
         run.judge.pool.close()
     except UserError as error:
-        say(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
-
-
-def finish(run):
-    """Reports what is left in the queue and gives the model its final place."""
-    if run.state["queue"]:
-        say(f"{len(run.state['queue'])} failed problems were still queued for a hint at the end")
-    export(run, run.folder / "model")
-    if run.config.push_to_hub and run.dist.rank == 0:
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        repo = api.create_repo(run.config.hub_model_id or run.folder.name, exist_ok=True)
-        api.upload_folder(repo_id=repo.repo_id, folder_path=run.folder / "model")
 
 
 if __name__ == "__main__":

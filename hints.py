@@ -141,23 +141,22 @@ def unhinted(size):
     return Try([0.0] * size, [""] * size)
 
 
-def plan_try(problem, tries, size, config, history, step):
-    """The next try at a problem: (Try to sample or None, tries with the skipped stages appended).
+def plan_try(group, config, history, step):
+    """The next Try at a group, None when it is final, and its tries so far.
 
-    A stage whose text is empty or equals the one before is recorded as skipped, not sampled.
-    size: G.
+    A stage whose text is empty or that of the stage before joins the tries as skipped, unsampled.
     """
+    tries = group.tries
     while True:
-        ratio = next_ratio(problem, tries, config, history, step)
+        ratio = next_ratio(group.problem, tries, config, history, step)
         if ratio is None:
             return None, tries
-        wanted = list(ratio) if np.ndim(ratio) else [float(ratio)] * size
-        cuts = [make_hint(problem, omega) for omega in wanted]
+        wanted = list(ratio) if np.ndim(ratio) else [float(ratio)] * config.num_generations
+        cuts = [make_hint(group.problem, omega) for omega in wanted]
         hints = [text for text, _ in cuts]
         ratios = [omega * bool(text) for omega, text in zip(wanted, hints)]
-        shown = Try(ratios, hints, trimmed=any(trimmed for _, trimmed in cuts))
         if not tries or (any(hints) and hints != tries[-1].hints):
-            return shown, tries
+            return Try(ratios, hints, trimmed=any(trimmed for _, trimmed in cuts)), tries
         tries = [*tries, replace(tries[-1], ratios=wanted, tokens=0, trimmed=False, skipped=True)]
 
 

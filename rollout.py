@@ -19,7 +19,7 @@ import os
 import socket
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 
@@ -78,31 +78,59 @@ class Group:
     request: Request | None = None  # what the completions answer; None: blank, not sampled yet
 
 
+@dataclass
+class Judge:
+    """Verification for `collect`: decodes completions and has them scored by the worker pool."""
+
+    pool: object  # reward.VerifierPool
+    tokenizer: object
+    trigger: int  # column of the reward that decides what is hard
+    seconds: float = 0.0  # waited for verdicts
+
+    def text(self, completion, prefix):
+        """What the rewards see."""
+        return prefix + self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+
+    def submit(self, request, completions):
+        """Starts scoring the samples of a request; a slot has one request at a time."""
+        texts = [self.text(c, prefix) for c, prefix in zip(completions, request.prefixes)]
+        self.pool.submit(request.slot, texts, request.problem.answer)
+
+    def poll(self, wait):
+        """[(slot, rewards (G, F))] of the scored requests, by slot."""
+        started = time.perf_counter()
+        verdicts = sorted(self.pool.poll(wait))
+        self.seconds += time.perf_counter() - started
+        return verdicts
+
+
 def collect(engine, groups, judge, next_request, merge):
     """Samples groups until next_request calls each final; nobody waits for the batch.
 
     A group is judged and, if hard, asked again the moment its own samples are there, while the
-    others still generate. groups: blank Groups. judge: `submit(request, completions)` and
-    `poll(wait)`, which gives [(slot, Group of this try)]. next_request(group, slot) gives a Request or
-    None. Returns the final groups in the order of the blank ones.
-    With a deterministic engine every verdict is awaited one poll later, so that arrival times of
-    verdicts cannot change what is batched with what.
+    others still generate. groups: blank Groups; next_request(group, slot) gives a Request or None.
+    Returns the final groups in the same order. With a deterministic engine every verdict is awaited
+    one poll later, so that the time it takes cannot change what is batched with what.
     """
-    groups = list(groups)
-    open_slots = set()
+    groups, under_way = list(groups), {}
     for slot, group in enumerate(groups):
         engine.submit(next_request(group, slot))
-        open_slots.add(slot)
-    while open_slots:
+        under_way[slot] = None
+    while under_way:
         finished = engine.poll()
-        for slot, new in judge.poll(wait=engine.deterministic or not engine.busy):
+        for slot, rewards in judge.poll(wait=engine.deterministic or not engine.busy):
+            request, completions = under_way.pop(slot)
+            pass_rate = float(np.mean([scores[judge.trigger] for scores in rewards]))
+            tokens = sum(len(c.token_ids) for c in completions)
+            tries = [*request.tries, replace(request.shown, pass_rate=pass_rate, tokens=tokens)]
+            new = Group(request.problem, tries, completions, rewards, request)
             groups[slot] = merge(groups[slot], new)
             request = next_request(groups[slot], slot)
-            if request is None:
-                open_slots.remove(slot)
-            else:
+            if request is not None:
                 engine.submit(request)
+                under_way[slot] = None
         for request, completions in finished:
+            under_way[request.slot] = request, completions
             judge.submit(request, completions)
     return groups
 
