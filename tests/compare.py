@@ -1,0 +1,280 @@
+"""Runs the real program on the tiny task and reports: the demo, and arms x seeds side by side.
+
+    python tests/compare.py demo [key=value ...]                    one GHPO run      -> runs/demo
+    python tests/compare.py compare [--arms a b] [--seeds 0 1 2]    GHPO against GRPO -> runs/compare
+
+Every run is `torchrun ghpo.py --config configs/tiny.yaml` with a few key=value settings (ARMS);
+this file only starts runs, reads their metrics.jsonl, prints tables, draws and writes summary.json.
+To fork: add an arm.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: no display is needed
+import matplotlib.pyplot as plt  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = "configs/tiny.yaml"
+TIERS = {"easy": "easy (k=2)", "transfer": "transfer (k=4, never trained on)", "hard": "hard (k=8)"}
+COLOURS = {"ghpo": "tab:blue", "grpo": "tab:orange"}
+
+# What distinguishes each arm from configs/tiny.yaml. GRPO also gets more steps, see `grpo_steps`.
+ARMS = {
+    "ghpo": ["rl_type=ghpo"],
+    "grpo": ["rl_type=grpo"],
+    "fixed-0.5": ["rl_type=ghpo", "hint_ratio=[0.5]"],
+    "always-0.5": ["rl_type=ghpo", "hint_ratio=[0.5]", "hint_trigger=always"],
+    "no-cold-start": ["rl_type=ghpo", "start_hint_step=0"],
+    "assistant-prefix": ["rl_type=ghpo", "hint_where=assistant"],
+    "deferred": ["rl_type=ghpo", "hint_timing=deferred"],
+}
+
+
+class RunFailed(RuntimeError):
+    """A training process ended with an error."""
+
+
+def train(folder: Path, settings: list[str], log: Path | None = None) -> float:
+    """One training run into folder; returns its seconds. Output goes to log, or to the terminal."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    command += ["ghpo.py", "--config", CONFIG, f"output_dir={folder}", *settings]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    start = time.monotonic()
+    if log is None:
+        done = subprocess.run(command, cwd=ROOT, env=env)
+    else:
+        with log.open("w") as out:
+            done = subprocess.run(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT)
+    if done.returncode:
+        where = "" if log is None else f", see {log}"
+        raise RunFailed(f"{' '.join(command[1:])} ended with status {done.returncode}{where}")
+    return time.monotonic() - start
+
+
+def read_run(folder: Path) -> dict:
+    """metrics.jsonl of a run as {"steps": [step records], "evals": [evaluation records]}.
+
+    Each record also gets `tokens`, all tokens generated for training up to then.
+    """
+    steps, evals, tokens = [], [], 0
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        tokens += record.get("tokens/generated", 0)
+        record["tokens"] = tokens
+        (evals if "eval/hard" in record else steps).append(record)
+    return {"steps": steps, "evals": evals}
+
+
+def set_aside(folder: Path) -> None:
+    """Moves the folder of an earlier call to <folder>.previous, in place of an older one."""
+    if folder.exists():
+        previous = folder.with_name(folder.name + ".previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        folder.rename(previous)
+    folder.mkdir(parents=True)
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Plain text, first column left-aligned."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, ["-" * width for width in widths], *rows]:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
+        print("  ".join([row[0].ljust(widths[0]), *cells]))
+
+
+def write_summary(folder: Path, summary: dict) -> None:
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+# ---- demo --------------------------------------------------------------------------------------
+
+
+def draw_demo(run: dict, path: Path) -> None:
+    """Left: un-hinted accuracy by tier. Right: at which hint ratio a problem was first solved."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    for tier, label in TIERS.items():
+        points = [(record["step"], record[f"eval/{tier}"]) for record in run["evals"]]
+        left.plot(*zip(*points), marker="o", label=label)
+    left.set(xlabel="step", ylabel="accuracy", title="without hints, fresh problems")
+    left.set_ylim(-0.03, 1.03)
+    left.legend(fontsize=8)
+    steps = [record["step"] for record in run["steps"]]
+    ratios = sorted({key.split("@")[1] for r in run["steps"] for key in r if "solved@" in key}, key=float)
+    shares, names = [], []
+    for ratio in ratios:
+        shares.append([r.get(f"hint/solved@{ratio}", 0) / r["hint/tried@0"] for r in run["steps"]])
+        names.append("no hint" if float(ratio) == 0 else f"{float(ratio):.0%} hint")
+    shares.append([record["hint/unsolved"] / record["hint/tried@0"] for record in run["steps"]])
+    colours = [plt.cm.viridis(0.85 - 0.7 * i / len(ratios)) for i in range(len(ratios))]
+    right.stackplot(steps, shares, labels=[*names, "unsolved"], colors=[*colours, "lightgrey"])
+    right.set(xlabel="step", ylabel="share of the step's problems", title="first solved with")
+    right.set_ylim(0, 1)
+    right.legend(fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def demo(settings: list[str]) -> None:
+    """Trains GHPO on the tiny task in the foreground, then prints and draws what came of it."""
+    folder = ROOT / "runs" / "demo"
+    set_aside(folder)
+    print("GHPO on running totals: the base model solves easy problems and never a hard one.")
+    print("Its hard groups are asked again with 25, 50, 75 % of the solution as a hint.\n", flush=True)
+    seconds = train(folder, ARMS["ghpo"] + settings)
+    run = read_run(folder)
+    before, after = run["evals"][0], run["evals"][-1]
+    tiers = {t: {"before": before[f"eval/{t}"], "after": after[f"eval/{t}"]} for t in TIERS}
+    tokens = after["tokens"]
+    write_summary(folder, {"tiers": tiers, "generated_tokens": tokens, "seconds": round(seconds, 1)})
+    draw_demo(run, folder / "demo.png")
+    print("\nAccuracy without hints on problems not trained on, greedy:\n")
+    rows = [[TIERS[t], f"{v['before']:.3f}", f"{v['after']:.3f}"] for t, v in tiers.items()]
+    print_table(["tier", "before", "after"], rows)
+    print(f"\n{after['step']} steps, {tokens:,} generated tokens, {seconds:.0f} s")
+    print("runs/demo/demo.png       the curves")
+    print("runs/demo/rollouts/      every prompt, hint and completion")
+    print("runs/demo/model/         the trained model, Hugging Face format")
+
+
+# ---- compare -----------------------------------------------------------------------------------
+
+
+def grpo_steps(ghpo_run: dict) -> int:
+    """Steps after which GRPO has generated at least the tokens of this GHPO run.
+
+    A GRPO step generates what stage 0 of a GHPO step does; 10 % are added because the lengths vary,
+    and `run_arm` checks the outcome.
+    """
+    plain = statistics.mean(record["tokens/stage@0"] for record in ghpo_run["steps"])
+    return -(-int(1.1 * ghpo_run["steps"][-1]["tokens"]) // int(plain))
+
+
+def run_arm(arm: str, seed: int, folder: Path, settings: list[str], budget: dict | None) -> dict:
+    """Trains one arm with one seed; `budget` is the GHPO run whose tokens GRPO must reach."""
+    extra = [f"seed={seed}", "save_strategy=no"]
+    if budget is not None:
+        extra.append(f"max_steps={grpo_steps(budget)}")
+    seconds = train(folder / arm / str(seed), [*ARMS[arm], *extra, *settings], folder / f"{arm}-{seed}.log")
+    run = read_run(folder / arm / str(seed))
+    last = run["evals"][-1]
+    if budget is not None and last["tokens"] < budget["evals"][-1]["tokens"]:
+        raise RunFailed(f"{arm} seed {seed} stopped at {last['tokens']} tokens, below GHPO's")
+    print(
+        f"{arm} seed {seed}: hard {last['eval/hard']:.3f} after {last['step']} steps, "
+        f"{last['tokens']:,} tokens, {seconds:.0f} s",
+        flush=True,
+    )
+    return run
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean and standard error over seeds (0 for one seed)."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return statistics.mean(values), error
+
+
+def draw_compare(runs: dict, path: Path) -> None:
+    """Left: hard tier against generated tokens, one line a seed. Right: the end, by tier."""
+    arms = list(dict.fromkeys(arm for arm, _ in runs))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    width = 0.8 / len(arms)
+    for i, arm in enumerate(arms):
+        colour = COLOURS.get(arm, f"C{i + 2}")
+        mine = [run for (name, _), run in runs.items() if name == arm]
+        for j, run in enumerate(mine):
+            points = [(record["tokens"] / 1000, record["eval/hard"]) for record in run["evals"]]
+            left.plot(*zip(*points), marker=".", color=colour, label=arm.upper() if j == 0 else None)
+        ends = [mean_and_error([run["evals"][-1][f"eval/{t}"] for run in mine]) for t in TIERS]
+        places = [x + (i - (len(arms) - 1) / 2) * width for x in range(len(TIERS))]
+        means, errors = zip(*ends)
+        right.bar(places, means, width, yerr=errors, color=colour, label=arm.upper(), capsize=3)
+    left.set(xlabel="generated tokens (thousands)", ylabel="accuracy", title="hard tier, no hints")
+    right.set_xticks(range(len(TIERS)), list(TIERS))
+    right.set(ylabel="accuracy", title="at the end, mean ± standard error over seeds")
+    for axis in (left, right):
+        axis.set_ylim(-0.03, 1.06)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def compare(arms: list[str], seeds: list[int], jobs: int, settings: list[str], folder: Path) -> None:
+    """Every arm with every seed, GHPO first because its tokens are GRPO's budget."""
+    set_aside(folder)
+    runs = {}
+    waves = [[arm for arm in arms if arm != "grpo"], [arm for arm in arms if arm == "grpo"]]
+    with ThreadPoolExecutor(jobs) as pool:
+        for wave in waves:
+            waiting = {
+                (arm, seed): pool.submit(
+                    run_arm, arm, seed, folder, settings, runs.get(("ghpo", seed)) if arm == "grpo" else None
+                )
+                for seed in seeds
+                for arm in wave
+            }
+            for key, future in waiting.items():
+                runs[key] = future.result()
+    rows = [
+        {
+            "arm": arm,
+            "seed": seed,
+            "tier": tier,
+            "accuracy": run["evals"][-1][f"eval/{tier}"],
+            "generated_tokens": run["evals"][-1]["tokens"],
+            "steps": run["evals"][-1]["step"],
+        }
+        for (arm, seed), run in runs.items()
+        for tier in TIERS
+    ]
+    write_summary(folder, {"rows": rows})
+    draw_compare(runs, folder / "compare.png")
+    print(f"\nAccuracy without hints, greedy, mean ± standard error over {len(seeds)} seeds:\n")
+    table = []
+    for arm in arms:
+        cells = [arm]
+        for tier in TIERS:
+            values = [row["accuracy"] for row in rows if (row["arm"], row["tier"]) == (arm, tier)]
+            mean, error = mean_and_error(values)
+            cells.append(f"{mean:.3f} ± {error:.3f}")
+        tokens = statistics.mean(row["generated_tokens"] for row in rows if row["arm"] == arm)
+        table.append([*cells, f"{tokens:,.0f}"])
+    print_table(["arm", *TIERS, "tokens"], table)
+    print(f"\n{folder.relative_to(ROOT)}/compare.png, summary.json, and the folder of every run")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("demo")
+    one.add_argument("settings", nargs="*", help="key=value for ghpo.py")
+    many = commands.add_parser("compare")
+    many.add_argument("settings", nargs="*", help="key=value for ghpo.py, every arm")
+    many.add_argument("--arms", nargs="+", choices=ARMS, default=["ghpo", "grpo"])
+    many.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    many.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="runs at once")
+    many.add_argument("--out", default="compare", help="folder under runs/")
+    args = parser.parse_args()
+    try:
+        if args.command == "demo":
+            demo(args.settings)
+        else:
+            compare(args.arms, args.seeds, args.jobs, args.settings, ROOT / "runs" / args.out)
+    except RunFailed as failure:
+        sys.exit(f"compare.py: {failure}")
+
+
+if __name__ == "__main__":
+    main()
