@@ -31,3 +31,23 @@ def command(model, host, port, max_model_len, dtype, device):
     environment |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
     environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     return argv, environment
+
+
+def main():
+    sys.path.insert(0, str(TESTS.parent))
+    from ghpo import load_config
+
+    import torch
+
+    config = load_config(sys.argv[1], sys.argv[2:])
+    longest = max(config.max_completion_length, config.eval_max_completion_length or 0)
+    argv, environment = command(
+        config.model_name_or_path, config.vllm_server_host, config.vllm_server_port,
+        config.max_prompt_length + longest, config.torch_dtype,
+        "cuda" if torch.cuda.is_available() else "cpu",
+    )  # fmt: skip
+    os.execve(argv[0], argv, environment)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""The vLLM engines against the trainer, with the real vLLM on CPU: ./run.sh test-vllm (4 minutes).
+
+One live vLLM engine per process is all that vLLM allows, so the runs of ghpo.py are subprocesses.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two busy OpenMP threads are 10 x slower
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+pytest.importorskip("vllm")
+
+import fsdp_utils
+import serve
+from ghpo import Policy
+from hints import Problem, Try
+from rollout import HfEngine, Request, Sampling, ServerEngine, VllmEngine
+
+TESTS = Path(__file__).parent
+BASE = TESTS / "tiny/base"
+EOS = {1, 7}  # two, of which the model's own config names none
+LENGTH = 300
+CPU = torch.device("cpu")
+
+
+def nothing():
+    pass
+
+
+def random_model(folder, tied):
+    """A random Llama with an uneven next-token distribution; head_dim 32 is vLLM's least on CPU."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512,
+        initializer_range=0.25, tie_word_embeddings=tied, eos_token_id=2, bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def settings(folder, port=0):
+    return SimpleNamespace(
+        model_name_or_path=str(folder), model_revision="main", torch_dtype="float32",
+        vllm_gpu_memory_utilization=0.3, vllm_server_host="127.0.0.1", vllm_server_port=port,
+    )  # fmt: skip
+
+
+def ask(problem, temperature=1.0, samples=3, max_tokens=48, length=160):
+    """A request whose prompt fills a whole 128-token block of vLLM's prefix cache."""
+    prompt = torch.randint(8, 96, (length,), generator=torch.Generator().manual_seed(problem))
+    shown = Try([0.0] * samples, [""] * samples)
+    return Request(
+        Problem(problem, [], ""), [prompt.tolist()] * samples, shown, [""] * samples,
+        2**63 - 2 + problem, 0, Sampling(temperature, max_tokens),
+    )  # fmt: skip
+
+
+def sample(engine, requests):
+    """{(problem id, sample): Completion}"""
+    for request in requests:
+        engine.submit(request)
+    found = {}
+    while engine.busy:
+        for request, completions in engine.poll():
+            for j, completion in enumerate(completions):
+                found[request.problem.id, j] = completion
+    return found
+
+
+def trainer_logp(model, completion, temperature):
+    """The trainer's own log-probs of a completion (T,), with gradient."""
+    ids = torch.tensor([completion.prompt_ids + completion.token_ids])
+    predict = torch.arange(len(completion.prompt_ids) - 1, ids.shape[1] - 1)
+    target = ids[0, predict + 1]
+    positions = torch.arange(ids.shape[1])[None]
+    return Policy(model)(ids, positions, None, None, predict, target, temperature)[0]
+
+
+@torch.no_grad()
+def worst_difference(model, found, temperature=1.0):
+    return max(
+        (trainer_logp(model, c, temperature) - torch.tensor(c.behaviour_logp)).abs().max().item()
+        for c in found.values()
+    )
+
+
+def greedy_tokens(engine):
+    found = sample(engine, [ask(problem, 0.0) for problem in range(4)])
+    return {key: completion.token_ids for key, completion in found.items()}
+
+
+def assert_greedy_equals_hf(engine, model):
+    tokens = greedy_tokens(engine)
+    assert tokens == greedy_tokens(HfEngine(Policy(model), EOS, nothing, nothing))
+    assert len(set(map(tuple, tokens.values()))) > 1
+
+
+def optimizer_steps(model, found, steps):
+    """A few steps away from what was sampled: enough to change what comes next."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        torch.stack([trainer_logp(model, c, 1.0).mean() for c in found.values()]).mean().backward()
+        optimizer.step()
+
+
+# ---- inside the process --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def colocated(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    random_model(folder, request.param == "tied")
+    engine = VllmEngine(settings(folder), EOS, LENGTH, CPU)
+    yield engine, folder
+    engine.close()
+
+
+@pytest.fixture
+def pair(colocated):
+    """(engine, model) with the same weights, whatever the test before left behind."""
+    engine, folder = colocated
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    engine.update_weights(model.named_parameters())
+    return engine, model
+
+
+def test_greedy_equals_hf_engine(pair):
+    assert_greedy_equals_hf(*pair)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
+def test_logp_equals_trainer(pair, temperature):
+    engine, model = pair
+    found = sample(engine, [ask(problem, temperature) for problem in range(6)])
+    assert worst_difference(model, found, temperature) < 1e-3
+    reasons = {c.finish_reason for c in found.values()}
+    assert reasons == {"stop", "length"}
+    for completion in found.values():
+        ends = [token in EOS for token in completion.token_ids]
+        assert ends[-1] == (completion.finish_reason == "stop") and not any(ends[:-1])
+
+
+def test_follows_three_optimizer_steps(pair):
+    engine, model = pair
+    before = sample(engine, [ask(problem) for problem in range(4)])
+    for _ in range(3):
+        optimizer_steps(model, before, 1)
+        engine.update_weights(model.named_parameters())
+    after = sample(engine, [ask(problem) for problem in range(4)])
+    assert worst_difference(model, after) < 1e-3
+    assert worst_difference(model, before) > 0.1  # the steps did move the policy
+    assert_greedy_equals_hf(engine, model)
+
+
+def test_stale_prefix_cache_would_be_seen(pair, monkeypatch):
+    engine, model = pair
+    before = sample(engine, [ask(0)])
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.llm, "reset_prefix_cache", lambda: True)
+        optimizer_steps(model, before, 3)
+        engine.update_weights(model.named_parameters())
+        stale = worst_difference(model, sample(engine, [ask(0)]))
+    engine.update_weights(model.named_parameters())
+    fresh = worst_difference(model, sample(engine, [ask(0)]))
+    assert fresh < 1e-3 < 1e-2 < stale
+
+
+def test_seeds_decide_the_tokens(pair):
+    """As documented: with fp32 on CPU, company and order change nothing; problem and sample do."""
+    engine, _ = pair
+    alone = sample(engine, [ask(3)])
+    together = sample(engine, [ask(problem) for problem in (5, 3, 4)])
+    for key, completion in alone.items():
+        assert completion.token_ids == together[key].token_ids
+    same_prompt = replace(ask(3), problem=Problem(9, [], ""), seed=77)
+    texts = [tuple(c.token_ids) for c in (*alone.values(), *sample(engine, [same_prompt]).values())]
+    assert len(set(texts)) == 6
+
+
+def test_samples_may_have_prompts_of_their_own(pair):
+    engine, model = pair
+    request = replace(ask(0), prompts=[ask(0).prompts[0], ask(1).prompts[0], [9, 10]])
+    found = sample(engine, [request])
+    assert [found[0, j].prompt_ids for j in range(3)] == request.prompts
+    assert worst_difference(model, found) < 1e-3
+
+
+def test_refuses_what_would_go_wrong_silently(pair):
+    engine, model = pair
+    with pytest.raises(ValueError, match="160 prompt.*200 new"):
+        engine.submit(ask(0, max_tokens=200))
+    assert not engine.busy
+    weights = list(model.named_parameters())
+    with pytest.raises(RuntimeError, match="norm|lm_head"):
+        engine.update_weights(weights[:-1])
+    with torch.no_grad():
+        weights[-1][1].fill_(float("nan"))
+    engine.update_weights(weights)
+    with pytest.raises(RuntimeError, match="finite"):
+        sample(engine, [ask(0)])
+    while engine.llm.llm_engine.has_unfinished_requests():  # leave nothing behind
+        engine.llm.llm_engine.step()
+    engine.calls.clear()
+
+
+def tiny_run(folder, *overrides, processes=1):
+    """ghpo.py on the tiny task with short answers, as a process of its own."""
+    common = ["eval_strategy=no", "start_hint_step=0", "save_strategy=no", "warmup_steps=0"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return subprocess.Popen(
+        [sys.executable, *(launcher if processes > 1 else []), "ghpo.py",
+         "--config", "configs/tiny.yaml", f"output_dir={folder}", f"model_name_or_path={BASE}",
+         *common, *overrides],
+        cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_two_ranks_with_an_engine_each(tmp_path):
+    """Sharded training, weights streamed to both engines: the mismatch shows that they arrive."""
+    run = tiny_run(tmp_path / "run", "engine=vllm", "max_steps=3", "save_strategy=no", processes=2)
+    output, _ = run.communicate(timeout=300)
+    assert run.returncode == 0, output[-4000:]
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert line["grad_norm"] > 0 and 0 < line["mismatch_max"] < 1e-3
+
+
+# ---- over HTTP -----------------------------------------------------------------------------------
+
+
+def free_port():
+    """A port whose next one, for the weights, is most likely free as well."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """A vLLM server for the time of a `with` block."""
+
+    def __init__(self, model, log):
+        self.port = free_port()
+        argv, environment = serve.command(model, "127.0.0.1", self.port, LENGTH, "float32", "cpu")
+        self.log = log
+        with open(log, "w") as file:
+            self.process = subprocess.Popen(
+                argv, env=environment, stdout=file, stderr=file, start_new_session=True
+            )
+
+    def kill(self):
+        """SIGKILL to the server and its worker, which share a session."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def __enter__(self):
+        for _ in range(240):
+            assert self.process.poll() is None, Path(self.log).read_text()[-4000:]
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return self
+            except OSError:
+                time.sleep(1)
+        self.kill()
+        raise AssertionError(f"no server after 240 s: {Path(self.log).read_text()[-4000:]}")
+
+    def __exit__(self, *_):
+        self.kill()
+
+
+def test_server_follows_weights(tmp_path):
+    model = random_model(tmp_path / "model", tied=True)
+    with Server(tmp_path / "model", tmp_path / "log") as server:
+        engine = ServerEngine(settings("", server.port), EOS, LENGTH, CPU)
+        for temperature in (0.6, 1.0, 1.3):
+            found = sample(engine, [ask(problem, temperature) for problem in range(4)])
+            assert worst_difference(model, found, temperature) < 1e-3
+        for _ in range(2):
+            optimizer_steps(model, found, 3)
+            engine.update_weights(model.named_parameters())
+            after = sample(engine, [ask(problem) for problem in range(4)])
+            assert worst_difference(model, after) < 1e-3
+            assert_greedy_equals_hf(engine, model)
+        assert worst_difference(model, found, 1.3) > 0.1
+
+        with pytest.raises(RuntimeError, match=f"{server.port}.*400.*temperature"):
+            sample(engine, [ask(0, -1.0)])
+        engine.calls.clear()
+        for problem in range(64):
+            engine.submit(ask(problem, max_tokens=140))
+        threading.Timer(0.5, server.kill).start()
+        started = time.monotonic()
+        with pytest.raises(RuntimeError, match=f"127.0.0.1:{server.port}.*run.sh serve"):
+            sample(engine, [])
+        assert time.monotonic() - started < 20
+        engine.close()
+
+
+def test_dead_or_wrong_server_is_named():
+    port = free_port()
+    with pytest.raises(RuntimeError, match=f"127.0.0.1:{port}.*refused.*run.sh serve"):
+        ServerEngine(settings("", port), EOS, LENGTH, CPU)
+    web = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    with pytest.raises(RuntimeError, match=f"127.0.0.1:{web.server_port}.*404"):
+        ServerEngine(settings("", web.server_port), EOS, LENGTH, CPU)
+    web.shutdown()
+
+
+def test_training_ends_clearly_when_its_server_dies(tmp_path):
+    with Server(BASE, tmp_path / "log") as server:
+        run = tiny_run(tmp_path / "run", "engine=server", f"vllm_server_port={server.port}",
+                       "save_strategy=steps", "save_steps=1", "max_steps=500")  # fmt: skip
+        while fsdp_utils.latest_checkpoint(tmp_path / "run") is None:
+            assert run.poll() is None, run.stdout.read()[-4000:]
+            time.sleep(0.2)
+        updates = Path(server.log).read_text().count("POST /resume")
+        while Path(server.log).read_text().count("POST /resume") == updates:
+            time.sleep(0.02)  # the next generation begins
+        server.kill()
+        output, _ = run.communicate(timeout=60)
+    assert run.returncode != 0
+    assert f"127.0.0.1:{server.port}" in output and "run.sh serve" in output
+    checkpoint = fsdp_utils.latest_checkpoint(tmp_path / "run")
+    policy = Policy(AutoModelForCausalLM.from_pretrained(BASE))
+    old = [p.clone() for p in policy.parameters()]
+    state = fsdp_utils.load_checkpoint(checkpoint, policy, torch.optim.AdamW(policy.parameters()))
+    assert state["step"] >= 1
+    assert not all(torch.equal(a, b) for a, b in zip(old, policy.parameters()))
