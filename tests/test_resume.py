@@ -1,0 +1,179 @@
+"""Survival: kills and resume, another number of ranks, HSDP gradients, export. gloo on the CPU."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soak_resume
+import torch
+
+import fsdp_utils
+import ghpo
+import hints
+from rollout import Completion, Group
+
+TINY = Path(__file__).parent / "tiny"
+
+
+def config(**settings):
+    base = {"model_name_or_path": str(TINY / "base"), "max_prompt_length": 128,
+            "dataset_name": str(TINY / "data" / "train.jsonl"), "torch_dtype": "float64",
+            "num_generations": 4, "max_completion_length": 48, "engine": "hf"}
+    return ghpo.make_config(base | settings)
+
+
+# ---- checks that run in processes of their own: python tests/test_resume.py NAME FOLDER ----
+
+
+def recorded_groups(c, n=7):
+    """n groups of uneven lengths and rewards; one has no advantage, one is truncated."""
+    rng = np.random.default_rng(3)
+    prompts = ghpo.Prompts(c)
+    groups = []
+    for number, problem in enumerate(ghpo.load_problems(c, prompts, True)[:n]):
+        completions = []
+        for _ in range(c.num_generations):
+            length = int(rng.integers(1, 30))
+            completions.append(Completion(
+                prompts.ids(problem)[0], rng.integers(4, 200, length).tolist(),
+                (-rng.random(length)).tolist(), "length" if number == 2 else "stop", 0.0))
+        rewards = np.zeros((4, 2)) if number == 1 else rng.integers(0, 2, (4, 2)).astype(float)
+        groups.append(Group(problem, [hints.unhinted(4)], completions, rewards.tolist()))
+    return prompts, groups
+
+
+class Capture(torch.optim.SGD):
+    """Keeps the whole gradients instead of taking a step."""
+
+    def step(self):
+        self.seen = [
+            p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
+            for group in self.param_groups for p in group["params"]]
+
+
+def gradients(place, replicas, **settings):
+    """Gradients of one step on the recorded groups through ghpo's own rows and loss."""
+    c = config(max_grad_norm=0.0, micro_batch_tokens=200, replicas=replicas, **settings)
+    run = SimpleNamespace(config=c, dist=place, rank=place.rank, world=place.world, is_packed=False,
+                          master_dtype=torch.float64, compute_dtype=torch.float64, reference=None,
+                          state={"step": 0})
+    prompts, groups = recorded_groups(c)
+    run.policy = ghpo.load_policy(run)
+    if c.beta:
+        run.reference = ghpo.load_policy(run).requires_grad_(False).eval()
+        with torch.no_grad():  # another policy than the reference's
+            for p in run.reference.parameters():
+                p.mul_(1.01)
+    run.optimizer = Capture(run.policy.parameters(), lr=1.0)
+    metrics = ghpo.optimize(run, ghpo.make_rows(groups[place.rank :: place.world], prompts, c), 1.0)
+    return run.optimizer.seen, metrics
+
+
+CASES = [{"loss_type": "bnpo"}, {"loss_type": "dapo", "mask_truncated_completions": True},
+         {"loss_type": "grpo", "beta": 0.1}]
+
+
+def save_gradients(folder):
+    place = fsdp_utils.setup_distributed()
+    results = [gradients(place, 2 if place.world == 4 else 1, **case) for case in CASES]
+    if place.rank == 0:
+        (Path(folder) / f"gradients-{place.world}").write_bytes(pickle.dumps(results))
+    fsdp_utils.gather_objects(None)
+
+
+def compare_export(folder):
+    """Greedy text of the resumed trainer and of transformers on the exported folder."""
+    from transformers import AutoModelForCausalLM
+
+    from rollout import Request, Sampling
+
+    saved = ghpo.yaml.safe_load((Path(folder) / "config.yaml").read_text())
+    run = ghpo.setup(ghpo.make_config(saved))
+    model = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32).eval()
+    texts = []
+    for number, problem in enumerate(run.problems[:6]):
+        ids = run.prompts.ids(problem)[0]
+        run.engine.submit(Request(problem, [ids], hints.unhinted(1), [], [""], number,
+                                  Sampling(0.0, 48), number))
+    run.engine.wake()
+    ours = {}
+    while run.engine.busy:
+        for request, (completion,) in run.engine.poll():
+            ours[request.slot] = completion.token_ids
+    for number, problem in enumerate(run.problems[:6]):
+        ids = torch.tensor([run.prompts.ids(problem)[0]])
+        out = model.generate(ids, do_sample=False, max_new_tokens=48,
+                             attention_mask=torch.ones_like(ids))
+        texts.append((out[0, ids.shape[1]:].tolist(), ours[number]))
+    run.judge.pool.close()
+    print(json.dumps({"same": all(a == b for a, b in texts), "step": run.state["step"],
+                      "tokens": sum(len(a) for a, _ in texts)}))
+
+
+# ---- tests ----
+
+
+def run_here(name, folder, ranks=1):
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(soak_resume.ROOT)}
+    done = subprocess.run([*launcher, __file__, name, str(folder)], env=env, cwd=soak_resume.ROOT,
+                          capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("resume")
+
+
+def test_killed_runs_end_with_the_same_bits(folder):
+    """Three kills over 1 rank inline and 2 ranks deferred, one of them in a checkpoint write."""
+    hits, wrong = soak_resume.soak(folder, kills=3, seed=1)
+    assert len(hits) == 3 and "write" in hits
+    assert not wrong
+
+
+def test_two_ranks_continue_on_one_with_the_same_data_order(folder):
+    soak_resume.finish(folder / "moved", 2, "inline", "max_steps=4")
+    config_file = folder / "moved" / "config.yaml"
+    config_file.write_text(config_file.read_text().replace("max_steps: 4", "max_steps: 8"))
+    soak_resume.finish(folder / "moved", 1, "inline")
+    reference = folder / "whole-1-inline"
+
+    def problems(run, step):
+        lines = (run / "rollouts" / f"step_{step:06d}.jsonl").read_text().splitlines()
+        return sorted(json.loads(line)["id"] for line in lines)
+
+    for step in range(1, 9):
+        assert problems(folder / "moved", step) == problems(reference, step)
+        assert len(set(problems(reference, step))) == 16
+
+
+def test_export_loads_in_transformers_with_the_same_greedy_text(folder):
+    result = json.loads(run_here("compare_export", folder / "whole-2-deferred").splitlines()[-1])
+    assert result["same"] and result["step"] == 8 and result["tokens"] > 60
+
+
+def test_hsdp_two_by_two_gives_the_gradients_of_one_process(folder):
+    for ranks in (1, 4):
+        run_here("save_gradients", folder, ranks)
+    alone, four = (pickle.loads((folder / f"gradients-{n}").read_bytes()) for n in (1, 4))
+    for (ours, metrics), (theirs, same_metrics), case in zip(alone, four, CASES):
+        assert max(g.abs().max() for g in ours) > 1e-3
+        worst = max((a - b).abs().max().item() for a, b in zip(ours, theirs))
+        assert worst < 1e-9, (case, worst)
+        for key in ("loss", "grad_norm", "entropy", "mismatch_k3"):
+            assert metrics[key] == pytest.approx(same_metrics[key], abs=1e-9)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](sys.argv[2])
