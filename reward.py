@@ -18,6 +18,7 @@ import os
 import queue
 import re
 import resource
+import select
 import subprocess
 import sys
 import threading
