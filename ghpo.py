@@ -1,11 +1,12 @@
 """GHPO and GRPO from scratch: sample groups, hint the groups that fail, take one gradient step.
 
     python ghpo.py --config configs/tiny.yaml                          one process, CPU or GPU
-    torchrun --nproc_per_node 8 ghpo.py --config configs/x.yaml lr_scheduler_type=constant
-    python ghpo.py --config configs/x.yaml --dry_run                     what would run
+    torchrun --nproc_per_node 8 ghpo.py --config configs/x.yaml learning_rate=2e-6
+    python ghpo.py --config configs/x.yaml --dry_run                   what would run
 
-`train` is the algorithm; E1-E8 are the README's equations. Fork here for the loss and the loop, in
-hints.py for the method, in rollout.py for samplers, in reward.py for rewards.
+`train` is the algorithm; E1-E8 are the README's equations; configs/default.yaml has every setting.
+Fork here for the loss and the loop, in hints.py for the method, in rollout.py for samplers, in
+reward.py for rewards.
 """
 
 import argparse
@@ -21,11 +22,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, make_dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ import yaml
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
 from transformers.utils import logging as transformers_logging
 
 import fsdp_utils
@@ -42,117 +42,14 @@ import rollout
 from reward import VerifierPool, parse_gold, resolve_reward
 from rollout import Group, Request, Sampling
 
-
-@dataclass(frozen=True)
-class Config:
-    """Every setting. "steps" are rollout batches everywhere; weights are kept in float32."""
-
-    # model
-    model_name_or_path: str = ""  # hub name or folder, a causal LM with a chat template
-    model_revision: str = "main"
-    torch_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # compute type
-    bf16: bool | None = None  # the reference's flag: must agree with torch_dtype
-    attn_implementation: str = "sdpa"  # flash_attention_2 falls back to sdpa where not installed
-    # data
-    dataset_name: str = ""  # hub name, folder, or .jsonl / .json / .parquet file
-    dataset_config: str | None = None
-    dataset_split: str = "train"
-    dataset_prompt_column: str = "problem"  # text or a list of chat messages
-    dataset_answer_column: str = "solution"  # the gold answer, as in the reference's data
-    dataset_hint_column: str = "solution_hint"  # the solution trace that hints are cut from
-    dataset_level_column: str = "level"  # difficulty, for the curriculum; may be missing
-    system_prompt: str | None = None
-    curriculum: bool = False  # easy to hard by level instead of shuffled (GRPO-CL)
-    # hints
-    rl_type: Literal["ghpo", "grpo"] = "ghpo"  # grpo: the same without hints
-    hint_ratio: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])  # omega; one = fixed
-    start_hint_step: int = 0  # cold start: no hints in the first so many steps
-    hint_trigger: str = "accuracy"  # reward that decides what is hard; "always" hints everything
-    hint_threshold: float = 0.0  # hard: mean trigger reward of the group <= this
-    hint_where: Literal["user", "assistant"] = "user"  # message, or answer's beginning
-    hint_timing: Literal["inline", "deferred"] = "inline"  # deferred: in the next step
-    deferred_share: float = 0.5  # largest part of a step's prompts that are returning problems
-    hint_context: Literal["hinted", "original"] = "hinted"  # what E4 conditions on (hinted: paper)
-    hint_exhausted: Literal["keep", "drop"] = "keep"  # groups that fail the last stage
-    # rollout
-    engine: Literal["hf", "vllm", "server", None] = None  # unset: vllm if use_vllm else hf
-    use_vllm: bool | None = None
-    num_generations: int = 8  # G
-    max_prompt_length: int = 512  # tokens; longer problems are dropped, longer hints shortened
-    max_completion_length: int = 2048
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0  # 0 = off
-    vllm_gpu_memory_utilization: float = 0.3  # of the whole GPU
-    vllm_server_host: str = "127.0.0.1"
-    vllm_server_port: int = 8000
-    # rewards
-    reward_funcs: list[str] = field(default_factory=lambda: ["accuracy", "format"])
-    reward_weights: list[float] = field(default_factory=lambda: [1.0, 0.5])
-    verifier_timeout: float = 5.0  # seconds an answer, then it scores 0
-    # loss
-    loss_type: Literal["bnpo", "dapo", "grpo", "dr_grpo"] = "bnpo"  # E6; bnpo: the reference's
-    epsilon: float = 0.2
-    epsilon_high: float | None = None  # unset: epsilon
-    beta: float = 0.0  # KL coefficient; > 0 keeps a frozen reference model
-    scale_rewards: bool = True  # divide advantages by the group's standard deviation
-    num_iterations: int = 1  # optimizer steps per rollout batch
-    mask_truncated_completions: bool = False
-    importance_cap: float | None = 2.0  # E7; null: no correction
-    # optimisation
-    learning_rate: float = 1e-6
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"  # the first two to 0
-    warmup_ratio: float = 0.0
-    warmup_steps: int = 0  # wins over warmup_ratio
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    max_grad_norm: float = 1.0
-    nonfinite: Literal["stop", "skip"] = "stop"  # when the gradient norm is not finite
-    num_train_epochs: float = 1.0
-    max_steps: int = -1  # > 0 wins over num_train_epochs
-    per_device_train_batch_size: int = 8  # completions; with the next line: prompts a step
-    gradient_accumulation_steps: int = 1
-    micro_batch_tokens: int = 16384  # tokens per forward: memory, not the objective
-    packing: bool | None = None  # several rows in one sequence; unset: with flash attention only
-    gradient_checkpointing: bool = True
-    sharding: Literal["zero3", "zero2", "ddp"] = "zero3"
-    replicas: int = 1  # HSDP: copies of the sharded model (number of nodes)
-    cpu_offload: bool = False
-    startup_pass: bool | None = None  # a step at maximum length first; unset: on GPU
-    # evaluation, never with hints
-    eval_strategy: Literal["no", "steps"] = "no"
-    eval_steps: int = 100
-    eval_datasets: dict = field(default_factory=dict)  # name: path or {dataset_name: ..., ...}
-    eval_samples: int = 1  # k of avg@k and pass@k
-    eval_temperature: float = 0.0
-    eval_max_completion_length: int | None = None  # unset: max_completion_length
-    # output
-    output_dir: str = "runs/ghpo"
-    overwrite_output_dir: bool = False  # a run of another config there is moved aside
-    save_strategy: Literal["no", "steps", "epoch"] = "steps"
-    save_steps: int = 100
-    save_total_limit: int | None = None
-    push_to_hub: bool = False
-    hub_model_id: str | None = None
-    report_to: list[str] = field(default_factory=list)  # wandb
-    logging_steps: int = 1  # for the terminal; metrics.jsonl has every step
-    seed: int = 42
-
-
-# Keys of the reference's YAML (and its trainer's) that have no meaning here.
-IGNORED = """vllm_device do_eval gradient_checkpointing_kwargs hub_strategy log_completions log_level
-    logging_first_step logging_strategy per_device_eval_batch_size remove_unused_columns
-    dataloader_num_workers ddp_timeout trust_remote_code use_liger_kernel run_name""".split()
-# Keys that may change when a run is resumed; the others define it.
-RESUMABLE = """output_dir overwrite_output_dir save_strategy save_steps save_total_limit push_to_hub
-    hub_model_id report_to logging_steps micro_batch_tokens packing gradient_checkpointing sharding
-    replicas cpu_offload startup_pass per_device_train_batch_size gradient_accumulation_steps
-    verifier_timeout vllm_gpu_memory_utilization vllm_server_host vllm_server_port""".split()
+# Settings live in one commented file; Config is the frozen dataclass with just these fields.
+DEFAULTS, ALLOWED, KEYS = yaml.safe_load_all(
+    (Path(__file__).parent / "configs" / "default.yaml").read_text())
+Config = make_dataclass("Config", DEFAULTS, frozen=True)
 
 
 class UserError(Exception):
-    """Something the user can mend; shown as one message, without a traceback."""
+    """Something the user can mend: shown as one message, without a traceback."""
 
 
 def need(condition, message):
@@ -167,7 +64,7 @@ def say(message):
         tqdm.write(message, file=sys.stderr)
 
 
-# ---- configuration -----------------------------------------------------------------------------
+# ---- configuration and data --------------------------------------------------------------------
 
 
 def load_config(path, overrides=()):
@@ -184,33 +81,26 @@ def load_config(path, overrides=()):
 
 
 def make_config(values):
-    """A dict of settings to a checked Config."""
-    kinds, known = get_type_hints(Config), {}
+    """A dict of settings to a checked Config; what it does not name has its default."""
+    for key in set(values) & set(KEYS["ignored"]):
+        say(f"config: {key} has no meaning here and is ignored")
+    values = {key: value for key, value in values.items() if key not in KEYS["ignored"]}
     for key, value in values.items():
-        if key in IGNORED:
-            say(f"config: {key} has no meaning here and is ignored")
-            continue
-        near = difflib.get_close_matches(key, kinds, n=1)
-        need(key in kinds, f"config: unknown key {key!r}" + "".join(f", not {n}?" for n in near))
-        known[key] = cast(key, value, kinds[key])
-    c = Config(**known)
-    for key in ("model_name_or_path", "dataset_name"):
-        need(getattr(c, key), f"config: {key} is missing")
-    for key in """num_generations per_device_train_batch_size gradient_accumulation_steps save_steps
-            max_prompt_length max_completion_length num_iterations eval_steps eval_samples replicas
-            logging_steps micro_batch_tokens""".split():
-        least = 2 if key == "num_generations" else 1
-        need(getattr(c, key) >= least, f"config: {key}={getattr(c, key)} must be at least {least}")
-    in_range = c.hint_ratio == sorted(c.hint_ratio) and all(0 <= w <= 1 for w in c.hint_ratio)
-    need(in_range, f"config: hint_ratio={c.hint_ratio} must ascend within [0, 1]")
+        near = difflib.get_close_matches(key, DEFAULTS, n=1)
+        need(key in DEFAULTS, f"config: unknown key {key!r}" + "".join(f", not {n}?" for n in near))
+        values[key] = cast(key, value)
+    c = Config(**DEFAULTS | values)
+    need(c.model_name_or_path, "config: model_name_or_path is missing")
+    need(c.dataset_name, "config: dataset_name is missing")
+    ascends = c.hint_ratio == sorted(c.hint_ratio) and all(0 <= omega <= 1 for omega in c.hint_ratio)
+    need(ascends, f"config: hint_ratio={c.hint_ratio} must ascend within [0, 1]")
     need(len(c.reward_weights) == len(c.reward_funcs), "config: one reward_weights per reward_funcs")
-    triggers = ["always"] * bool(c.hint_ratio) + c.reward_funcs
+    triggers = c.reward_funcs + ["always"] * bool(c.hint_ratio)
     need(c.hint_trigger in triggers, f"config: hint_trigger={c.hint_trigger} is not in {triggers}")
     need(c.use_vllm is None or c.use_vllm == (engine_name(c) != "hf"),
          f"config: engine={c.engine} and use_vllm={c.use_vllm} disagree, set one of them")
     need(c.bf16 is None or c.bf16 == (c.torch_dtype == "bfloat16"),
          f"config: bf16={c.bf16} and torch_dtype={c.torch_dtype} disagree")
-    need(c.temperature > 0, "config: temperature must be above 0")
     for name in c.reward_funcs:
         try:
             resolve_reward(name)
@@ -224,27 +114,33 @@ def engine_name(config):
     return config.engine or ("vllm" if config.use_vllm else "hf")
 
 
-def cast(key, value, kind):
-    """A YAML value as a field's annotated type; UserError when it cannot be one."""
-    options = get_args(kind)
-    if get_origin(kind) is Literal:
-        value = "no" if value is False else value  # YAML 1.1 reads a bare no as false
-        need(value in options, f"config: {key}={value!r} must be one of {options}")
-        return value
-    if get_origin(kind) is list:
-        return [cast(key, v, options[0]) for v in (value if isinstance(value, list) else [value])]
-    if options:  # kind | None
-        return None if value is None else cast(key, value, options[0])
-    if kind in (int, float) and isinstance(value, (int, float, str)) and value is not True:
-        try:
-            number = float(value)  # YAML 1.1 reads 1e-6 as text
-            if math.isfinite(number) and kind(number) == number:
-                return kind(number)
-        except ValueError:
-            pass
-    need(kind not in (int, float) and isinstance(value, kind),
-         f"config: {key}={value!r} must be of type {kind.__name__}")
-    return value
+def cast(key, value):
+    """A YAML value as the type of the setting's default, within what the setting may be."""
+    default, allowed = DEFAULTS[key], ALLOWED.get(key)
+    kind = KEYS["types"].get(key) or type(default).__name__
+    if value is None and key in KEYS["types"]:
+        return None
+    if kind == "list":
+        items = value if isinstance(value, list) else [value]
+        kind = "float" if key in ("hint_ratio", "reward_weights") else "str"
+    else:
+        items = [value]
+    for i, item in enumerate(items):
+        if kind in ("int", "float") and isinstance(item, (int, float, str)) and item is not True:
+            try:  # YAML 1.1 reads 1e-6 as text
+                number = float(item)
+                items[i] = int(number) if kind == "int" and number.is_integer() else number
+            except ValueError:
+                pass
+        elif kind == "str" and item is False:
+            items[i] = "no"  # YAML 1.1 reads a bare no as false
+        need(type(items[i]).__name__ == kind and items[i] != math.inf,
+             f"config: {key}={value!r} must be of type {kind}")
+        if isinstance(allowed, list):
+            need(items[i] in allowed, f"config: {key}={value!r} must be one of {allowed}")
+        elif allowed is not None:
+            need(items[i] >= allowed, f"config: {key}={value!r} must be at least {allowed}")
+    return items if isinstance(default, list) else items[0]
 
 
 def make_plan(config, world, n_problems):
@@ -257,52 +153,51 @@ def make_plan(config, world, n_problems):
     per_epoch = n_problems // prompts
     need(per_epoch, f"{config.dataset_name}: {n_problems} usable problems, a step takes {prompts}")
     steps = config.max_steps if config.max_steps > 0 else int(config.num_train_epochs * per_epoch)
-    say(f"batch: {world} ranks * {batch} per device * {accumulation} accumulation / {G} generations "
-        f"= {prompts} prompts a step; {n_problems} problems = {per_epoch} steps an epoch; {steps} steps")
+    say(f"batch: {world} ranks * {batch} per device * {accumulation} accumulation / {G} generations ="
+        f" {prompts} prompts a step; {n_problems} problems = {per_epoch} steps an epoch; {steps} steps")
     return SimpleNamespace(prompts=prompts, per_epoch=per_epoch, steps=max(1, steps))
-
-
-# ---- data --------------------------------------------------------------------------------------
 
 
 def read_rows(config):
     """Rows of the data set as dicts; UserError names the file and line."""
-    name, path = config.dataset_name, Path(config.dataset_name)
-    number = None
+    name, path, rows = config.dataset_name, Path(config.dataset_name), []
     try:
         if path.suffix == ".jsonl":
-            lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
-            rows = [json.loads(line) for number, line in lines if line.strip()]
+            for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+                rows += [json.loads(line)] if line.strip() else []
         else:
+            number = None
             from datasets import load_dataset
 
-            if path.suffix in (".json", ".parquet"):
-                rows = list(load_dataset(path.suffix[1:], data_files=name, split="train"))
-            else:
-                rows = list(load_dataset(name, config.dataset_config, split=config.dataset_split))
+            is_file = path.suffix in (".json", ".parquet")
+            rows = (load_dataset(path.suffix[1:], data_files=name, split="train") if is_file else
+                    load_dataset(name, config.dataset_config, split=config.dataset_split))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name}, line {number}: broken JSON, {error}") from None
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"dataset_name={name} cannot be read: {error}") from None
-    need(rows, f"dataset_name={name} has no rows")
-    return rows
+    need(len(rows), f"dataset_name={name} has no rows")
+    return list(rows)
 
 
 def load_problems(config, prompts, with_trace):
     """Usable problems, ids = row numbers; what is dropped is counted and shown."""
     c, rows, problems, dropped = config, read_rows(config), [], {}
-    for column in [c.dataset_prompt_column, c.dataset_answer_column, c.dataset_hint_column][: 2 + with_trace]:
+    columns = [c.dataset_prompt_column, c.dataset_answer_column, c.dataset_hint_column]
+    for column in columns[: 2 + with_trace]:
         need(column in rows[0], f"{c.dataset_name}: no column {column!r} among {sorted(rows[0])}: set "
              "dataset_prompt_column, dataset_answer_column or dataset_hint_column")
     system = [{"role": "system", "content": c.system_prompt}] if c.system_prompt else []
     for number, row in enumerate(rows):
-        question = row.get(c.dataset_prompt_column) or []
+        question, answer, trace = (row.get(column) or "" for column in columns)
+        answer = str(row.get(columns[1]) if answer == "" else answer).strip()  # 0 is an answer
         if isinstance(question, str):
-            question = [{"role": "user", "content": question}]
-        answer = row.get(c.dataset_answer_column)
-        answer = "" if answer is None else str(answer).strip()
-        digits = re.findall(r"\d+", str(row.get(c.dataset_level_column)))  # "Level 5" is 5
-        problem = hints.Problem(number, system + question, answer,
-                                str(row.get(c.dataset_hint_column) or ""), float((digits or [0])[0]))
-        reason = "no problem text" if not question else "no answer" if not answer else parse_gold(answer)
+            question = [{"role": "user", "content": question}] if question.strip() else []
+        level = re.search(r"\d+", str(row.get(c.dataset_level_column)))  # "Level 5" is 5
+        problem = hints.Problem(number, system + question, answer, str(trace),
+                                float(level[0]) if level else 0.0)
+        reason = "no problem text" if not question else "no answer" if answer in ("", "None") else None
+        reason = reason or parse_gold(answer)
         if not reason and len(prompts.ids(problem)[0]) > c.max_prompt_length:
             reason = f"prompt over max_prompt_length={c.max_prompt_length} tokens"
         if reason:
@@ -312,7 +207,7 @@ def load_problems(config, prompts, with_trace):
     say(f"data: {c.dataset_name}: {len(problems)} of {len(rows)} rows usable")
     for reason, numbers in dropped.items():
         say(f"data: dropped {len(numbers)}, {reason}: rows {str(numbers[:5])[1:-1]}")
-    untraced = sum(not p.trace.strip() for p in problems)
+    untraced = sum(not problem.trace.strip() for problem in problems)
     if with_trace and untraced:
         say(f"data: {untraced} problems have no solution trace and are never hinted")
     return problems
@@ -370,13 +265,13 @@ def advantages(group, config):
 
 @dataclass
 class Row:
-    """One completion as the loss sees it."""
+    """One completion as the loss sees it; T targets follow the context."""
 
-    input_ids: list  # context, then the T targets
+    input_ids: list
     context: int  # tokens of context
-    behaviour_logp: list  # (T,), as are the two weights
-    policy_weight: list
-    likelihood_weight: list
+    behaviour_logp: list  # (T,)
+    policy_weight: list  # (T,)
+    likelihood_weight: list  # (T,)
     advantage: float
     tokens: int  # that count in E6, 0 when masked as truncated
     is_on_context: bool  # scored under the prompt it was sampled from: mismatch can be measured
@@ -422,7 +317,7 @@ def token_scales(tokens_N, group_N, counts, config):
 
 
 def token_loss(logp, old_logp, ref_logp, batch, config):
-    """E4, E5 and E7 for each token of a micro-batch, (M,); ref_logp: None when beta is 0."""
+    """E4, E5 and E7: (loss, ratio, clipped ratio) of each token, (M,). ref_logp: None if beta = 0."""
     advantage, high = batch["advantage"], config.epsilon_high
     ratio = torch.exp(logp - old_logp)
     clipped = ratio.clamp(1 - config.epsilon, 1 + (config.epsilon if high is None else high))
@@ -432,7 +327,8 @@ def token_loss(logp, old_logp, ref_logp, batch, config):
         loss = loss * weight.detach()  # E7
     if ref_logp is not None:
         loss = loss + config.beta * (torch.exp(ref_logp - logp) - (ref_logp - logp) - 1)  # E5
-    return loss * batch["policy_weight"] - batch["likelihood_weight"] * logp
+    loss = loss * batch["policy_weight"] - batch["likelihood_weight"] * logp
+    return loss, ratio.detach(), clipped.detach()
 
 
 def pass_at_k(n, c, k):
@@ -449,8 +345,8 @@ class Policy(nn.Module):
 
     def forward(self, ids, positions, mask=None, cache=None, predict=None, target=None, heat=1.0):
         """With a cache: logits (B, V) of the last position. Without: logp and entropy (M,) of the
-        tokens target (M,) predicted at the flat positions predict (M,) of ids (B, T), logits
-        divided by the temperature heat. Rows are padded right, or packed with positions restarted.
+        tokens target (M,) predicted at the flat positions predict (M,) of ids (B, T), logits over
+        the temperature heat. Rows are padded on the right, or packed with positions restarted.
         """
         if cache is not None:
             return self.model(input_ids=ids, position_ids=positions, attention_mask=mask,
@@ -463,8 +359,7 @@ class Policy(nn.Module):
         chunk = max(64, 2**26 // self.model.config.vocab_size)
         parts = [checkpoint(self._score, h, t, heat, use_reentrant=False)
                  for h, t in zip(hidden_MH.split(chunk), target.split(chunk))]
-        logp, entropy = zip(*parts)
-        return torch.cat(logp), torch.cat(entropy)
+        return tuple(torch.cat(part) for part in zip(*parts))
 
     def _score(self, hidden, target, heat):
         logits = self.model.get_output_embeddings()(hidden)
@@ -508,8 +403,9 @@ def collate(rows, is_packed, device, dtype):
     repeats = [length - row.context for row, length in zip(rows, lengths)]
     for key in ("advantage", "scale", "is_on_context"):
         batch[key] = np.repeat([getattr(row, key) for row in rows], repeats)
-    inputs = {key: torch.from_numpy(value).to(device) for key, value in inputs.items()}
-    return inputs, {key: torch.from_numpy(value).to(device, dtype) for key, value in batch.items()}
+    move = partial(torch.Tensor.to, device=device)
+    return ({key: move(torch.from_numpy(value)) for key, value in inputs.items()},
+            {key: move(torch.from_numpy(value), dtype=dtype) for key, value in batch.items()})
 
 
 FILLER = Row([0, 0], 1, [0.0], [0.0], [0.0], 0.0, 0, False)  # runs, and weighs nothing
@@ -522,67 +418,51 @@ def optimize(run, rows, lr):
     Every rank runs the same number of micro-batches; gradients are summed over them and the ranks,
     for the objective is divided by the counts of the whole step beforehand.
     """
-    config, policy = run.config, run.policy
+    c, policy, device = run.config, run.policy, run.dist.device
     # A row without advantage gives no gradient, but it has been counted.
-    used = [row for row in rows if row.advantage or config.beta or any(row.likelihood_weight)]
-    batches = micro_batches(used, config.micro_batch_tokens, run.is_packed)
+    used = [row for row in rows if row.advantage or c.beta or any(row.likelihood_weight)]
+    batches = micro_batches(used, c.micro_batch_tokens, run.is_packed)
     most = int(fsdp_utils.all_reduce_scalars({"n": max(1, len(batches))}, "max")["n"])
     batches += [[FILLER]] * (most - len(batches))
-    batches = [collate(batch, run.is_packed, run.dist.device, run.master_dtype) for batch in batches]
+    batches = [collate(batch, run.is_packed, device, run.master_dtype) for batch in batches]
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     old, ref = [None] * most, [None] * most
-    sums = torch.zeros(len(SUMS) + 1, dtype=torch.float64, device=run.dist.device)
-    for iteration in range(config.num_iterations):
+    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+    largest = torch.zeros((), dtype=run.master_dtype, device=device)
+    for iteration in range(c.num_iterations):
         for i, (inputs, batch) in enumerate(batches):
             fsdp_utils.last_micro_batch(policy, i == most - 1)
-            if config.beta and iteration == 0:
+            if c.beta and iteration == 0:
                 with torch.no_grad():
-                    ref[i], _ = run.reference(**inputs, heat=config.temperature)
-            logp, entropy = policy(**inputs, heat=config.temperature)
+                    ref[i], _ = run.reference(**inputs, heat=c.temperature)
+            logp, entropy = policy(**inputs, heat=c.temperature)
             if iteration == 0:
-                old[i] = logp.detach()  # before the first update of this batch
-            loss = token_loss(logp, old[i], ref[i], batch, config) * batch["scale"]
-            loss.sum().backward()
-            sums[:-1] += statistics(logp.detach(), old[i], entropy, loss.detach(), batch, config)
-            delta = (old[i] - batch["behaviour_logp"]) * batch["is_on_context"]
-            sums[-1] = torch.maximum(sums[-1], delta.abs().max())
-        norm = float(fsdp_utils.clip_grad_norm(policy.parameters(), config.max_grad_norm))
+                old[i] = logp.detach()  # before the first update on this batch
+            loss, ratio, clipped = token_loss(logp, old[i], ref[i], batch, c)
+            (loss * batch["scale"]).sum().backward()  # E6
+            with torch.no_grad():
+                on, weight = batch["is_on_context"], batch["policy_weight"]
+                delta = (old[i] - batch["behaviour_logp"]) * on
+                capped = delta > math.log(c.importance_cap or math.inf)
+                is_clipped = (clipped - ratio) * batch["advantage"] < 0
+                parts = (weight, entropy * weight, is_clipped * weight, on,
+                         torch.expm1(delta) - delta, capped, loss * batch["scale"])
+                sums += torch.stack([part.double().sum() for part in parts])
+                largest = torch.maximum(largest, delta.abs().max())
+        norm = float(fsdp_utils.clip_grad_norm(policy.parameters(), c.max_grad_norm))
         if math.isfinite(norm):
             run.optimizer.step()
         else:
-            path = run.folder / f"nonfinite_step_{run.state['step']}_rank_{run.dist.rank}.pt"
+            path = run.folder / f"nonfinite_step_{run.state['step']}_rank_{run.rank}.pt"
             torch.save(rows, path)
-            need(config.nonfinite == "skip", f"gradient norm is {norm}, its batch is in {path}")
+            need(c.nonfinite == "skip", f"gradient norm is {norm}: its batch is in {path}")
         run.optimizer.zero_grad()
     total = fsdp_utils.all_reduce_scalars(dict(zip(SUMS, sums.tolist())))
-    largest = fsdp_utils.all_reduce_scalars({"mismatch_max": float(sums[-1])}, "max")
+    largest = fsdp_utils.all_reduce_scalars({"mismatch_max": float(largest)}, "max")
     per = {"entropy": "tokens", "clipped": "tokens", "mismatch_k3": "compared", "capped": "compared"}
     means = {key: total[key] / max(total[of], 1) for key, of in per.items()}
     return {"loss": total["loss"], "grad_norm": norm, "lr": lr, **means, **largest}
-
-
-@torch.no_grad()
-def statistics(logp, old_logp, entropy, loss, batch, config):
-    """SUMS over the tokens of a micro-batch, float64, left on the device."""
-    on, weight, high = batch["is_on_context"], batch["policy_weight"], config.epsilon_high
-    delta = (old_logp - batch["behaviour_logp"]) * on
-    drift = (torch.exp(logp - old_logp) - 1) * batch["advantage"].sign()
-    bound = torch.where(batch["advantage"] > 0, config.epsilon if high is None else high, config.epsilon)
-    capped = delta > math.log(config.importance_cap or math.inf)
-    k3 = torch.expm1(delta) - delta
-    values = [weight, entropy * weight, (drift > bound) * weight, on, k3, capped, loss]
-    return torch.stack([value.double().sum() for value in values])
-
-
-def learning_rate(config, step, steps):
-    """lr of a step; differs from reference: the first warm-up step is not 0."""
-    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, steps - warmup)
-    shapes = {"constant": 1, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
-    return config.learning_rate * shapes[config.lr_scheduler_type]
 
 
 # ---- the loop ----------------------------------------------------------------------------------
@@ -601,9 +481,8 @@ def train(run):
             shown, tries = hints.plan_try(group, c, state["history"], step)
             if group.completions and (shown is None or c.hint_timing == "deferred"):
                 return None
-            group = replace(group, tries=tries)
             shown = shown or hints.unhinted(c.num_generations)
-            return run.prompts.request(group, shown, sampling, slot, step)
+            return run.prompts.request(replace(group, tries=tries), shown, sampling, slot, step)
 
         blank = next_groups(run)[run.rank :: run.world]
         groups = sample(run, blank, next_request, clock)
@@ -614,24 +493,27 @@ def train(run):
                       if shown or not hints.needs_hint(group.tries, c)]
         clock.append(time.perf_counter())
 
-        # 3. Advantages (E1, E3) and the weight of each row in the objective of the step (E6).
+        # 3. Advantages (E1, E3), and what each row weighs in the objective of the step (E6).
         rows = make_rows(groups, run.prompts, c)
 
         # 4. Micro-batches and loss (E4, E5, E7); 5. optimizer step. The sampler gets the weights
         # when the next rollout begins.
         with fsdp_utils.phase("train"):
-            metrics |= optimize(run, rows, learning_rate(c, step, plan.steps))
+            metrics |= optimize(run, rows, run.learning_rate(step))
         clock.append(time.perf_counter())
         state["step"] = step + 1
         names = ("sync", "generate", "record", "train")
         metrics |= {f"seconds/{name}": d for name, d in zip(names, np.diff(clock).tolist())}
-        metrics |= {"seconds/verify": run.judge.seconds}
-        run.judge.seconds = 0.0
+        metrics["seconds/verify"], run.judge.seconds = run.judge.seconds, 0.0
         write_metrics(run, metrics)
-        check_mismatch(run, metrics)
+        limit = 1e-2 if c.torch_dtype == "bfloat16" else 1e-4
+        need(step > run.first_step + 2 or metrics["mismatch_k3"] <= limit,
+             f"sampler and trainer disagree, mean k3 {metrics['mismatch_k3']:.2g} > {limit:g}: stale "
+             "weights, another dtype, or top_p and top_k in use?")
         if c.eval_strategy == "steps" and is_due(run, c.eval_steps):
             evaluate(run)
-        if is_due(run, {"steps": c.save_steps, "epoch": plan.per_epoch, "no": plan.steps}[c.save_strategy]):
+        every = {"steps": c.save_steps, "epoch": plan.per_epoch, "no": plan.steps}
+        if is_due(run, every[c.save_strategy]):
             fsdp_utils.save_checkpoint(run.folder, step + 1, run.policy, run.optimizer, state,
                                        c.save_total_limit or 0, lambda at: export(run, at / "model"))
 
@@ -642,7 +524,7 @@ def is_due(run, every):
 
 
 def sample(run, blank, next_request, clock):
-    """Blank groups to final ones, with the current weights; appends to clock around sampling."""
+    """Blank groups to final ones, with the current weights; notes the time around sampling."""
     with fsdp_utils.phase("rollout"):
         run.engine.wake()
         run.engine.update_weights(fsdp_utils.full_tensors(run.policy.model))
@@ -672,61 +554,52 @@ def next_groups(run):
 
 
 def record(run, groups, blank, planned):
-    """Writes the rollouts of all ranks, updates history and queue; returns the step's metrics."""
+    """Writes the rollouts of all ranks, updates history and queue; returns the step's metrics.
+
+    Without hint means: fresh problems, first try.
+    """
     c, state, lines = run.config, run.state, []
     for group, before, (shown, tries) in zip(groups, blank, planned):
-        request, is_deferred = group.request, shown is not None and c.hint_timing == "deferred"
-        samples = [{"text": run.judge.text(o, ""), "hint_ratio": o.hint_ratio, "tokens": len(o.token_ids),
-                    "finish_reason": o.finish_reason, **dict(zip(c.reward_funcs, scores))}
-                   for o, scores in zip(group.completions, group.rewards)]
-        lines.append({"id": group.problem.id, "problem": group.problem.messages[-1]["content"],
-                      "prompt": run.prompts.tokenizer.decode(request.prompts[0]),
-                      "hint": request.shown.hints[0], "hint_ratio": request.shown.ratios[0],
-                      "is_fresh": not before.tries, "is_deferred": is_deferred,
-                      "tries": [asdict(t) for t in tries], "completions": samples})
+        line = {"id": group.problem.id, "problem": group.problem.messages[-1]["content"],
+                "prompt": run.prompts.tokenizer.decode(group.request.prompts[0]),
+                "hint": group.request.shown.hints[0], "hint_ratio": group.request.shown.ratios[0],
+                "is_fresh": not before.tries, "tries": [asdict(t) for t in tries],
+                "is_deferred": c.hint_timing == "deferred" and shown is not None}
+        line["completions"] = [
+            {"text": run.judge.text(sample, ""), "hint_ratio": sample.hint_ratio,
+             "tokens": len(sample.token_ids), "finish_reason": sample.finish_reason,
+             **dict(zip(c.reward_funcs, scores))}
+            for sample, scores in zip(group.completions, group.rewards)]
+        lines.append(line)
     lines = list(itertools.chain(*fsdp_utils.gather_objects(lines)))
+    counts = Counter({"hint/trimmed": 0, "hint/skipped": 0, "tokens/generated": 0})
+    plain = []
     for line in lines:
-        hints.remember(state["history"], line["id"], [hints.Try(**t) for t in line["tries"]])
+        tries = [hints.Try(**t) for t in line["tries"]]
+        hints.remember(state["history"], line["id"], tries)
         state["queue"] += [(line["id"], line["tries"])] * line["is_deferred"]
+        plain += [tries[0].pass_rate] * (line["is_fresh"] and not tries[0].ratio)
+        counts["hint/unsolved"] += hints.needs_hint(tries, c)
+        for tried in tries:
+            counts["hint/skipped"] += tried.skipped
+            counts["hint/trimmed"] += tried.trimmed
+            if not tried.skipped:
+                counts[f"hint/tried@{tried.ratio:g}"] += 1
+                counts[f"hint/solved@{tried.ratio:g}"] += not hints.needs_hint([tried], c)
+                counts[f"tokens/generated@{tried.ratio:g}"] += tried.tokens
+                counts["tokens/generated"] += tried.tokens
     if run.rank == 0:
         path = run.folder / "rollouts" / f"step_{state['step'] + 1:06d}.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return rollout_metrics(lines, c) | {"queue": len(state["queue"])}
-
-
-def rollout_metrics(lines, config):
-    """Metrics of a step from its rollout lines. Without hint means: fresh problems, first try."""
-    samples = [s for line in lines for s in line["completions"]]
-    plain = [line["tries"][0] for line in lines if line["is_fresh"]]
-    plain = [t["pass_rate"] for t in plain if not any(t["ratios"])]
-    failed = [line["tries"][-1]["pass_rate"] <= config.hint_threshold for line in lines]
+    samples = [sample for line in lines for sample in line["completions"]]
     mean = lambda values: float(np.mean(values)) if values else None  # noqa: E731
-    counts = Counter({"hint/trimmed": 0, "hint/skipped": 0, "tokens/generated": 0})
-    for t in [t for line in lines for t in line["tries"]]:
-        omega = f"@{max(t['ratios']):g}"
-        counts["hint/skipped"] += t["skipped"]
-        counts["hint/trimmed"] += t["trimmed"]
-        if not t["skipped"]:
-            counts["hint/tried" + omega] += 1
-            counts["hint/solved" + omega] += t["pass_rate"] > config.hint_threshold
-            counts["tokens/generated" + omega] += t["tokens"]
-            counts["tokens/generated"] += t["tokens"]
     return {
-        **{f"reward/{name}": mean([s[name] for s in samples]) for name in config.reward_funcs},
-        "accuracy_without_hint": mean(plain), "hard_fraction": mean([p <= config.hint_threshold for p in plain]),
-        "hint/unsolved": sum(failed), **dict(sorted(counts.items())),
-        "tokens/completion": mean([s["tokens"] for s in samples]),
+        "accuracy_without_hint": mean(plain),
+        "hard_fraction": mean([p <= c.hint_threshold for p in plain]),
+        **{f"reward/{name}": mean([s[name] for s in samples]) for name in c.reward_funcs},
+        **dict(sorted(counts.items())), "tokens/completion": mean([s["tokens"] for s in samples]),
         "truncated": mean([s["finish_reason"] == "length" for s in samples]),
-    }
-
-
-def check_mismatch(run, metrics):
-    """Sampler and trainer must agree in the first steps, or something is wired wrongly."""
-    limit = 1e-2 if run.config.torch_dtype == "bfloat16" else 1e-4
-    need(run.state["step"] > run.first_step + 3 or metrics["mismatch_k3"] <= limit,
-         f"sampler and trainer disagree: mean k3 {metrics['mismatch_k3']:.2g} > {limit:g}, largest "
-         f"log-prob difference {metrics['mismatch_max']:.2g}: stale weights, another dtype, or top_p "
-         "and top_k in use?")
+        "queue": len(state["queue"])}
 
 
 def evaluate(run):
@@ -742,27 +615,28 @@ def evaluate(run):
 
         blank = [Group(problem) for problem in problems[run.rank :: run.world]]
         groups = sample(run, blank, ask, [])
-        right = [[int(scores[run.judge.accuracy] > 0) for scores in g.rewards] for g in groups]
+        right = [[scores[run.judge.accuracy] > 0 for scores in group.rewards] for group in groups]
         right_PK = np.array(list(itertools.chain(*fsdp_utils.gather_objects(right))))
-        error = right_PK.mean(1).std(ddof=1) / math.sqrt(len(right_PK)) if len(right_PK) > 1 else 0.0
+        error = right_PK.mean(1).std(ddof=len(right_PK) > 1) / math.sqrt(len(right_PK))
         metrics |= {f"eval/{name}": float(right_PK.mean()), f"eval/{name}_stderr": float(error)}
-        if k > 1:
-            passed = [pass_at_k(k, n, k // 2) for n in right_PK.sum(1).tolist()]
-            metrics[f"eval/{name}_pass@{k // 2}"] = float(np.mean(passed))
+        for j in {1, k // 2, k} - {0, 1}:
+            passed = [pass_at_k(k, int(n), j) for n in right_PK.sum(1)]
+            metrics[f"eval/{name}_pass@{j}"] = float(np.mean(passed))
     write_metrics(run, metrics)
 
 
 def write_metrics(run, metrics):
     """One line to metrics.jsonl, a shorter one to the terminal, all of it to wandb if asked."""
-    if run.rank == 0:
-        with open(run.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": run.state["step"], **metrics}) + "\n")
-        if run.wandb:
-            run.wandb.log(metrics, step=run.state["step"])
-        short = re.compile("accuracy_without|hard_|reward/|grad_norm|mismatch_k3|eval/(?!.*stderr)")
-        if "loss" not in metrics or is_due(run, run.config.logging_steps):
-            say(f"step {run.state['step']}: " + ", ".join(
-                f"{key} {value:.3g}" for key, value in metrics.items() if short.match(key) and value is not None))
+    if run.rank:
+        return
+    with open(run.folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": run.state["step"], **metrics}) + "\n")
+    if run.wandb:
+        run.wandb.log(metrics, step=run.state["step"])
+    if "loss" not in metrics or is_due(run, run.config.logging_steps):
+        keys = "accuracy_without|hard_|reward/|grad_norm|mismatch_k3|eval/(?!.*stderr)"
+        shown = {k: v for k, v in metrics.items() if v is not None and re.match(keys, k)}
+        say(f"step {run.state['step']}: " + ", ".join(f"{k} {v:.3g}" for k, v in shown.items()))
 
 
 def export(run, folder):
@@ -786,18 +660,19 @@ def setup(config):
     workers = max(1, min(8, (os.cpu_count() or 1) // processes))
     pool = VerifierPool(config.reward_funcs, workers, config.verifier_timeout)
     run.dist = fsdp_utils.setup_distributed()
-    run.rank, run.world, device = run.dist.rank, run.dist.world, run.dist.device
+    run.rank, run.world = run.dist.rank, run.dist.world
     run.prompts = Prompts(config)
     run.problems = load_problems(config, run.prompts, config.rl_type == "ghpo")
     run.plan = make_plan(config, run.world, len(run.problems))
     run.eval_sets = {}
     for name, spec in config.eval_datasets.items():
-        spec = make_config(asdict(config) | ({"dataset_name": spec} if isinstance(spec, str) else spec))
+        spec = {"dataset_name": spec} if isinstance(spec, str) else spec
+        spec = make_config(asdict(config) | spec)
         run.eval_sets[name] = spec, load_problems(spec, run.prompts, False)
-    names = config.reward_funcs
-    trigger = names.index(config.hint_trigger) if config.hint_trigger in names else 0
-    run.judge = rollout.Judge(pool, run.prompts.tokenizer, trigger)
-    run.judge.accuracy = names.index("accuracy") if "accuracy" in names else 0
+    columns = {name: i for i, name in enumerate(config.reward_funcs)}
+    trigger = columns.get(config.hint_trigger, 0)
+    run.judge = rollout.Judge(pool, run.prompts.tokenizer, trigger, columns.get("accuracy", 0))
+
     run.compute_dtype = getattr(torch, config.torch_dtype)
     run.master_dtype = torch.promote_types(run.compute_dtype, torch.float32)
     transformers_logging.disable_progress_bar()
@@ -807,23 +682,29 @@ def setup(config):
     if config.packing is None:
         run.is_packed = run.policy.model.config._attn_implementation == "flash_attention_2"
     run.optimizer = torch.optim.AdamW(
-        run.policy.parameters(), lr=0.0, betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.weight_decay, fused=device.type == "cuda")
+        run.policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2), fused=run.dist.device.type == "cuda")
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * run.plan.steps)
+    rate = get_scheduler(config.lr_scheduler_type, run.optimizer, warmup, run.plan.steps).lr_lambdas[0]
+    # differs from reference: warm-up begins above 0, for a step at rate 0 is a step lost
+    run.learning_rate = lambda step: config.learning_rate * rate(step + (step < warmup))
     open_folder(run)
+
     ends = run.policy.model.generation_config.eos_token_id
-    ends = {run.prompts.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
-    longest = max(config.max_completion_length, config.eval_max_completion_length or 0)
+    ends = {run.prompts.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    length = max(config.max_completion_length, config.eval_max_completion_length or 0)
     if engine_name(config) == "hf":
-        wake, sleep = partial(fsdp_utils.unshard, run.policy), partial(fsdp_utils.reshard, run.policy)
-        run.engine = rollout.HfEngine(run.policy, ends, wake, sleep)
+        wake, rest = partial(fsdp_utils.unshard, run.policy), partial(fsdp_utils.reshard, run.policy)
+        run.engine = rollout.HfEngine(run.policy, ends - {None}, wake, rest)
     else:
         engine = {"vllm": rollout.VllmEngine, "server": rollout.ServerEngine}[engine_name(config)]
-        run.engine = engine(config, ends, config.max_prompt_length + longest, device)
+        length += config.max_prompt_length
+        run.engine = engine(config, ends - {None}, length, run.dist.device)
     return run
 
 
 def load_policy(run):
-    """The causal LM, float32 (or float64) weights, sharded."""
+    """The causal LM, its weights float32 (or float64), sharded."""
     c, attention = run.config, run.config.attn_implementation
     if attention == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
         say("attn_implementation: flash-attn is not installed, using sdpa")
@@ -840,32 +721,34 @@ def load_policy(run):
 def open_folder(run):
     """Starts, resumes or refuses output_dir; what was written is moved aside, never deleted."""
     c, folder, mine = run.config, run.folder, asdict(run.config)
-    run.state = {"step": 0, "cursor": 0, "queue": [], "history": {}}
     settings = folder / "config.yaml"
     theirs = yaml.safe_load(settings.read_text()) if settings.is_file() else mine
-    changed = [k for k in mine if k not in RESUMABLE and theirs.get(k) != mine[k]]
+    changed = [k for k in mine if k not in KEYS["resumable"] and theirs.get(k) != mine[k]]
     need(not changed or c.overwrite_output_dir, f"output_dir={folder} holds another run ("
          f"{', '.join(changed)} differ): choose another, or overwrite_output_dir=true moves it aside")
-    fsdp_utils.gather_objects(None)
+    fsdp_utils.gather_objects("every rank has looked")
     if changed and run.rank == 0:
-        folder.rename(next(p for i in itertools.count(1) if not (p := Path(f"{folder}.old{i}")).exists()))
-    fsdp_utils.gather_objects(None)
+        names = (Path(f"{folder}.old{i}") for i in itertools.count(1))
+        folder.rename(next(name for name in names if not name.exists()))
+    fsdp_utils.gather_objects("the folder is free")
+    run.state = {"step": 0, "cursor": 0, "queue": [], "history": {}}
     latest = fsdp_utils.latest_checkpoint(folder)
     if latest:
         run.state = fsdp_utils.load_checkpoint(latest, run.policy, run.optimizer)
         run.state["history"] = {int(key): value for key, value in run.state["history"].items()}
         say(f"resuming {latest}")
     run.first_step = run.state["step"]
-    if run.rank == 0:
-        (folder / "rollouts").mkdir(parents=True, exist_ok=True)
-        set_newer_aside(folder, run.first_step)
-        settings.write_text(yaml.safe_dump(mine, sort_keys=False))
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-        (folder / "command.txt").write_text(f"{' '.join(sys.argv)}\ngit {git}")
-        if "wandb" in c.report_to and importlib.util.find_spec("wandb"):
-            run.wandb = importlib.import_module("wandb").init(project="ghpo", config=mine, dir=folder)
-        elif "wandb" in c.report_to:
-            say("report_to: wandb is not installed; metrics.jsonl has everything")
+    if run.rank:
+        return
+    (folder / "rollouts").mkdir(parents=True, exist_ok=True)
+    set_newer_aside(folder, run.first_step)
+    settings.write_text(yaml.safe_dump(mine, sort_keys=False))
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    (folder / "command.txt").write_text(f"{' '.join(sys.argv)}\ngit {git}")
+    if "wandb" in c.report_to and importlib.util.find_spec("wandb"):
+        run.wandb = importlib.import_module("wandb").init(project="ghpo", config=mine, dir=folder)
+    elif "wandb" in c.report_to:
+        say("report_to: wandb is not installed; metrics.jsonl has everything")
 
 
 def set_newer_aside(folder, step):
@@ -884,35 +767,23 @@ def set_newer_aside(folder, step):
 
 
 def dry_run(config):
-    """Prints config, arithmetic, data, memory, and one problem at every stage as the model sees it."""
+    """Prints config, arithmetic, data, memory, and a problem as the model sees it at each stage."""
     print(yaml.safe_dump(asdict(config), sort_keys=False))
     prompts, world = Prompts(config), int(os.environ.get("WORLD_SIZE", 1))
     problems = load_problems(config, prompts, config.rl_type == "ghpo")
     make_plan(config, world, len(problems))
     problem = max(problems, key=lambda p: bool(p.trace))
     for omega in [0.0, *config.hint_ratio]:
-        hint, is_trimmed = hints.make_hint(problem, omega) if omega else ("", False)
+        hint, is_trimmed = hints.make_hint(problem, omega)
         ids, _, hint = prompts.fitted(problem, omega, hint)
         print(f"---- row {problem.id}, omega {omega:g}, {len(ids)} tokens, trimmed: {is_trimmed}")
         print(prompts.tokenizer.decode(ids))
     shape = AutoConfig.from_pretrained(config.model_name_or_path, revision=config.model_revision)
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
-    width = 2 if config.torch_dtype == "bfloat16" else 4
+    width = torch.finfo(getattr(torch, config.torch_dtype)).bits // 8
     memory = fsdp_utils.memory_estimate(size, world, config.sharding, config.replicas, width)
     print(f"---- {size:,} parameters; bytes per GPU, activations excluded: {memory}")
-
-
-def finish(run):
-    """Reports what is left in the queue and exports the model."""
-    if run.state["queue"]:
-        say(f"{len(run.state['queue'])} failed problems were still waiting for a hint at the end")
-    export(run, run.folder / "model")
-    if run.config.push_to_hub and run.rank == 0:
-        from huggingface_hub import HfApi
-
-        repo = HfApi().create_repo(run.config.hub_model_id or run.folder.name, exist_ok=True)
-        HfApi().upload_folder(repo_id=repo.repo_id, folder_path=run.folder / "model")
 
 
 def main():
@@ -932,8 +803,15 @@ def main():
             evaluate(run)
         if not args.eval:
             train(run)
-            finish(run)
-        fsdp_utils.gather_objects(None)
+            export(run, run.folder / "model")
+            waiting = len(run.state["queue"])
+            say(f"done: {run.folder}" + f", {waiting} problems still queued for a hint" * bool(waiting))
+            if config.push_to_hub and run.rank == 0:
+                from huggingface_hub import HfApi
+
+                repo = HfApi().create_repo(config.hub_model_id or run.folder.name, exist_ok=True)
+                HfApi().upload_folder(repo_id=repo.repo_id, folder_path=run.folder / "model")
+        fsdp_utils.gather_objects("every rank is done")
         run.engine.close()
         run.judge.pool.close()
     except UserError as error:

@@ -85,6 +85,7 @@ class Judge:
     pool: object  # reward.VerifierPool
     tokenizer: object
     trigger: int  # column of the reward that decides what is hard
+    accuracy: int  # column that evaluation reports
     seconds: float = 0.0  # waited for verdicts
 
     def text(self, completion, prefix):
