@@ -1,0 +1,231 @@
+"""What the core tests share: the tiny base model, small configs, runs inside this process."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # two threads on two busy cores are far slower
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import MethodType, SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import fsdp_utils  # noqa: E402
+import ghpo  # noqa: E402
+import hints  # noqa: E402
+from rollout import Completion, Group, HfEngine, Request, Sampling  # noqa: E402
+
+BASE = ROOT / "tests" / "tiny" / "base"
+DATA = ROOT / "tests" / "tiny" / "data"
+SHARED = ROOT.parent / "shared" / "data"
+EOS = 257  # of the tiny tokenizer
+
+
+def settings(**changes):
+    """A config as a dict: 4 problems x 4 samples a step on the tiny model, float32."""
+    return {
+        "model_name_or_path": str(BASE), "torch_dtype": "float32", "gradient_checkpointing": False,
+        "dataset_name": str(DATA / "train.jsonl"), "num_generations": 4, "max_prompt_length": 128,
+        "max_completion_length": 64, "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4, "learning_rate": 3e-4, "lr_scheduler_type": "constant",
+        "max_steps": 2, "engine": "hf", "save_strategy": "no", "seed": 0,
+        **changes,
+    }  # fmt: skip
+
+
+def make_config(**changes):
+    return ghpo.make_config(settings(**changes))
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def write_jsonl(path, rows):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def group_of_one():
+    """The process group of this process, joined once."""
+    if not dist.is_initialized():
+        hook = sys.excepthook
+        fsdp_utils.setup_distributed()
+        sys.excepthook = hook
+    return fsdp_utils.Dist(0, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def alone():
+    """A process group of one."""
+    return group_of_one()
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """The chat template of the tiny model."""
+    return ghpo.Prompts(make_config())
+
+
+def compute_exactly(policy):
+    """Makes float64 models float64 throughout: transformers' RMSNorm computes in float32."""
+    def forward(norm, x):
+        return norm.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+
+    for module in policy.modules():
+        if type(module).__name__.endswith("RMSNorm") and module.weight.dtype == torch.float64:
+            module.forward = MethodType(forward, module)
+    return policy
+
+
+class Policies:
+    """The tiny policy for `optimize`, built once for each kind and given its weights back."""
+
+    def __init__(self, alone):
+        self.alone = alone
+        self.kept = {}
+
+    def __call__(self, config, **changes):
+        """A run for ghpo.optimize with plain gradient descent: weights move by lr * gradient."""
+        policy, weights = self._policy(config.torch_dtype)
+        policy.load_state_dict(weights)
+        run = SimpleNamespace(
+            config=config, policy=policy, dist=self.alone, rank=0, world=1, is_packed=False,
+            master_dtype=next(policy.parameters()).dtype, reference=None, folder=Path("/tmp"),
+            state={"step": 0}, optimizer=torch.optim.SGD(policy.parameters(), lr=0.0))
+        run.__dict__.update(changes)
+        return run
+
+    def _policy(self, name):
+        if name not in self.kept:
+            torch.set_num_threads(1)
+            run = SimpleNamespace(config=make_config(torch_dtype=name))
+            run.compute_dtype = run.master_dtype = getattr(torch, name)
+            policy = compute_exactly(ghpo.load_policy(run))
+            weights = {key: value.clone() for key, value in policy.state_dict().items()}
+            self.kept[name] = policy, weights
+        return self.kept[name]
+
+
+@pytest.fixture(scope="session")
+def make_run(alone):
+    return Policies(alone)
+
+
+@pytest.fixture
+def engine(make_run):
+    """engine(max_rows=, burst=, dtype=): an HfEngine on the tiny model."""
+
+    def build(dtype="float32", **options):
+        policy = make_run(make_config(torch_dtype=dtype)).policy
+        return HfEngine(policy, {EOS}, lambda: None, lambda: None, **options)
+
+    return build
+
+
+def problem(i=0, question="4a3b5c2?", answer="(7,2,4)", trace="a37\nb52\nc24\nend"):
+    return hints.Problem(i, [{"role": "user", "content": question}], answer, trace)
+
+
+def request(prompt_ids, samples=2, seed=0, slot=0, sampling=None, of=None):
+    """A request with given prompt ids and no hint."""
+    return Request(of or problem(), [list(prompt_ids)] * samples, hints.unhinted(samples), [],
+                   [""] * samples, seed, sampling or Sampling(1.0, 12), slot)
+
+
+def run_engine(engine, requests):
+    """{slot: completions} of requests that are submitted together."""
+    engine.wake()
+    for one in requests:
+        engine.submit(one)
+    done = {}
+    while engine.busy:
+        done |= {one.slot: completions for one, completions in engine.poll()}
+    engine.sleep()
+    return done
+
+
+def recorded_groups(seed=0, sizes=(4, 4, 4), longest=12, with_logp=None):
+    """Groups of random completions: mixed rewards, a group without advantage, truncated rows.
+
+    Behaviour log-probs are near ln(1/266), where the untrained targets are: E7 cuts some of them.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    draw = lambda low, high, n: torch.randint(low, high, (n,), generator=rng).tolist()  # noqa: E731
+    groups = []
+    for i, size in enumerate(sizes):
+        completions, rewards = [], []
+        prompt = draw(32, 127, 5 + 3 * i)
+        for j in range(size):
+            length = 1 + (3 * j + 5 * i) % longest
+            logp = (-8 + 6 * torch.rand(length, generator=rng, dtype=torch.float64)).tolist()
+            reason = "length" if (i + j) % 3 == 2 else "stop"
+            completions.append(Completion(prompt, draw(32, 127, length), logp, reason, 0.0))
+            rewards.append([1.0, 0.0] if i == 1 else [float(j % 2), float(j < 2)])
+        groups.append(Group(problem(i), [], completions, rewards))
+    return groups
+
+
+class Main:
+    """ghpo.main inside this process: exit status, standard error, results folder."""
+
+    def __init__(self, alone, patch, capsys):
+        self.alone, self.patch, self.capsys = alone, patch, capsys
+
+    def __call__(self, folder, *flags, **changes):
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        output = changes.setdefault("output_dir", str(folder / "out"))
+        path = folder / "config.yaml"
+        path.write_text(json.dumps(settings(**changes)))  # JSON is YAML
+        self.patch.setattr(fsdp_utils, "setup_distributed", lambda *a: self.alone)
+        self.patch.setattr(sys, "argv", ["ghpo.py", "--config", str(path), *flags])
+        self.patch.setattr(ghpo.os, "_exit", sys.exit)
+        self.capsys.readouterr()
+        status = 0
+        try:
+            ghpo.main()
+        except SystemExit as end:
+            status = end.code
+        out, err = self.capsys.readouterr()
+        return SimpleNamespace(status=status, out=out, err=err, folder=Path(output))
+
+
+@pytest.fixture
+def main(alone, monkeypatch, capsys):
+    torch.set_num_threads(1)
+    return Main(alone, monkeypatch, capsys)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory):
+    """The folder that two gloo ranks wrote: see two_ranks.py. Hangs end after three minutes."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(ROOT / "tests" / "two_ranks.py"), str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture
+def setup(alone, monkeypatch, tmp_path):
+    """setup(**changes): ghpo.setup in this process, with a new output folder."""
+    monkeypatch.setattr(fsdp_utils, "setup_distributed", lambda *a: alone)
+    runs = []
+
+    def build(**changes):
+        changes.setdefault("output_dir", str(tmp_path / f"run{len(runs)}"))
+        runs.append(ghpo.setup(make_config(**changes)))
+        return runs[-1]
+
+    yield build
+    for run in runs:
+        run.judge.pool.close()

@@ -1,0 +1,98 @@
+"""What two gloo ranks do, for the tests of one process to compare with (fixture two_ranks).
+
+    torchrun --standalone --nproc_per_node 2 tests/two_ranks.py DIR
+
+A step of the real program first, then gradients under every sharding, then uneven sampling.
+"""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from conftest import EOS, compute_exactly, make_config, problem, recorded_groups, settings
+from torch import distributed as dist
+
+import fsdp_utils
+import ghpo
+import hints
+from rollout import Group, HfEngine, Sampling
+
+
+def one_step(folder):
+    """ghpo.py itself; both ranks together take the batch that one process takes in test_run."""
+    config = folder / "config.json"
+    config.write_text(json.dumps(settings(
+        max_steps=1, per_device_train_batch_size=2, output_dir=str(folder / "run"))))  # fmt: skip
+    sys.argv = ["ghpo.py", "--config", str(config)]
+    ghpo.main()
+
+
+def new_run(rank, sharding, **changes):
+    config = make_config(torch_dtype="float64", max_grad_norm=0.0, sharding=sharding,
+                         micro_batch_tokens=40, gradient_checkpointing=sharding == "zero2",
+                         **changes)  # fmt: skip
+    run = SimpleNamespace(config=config, compute_dtype=torch.float64, master_dtype=torch.float64,
+                          rank=rank, world=2, is_packed=False, reference=None, state={"step": 0},
+                          dist=fsdp_utils.Dist(rank, rank, 2, torch.device("cpu")))  # fmt: skip
+    run.policy = compute_exactly(ghpo.load_policy(run))
+    run.optimizer = torch.optim.SGD(run.policy.parameters(), lr=0.0)
+    return run
+
+
+def weights_of(policy):
+    return torch.cat([t.flatten().clone() for _, t in fsdp_utils.full_tensors(policy)])
+
+
+def gradients(rank, folder):
+    """How far one step of plain descent moves the weights, groups split 3:1 and 4:0."""
+    for sharding in ("zero3", "zero2", "ddp"):
+        for split, name in ((3, "3_1"), (4, "4_0")):
+            for loss_type in ("bnpo", "dapo"):
+                run = new_run(rank, sharding, loss_type=loss_type)
+                groups = recorded_groups(sizes=(4, 4, 4, 4))
+                groups = groups[:split] if rank == 0 else groups[split:]
+                before = weights_of(run.policy)
+                rows = ghpo.make_rows(groups, ghpo.Prompts(run.config), run.config)
+                used = [row for row in rows if row.advantage]
+                counts = fsdp_utils.gather_objects(
+                    len(ghpo.micro_batches(used, run.config.micro_batch_tokens, False)))
+                metrics = ghpo.optimize(run, rows, 1.0)
+                moved = before - weights_of(run.policy)
+                if rank == 0:
+                    torch.save({"moved": moved, "metrics": metrics, "micro_batches": counts},
+                               folder / f"moved_{sharding}_{name}_{loss_type}.pt")  # fmt: skip
+
+
+def uneven_sampling(rank, folder):
+    """Rank 0 decodes 60 tokens of 3 problems, rank 1 two tokens of one, then none at all."""
+    run = new_run(rank, "zero3")
+    prompts = ghpo.Prompts(run.config)
+    run.engine = HfEngine(run.policy, {EOS}, lambda: fsdp_utils.unshard(run.policy),
+                          lambda: fsdp_utils.reshard(run.policy))  # fmt: skip
+    run.judge = SimpleNamespace(
+        trigger=0, slots=[], submit=lambda request, done: run.judge.slots.append(request.slot),
+        poll=lambda wait: [(run.judge.slots.pop(), [[1.0]] * 4) for _ in list(run.judge.slots)])
+    tokens = []
+    for count in ([3, 1][rank], [2, 0][rank]):
+        sampling = Sampling(1.0, [60, 2][rank])
+
+        def ask(group, slot):
+            if not group.completions:
+                return prompts.request(group, hints.unhinted(4), sampling, slot, 0)
+
+        groups = ghpo.sample(run, [Group(problem(i)) for i in range(count)], ask, [])
+        tokens.append([[c.token_ids for c in group.completions] for group in groups])
+    gathered = fsdp_utils.gather_objects(tokens)
+    ghpo.optimize(run, ghpo.make_rows([], prompts, run.config), 0.0)  # the shards are back
+    if rank == 0:
+        (folder / "uneven.json").write_text(json.dumps(gathered))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    one_step(folder)
+    gradients(dist.get_rank(), folder)
+    uneven_sampling(dist.get_rank(), folder)
