@@ -82,18 +82,18 @@ def load_config(path, overrides=()):
 
 def make_config(values):
     """A dict of settings to a checked Config; what it does not name has its default."""
-    for key in set(values) & set(KEYS["ignored"]):
-        say(f"config: {key} has no meaning here and is ignored")
-    values = {key: value for key, value in values.items() if key not in KEYS["ignored"]}
+    known = {}
     for key, value in values.items():
+        if key in KEYS["ignored"]:
+            say(f"config: {key} has no meaning here and is ignored")
+            continue
         near = difflib.get_close_matches(key, DEFAULTS, n=1)
         need(key in DEFAULTS, f"config: unknown key {key!r}" + "".join(f", not {n}?" for n in near))
-        values[key] = cast(key, value)
-    c = Config(**DEFAULTS | values)
-    need(c.model_name_or_path, "config: model_name_or_path is missing")
-    need(c.dataset_name, "config: dataset_name is missing")
-    ascends = c.hint_ratio == sorted(c.hint_ratio) and all(0 <= omega <= 1 for omega in c.hint_ratio)
-    need(ascends, f"config: hint_ratio={c.hint_ratio} must ascend within [0, 1]")
+        known[key] = cast(key, value, KEYS["types"].get(key) or type(DEFAULTS[key]).__name__)
+    c = Config(**DEFAULTS | known)
+    need(c.model_name_or_path and c.dataset_name, "config: set model_name_or_path and dataset_name")
+    need(c.hint_ratio == sorted(c.hint_ratio) and all(0 <= omega <= 1 for omega in c.hint_ratio),
+         f"config: hint_ratio={c.hint_ratio} must ascend within [0, 1]")
     need(len(c.reward_weights) == len(c.reward_funcs), "config: one reward_weights per reward_funcs")
     triggers = c.reward_funcs + ["always"] * bool(c.hint_ratio)
     need(c.hint_trigger in triggers, f"config: hint_trigger={c.hint_trigger} is not in {triggers}")
@@ -101,11 +101,10 @@ def make_config(values):
          f"config: engine={c.engine} and use_vllm={c.use_vllm} disagree, set one of them")
     need(c.bf16 is None or c.bf16 == (c.torch_dtype == "bfloat16"),
          f"config: bf16={c.bf16} and torch_dtype={c.torch_dtype} disagree")
-    for name in c.reward_funcs:
-        try:
-            resolve_reward(name)
-        except ValueError as error:
-            raise UserError(f"config: reward_funcs: {error}") from None
+    try:
+        list(map(resolve_reward, c.reward_funcs))
+    except ValueError as error:
+        raise UserError(f"config: reward_funcs: {error}") from None
     return c
 
 
@@ -114,33 +113,29 @@ def engine_name(config):
     return config.engine or ("vllm" if config.use_vllm else "hf")
 
 
-def cast(key, value):
-    """A YAML value as the type of the setting's default, within what the setting may be."""
-    default, allowed = DEFAULTS[key], ALLOWED.get(key)
-    kind = KEYS["types"].get(key) or type(default).__name__
-    if value is None and key in KEYS["types"]:
-        return None
-    if kind == "list":
+def cast(key, value, kind):
+    """A YAML value as the type and within the range of a setting; UserError otherwise."""
+    if kind.startswith("list "):
         items = value if isinstance(value, list) else [value]
-        kind = "float" if key in ("hint_ratio", "reward_weights") else "str"
-    else:
-        items = [value]
-    for i, item in enumerate(items):
-        if kind in ("int", "float") and isinstance(item, (int, float, str)) and item is not True:
-            try:  # YAML 1.1 reads 1e-6 as text
-                number = float(item)
-                items[i] = int(number) if kind == "int" and number.is_integer() else number
-            except ValueError:
-                pass
-        elif kind == "str" and item is False:
-            items[i] = "no"  # YAML 1.1 reads a bare no as false
-        need(type(items[i]).__name__ == kind and items[i] != math.inf,
-             f"config: {key}={value!r} must be of type {kind}")
-        if isinstance(allowed, list):
-            need(items[i] in allowed, f"config: {key}={value!r} must be one of {allowed}")
-        elif allowed is not None:
-            need(items[i] >= allowed, f"config: {key}={value!r} must be at least {allowed}")
-    return items if isinstance(default, list) else items[0]
+        return [cast(key, item, kind.removeprefix("list ")) for item in items]
+    if value is None and DEFAULTS[key] is None:
+        return None
+    if kind == "str" and value is False:
+        value = "no"  # YAML 1.1 reads a bare no as false
+    if kind in ("int", "float") and isinstance(value, (int, float, str)) and value is not True:
+        try:
+            number = float(value)  # YAML 1.1 reads 1e-6 as text
+            value = int(number) if kind == "int" and number.is_integer() else number
+        except ValueError:
+            pass  # reported below
+    need(type(value).__name__ == kind and value != math.inf,
+         f"config: {key}={value!r} must be of type {kind}")
+    allowed = ALLOWED.get(key, value)
+    if isinstance(allowed, list):
+        need(value in allowed, f"config: {key}={value!r} must be one of {allowed}")
+    elif kind in ("int", "float"):
+        need(value >= allowed, f"config: {key}={value!r} must be at least {allowed}")
+    return value
 
 
 def make_plan(config, world, n_problems):
@@ -166,7 +161,6 @@ def read_rows(config):
             for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
                 rows += [json.loads(line)] if line.strip() else []
         else:
-            number = None
             from datasets import load_dataset
 
             is_file = path.suffix in (".json", ".parquet")
@@ -189,14 +183,13 @@ def load_problems(config, prompts, with_trace):
              "dataset_prompt_column, dataset_answer_column or dataset_hint_column")
     system = [{"role": "system", "content": c.system_prompt}] if c.system_prompt else []
     for number, row in enumerate(rows):
-        question, answer, trace = (row.get(column) or "" for column in columns)
-        answer = str(row.get(columns[1]) if answer == "" else answer).strip()  # 0 is an answer
+        question, answer, trace = ("" if row.get(k) is None else row[k] for k in columns)
         if isinstance(question, str):
             question = [{"role": "user", "content": question}] if question.strip() else []
-        level = re.search(r"\d+", str(row.get(c.dataset_level_column)))  # "Level 5" is 5
-        problem = hints.Problem(number, system + question, answer, str(trace),
-                                float(level[0]) if level else 0.0)
-        reason = "no problem text" if not question else "no answer" if answer in ("", "None") else None
+        answer = str(answer).strip()
+        level = re.search(r"\d+|$", str(row.get(c.dataset_level_column)))[0]  # "Level 5" is 5
+        problem = hints.Problem(number, system + question, answer, str(trace), float(level or 0))
+        reason = "no problem text" * (not question) or "no answer" * (not answer)
         reason = reason or parse_gold(answer)
         if not reason and len(prompts.ids(problem)[0]) > c.max_prompt_length:
             reason = f"prompt over max_prompt_length={c.max_prompt_length} tokens"
@@ -226,30 +219,28 @@ class Prompts:
         need(self.tokenizer.pad_token_id is not None, f"{name}: its tokenizer has no pad token")
         self.config = config
 
-    def ids(self, problem, hint=""):
-        """(token ids, text the assistant's turn starts with)."""
-        messages, prefix = hints.render(problem, hint, self.config)
-        text = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False)
-        return self.tokenizer(text + prefix, add_special_tokens=False).input_ids, prefix
-
-    def fitted(self, problem, ratio, hint):
-        """(ids, prefix, hint), the hint shortened until the prompt fits max_prompt_length."""
-        ids, prefix = self.ids(problem, hint)
-        while hint and len(ids) > self.config.max_prompt_length:
+    def ids(self, problem, hint="", ratio=0.0):
+        """(token ids, text the assistant's turn starts with, hint), the hint, never the problem,
+        shortened until the prompt fits max_prompt_length.
+        """
+        while True:
+            messages, prefix = hints.render(problem, hint, self.config)
+            text = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False)
+            ids = self.tokenizer(text + prefix, add_special_tokens=False).input_ids
+            if not hint or len(ids) <= self.config.max_prompt_length:
+                return ids, prefix, hint
             hint, _ = hints.make_hint(problem, ratio, limit=len(hint) - 1)
-            ids, prefix = self.ids(problem, hint)
-        return ids, prefix, hint
 
     def request(self, group, shown, sampling, slot, step):
-        """The Request for a Try. Its seed (62 bits) comes from run, step, problem, stage: no rank."""
-        pairs = list(zip(shown.ratios, shown.hints))
-        fits = {pair: self.fitted(group.problem, *pair) for pair in set(pairs)}
-        ids, prefixes, texts = zip(*(fits[pair] for pair in pairs))
+        """The Request for a Try; its seed is a hash of run, step, problem and stage, not of rank."""
+        pairs = list(zip(shown.hints, shown.ratios))
+        fitted = {pair: self.ids(group.problem, *pair) for pair in set(pairs)}
+        ids, prefixes, texts = zip(*(fitted[pair] for pair in pairs))
         ratios = [omega * bool(text) for omega, text in zip(shown.ratios, texts)]
         shown = replace(shown, ratios=ratios, hints=list(texts))
         key = repr((self.config.seed, step, group.problem.id, len(group.tries))).encode()
-        seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 2
+        seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 2  # 62 bits
         return Request(group.problem, ids, shown, group.tries, prefixes, seed, sampling, slot)
 
 
@@ -322,7 +313,7 @@ def token_loss(logp, old_logp, ref_logp, batch, config):
     ratio = torch.exp(logp - old_logp)
     clipped = ratio.clamp(1 - config.epsilon, 1 + (config.epsilon if high is None else high))
     loss = -torch.minimum(ratio * advantage, clipped * advantage)  # E4
-    if config.importance_cap is not None:
+    if config.importance_cap:
         weight = torch.exp(old_logp - batch["behaviour_logp"]).clamp(max=config.importance_cap)
         loss = loss * weight.detach()  # E7
     if ref_logp is not None:
@@ -343,14 +334,13 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids, positions, mask=None, cache=None, predict=None, target=None, heat=1.0):
-        """With a cache: logits (B, V) of the last position. Without: logp and entropy (M,) of the
-        tokens target (M,) predicted at the flat positions predict (M,) of ids (B, T), logits over
-        the temperature heat. Rows are padded on the right, or packed with positions restarted.
+    def forward(self, ids=None, positions=None, predict=None, target=None, heat=1.0, generate=None):
+        """logp and entropy (M,) of the tokens target (M,) predicted at the flat positions predict
+        (M,) of ids (B, T), logits over the temperature heat; rows are padded on the right, or
+        packed with positions restarted. generate: runs the model's generate with these arguments.
         """
-        if cache is not None:
-            return self.model(input_ids=ids, position_ids=positions, attention_mask=mask,
-                              past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        if generate:
+            return self.model.generate(**generate)
         # No mask: causal attention never looks right. No cache: only then do restarted positions
         # keep packed rows apart.
         out = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
@@ -695,7 +685,8 @@ def setup(config):
     length = max(config.max_completion_length, config.eval_max_completion_length or 0)
     if engine_name(config) == "hf":
         wake, rest = partial(fsdp_utils.unshard, run.policy), partial(fsdp_utils.reshard, run.policy)
-        run.engine = rollout.HfEngine(run.policy, ends - {None}, wake, rest)
+        pad_id = run.prompts.tokenizer.pad_token_id
+        run.engine = rollout.HfEngine(run.policy, ends - {None}, pad_id, wake, rest)
     else:
         engine = {"vllm": rollout.VllmEngine, "server": rollout.ServerEngine}[engine_name(config)]
         length += config.max_prompt_length
@@ -728,8 +719,7 @@ def open_folder(run):
          f"{', '.join(changed)} differ): choose another, or overwrite_output_dir=true moves it aside")
     fsdp_utils.gather_objects("every rank has looked")
     if changed and run.rank == 0:
-        names = (Path(f"{folder}.old{i}") for i in itertools.count(1))
-        folder.rename(next(name for name in names if not name.exists()))
+        folder.rename(f"{folder}.{time.strftime('%Y%m%d-%H%M%S')}")
     fsdp_utils.gather_objects("the folder is free")
     run.state = {"step": 0, "cursor": 0, "queue": [], "history": {}}
     latest = fsdp_utils.latest_checkpoint(folder)
@@ -741,7 +731,15 @@ def open_folder(run):
     if run.rank:
         return
     (folder / "rollouts").mkdir(parents=True, exist_ok=True)
-    set_newer_aside(folder, run.first_step)
+    path = folder / "metrics.jsonl"
+    if path.is_file():  # lines after the checkpoint will be computed again
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if latest and line.endswith("\n")
+                and json.loads(line)["step"] <= run.first_step]
+        with open(f"{path}.stale", "a") as stale:
+            stale.writelines(lines[len(kept) :])
+        Path(f"{path}.new").write_text("".join(kept))
+        Path(f"{path}.new").rename(path)
     settings.write_text(yaml.safe_dump(mine, sort_keys=False))
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
     (folder / "command.txt").write_text(f"{' '.join(sys.argv)}\ngit {git}")
@@ -749,21 +747,6 @@ def open_folder(run):
         run.wandb = importlib.import_module("wandb").init(project="ghpo", config=mine, dir=folder)
     elif "wandb" in c.report_to:
         say("report_to: wandb is not installed; metrics.jsonl has everything")
-
-
-def set_newer_aside(folder, step):
-    """Metrics and rollouts after the checkpoint go to *.stale: they are computed again."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if step and line.endswith("\n") and json.loads(line)["step"] <= step]
-    if len(kept) < len(lines):
-        with open(folder / "metrics.jsonl.stale", "a") as stale:
-            stale.writelines(lines[len(kept) :])
-        (folder / "metrics.jsonl.new").write_text("".join(kept))
-        (folder / "metrics.jsonl.new").rename(path)
-    for path in (folder / "rollouts").glob("step_*.jsonl"):
-        if int(path.stem.removeprefix("step_")) > step:
-            path.rename(path.with_suffix(".jsonl.stale"))
 
 
 def dry_run(config):
@@ -775,7 +758,7 @@ def dry_run(config):
     problem = max(problems, key=lambda p: bool(p.trace))
     for omega in [0.0, *config.hint_ratio]:
         hint, is_trimmed = hints.make_hint(problem, omega)
-        ids, _, hint = prompts.fitted(problem, omega, hint)
+        ids, _, hint = prompts.ids(problem, hint, omega)
         print(f"---- row {problem.id}, omega {omega:g}, {len(ids)} tokens, trimmed: {is_trimmed}")
         print(prompts.tokenizer.decode(ids))
     shape = AutoConfig.from_pretrained(config.model_name_or_path, revision=config.model_revision)

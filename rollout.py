@@ -26,8 +26,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from transformers import DynamicCache, TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from hints import Problem, Try
 
@@ -137,31 +136,22 @@ def collect(engine, groups, judge, next_request, merge):
 
 
 class HfEngine:
-    """Samples with the training model itself: continuous batching on a left-padded KV cache.
+    """Samples with the training model itself, by transformers' generate: all that waits, at once.
 
-    policy(input_ids, position_ids, attention_mask, cache=...) gives the logits (B, V) of the last
-    position. unshard/reshard: called by wake/sleep, so that sampling needs no collective and ranks
-    may decode different numbers of tokens. All requests under way share one Sampling.
+    policy(generate={...}) runs generate under the FSDP root; unshard and reshard, called by wake
+    and sleep, let ranks generate different numbers of tokens without a collective.
     """
 
     deterministic = True
 
-    def __init__(self, policy, eos_ids, unshard, reshard, max_rows=256, burst=8):
-        self.policy = policy
-        self.eos_ids = set(eos_ids)
-        self.unshard = unshard
-        self.reshard = reshard
-        self.max_rows = max_rows  # sequences decoded at once
-        self.burst = burst  # decode steps per poll: new requests enter between bursts
-        self.waiting = []  # requests not admitted yet
-        self.running = []  # [(request, its rows)]
-        self.rows = []  # the batch: sequences in the order of the cache
-        self.cache = None
-        self.mask_BT = None  # 1 where the cache holds a real token
+    def __init__(self, policy, eos_ids, pad_id, unshard, reshard, max_rows=256):
+        self.policy, self.eos_ids, self.pad_id = policy, sorted(eos_ids), pad_id
+        self.unshard, self.reshard, self.max_rows = unshard, reshard, max_rows
+        self.waiting = []
 
     @property
     def busy(self):
-        return bool(self.waiting or self.running)
+        return bool(self.waiting)
 
     def submit(self, request):
         self.waiting.append(request)
@@ -171,7 +161,6 @@ class HfEngine:
         self.unshard()
 
     def sleep(self):
-        self.cache = self.mask_BT = None
         self.reshard()
         self.policy.train()
 
@@ -183,135 +172,67 @@ class HfEngine:
 
     @torch.no_grad()
     def poll(self):
-        """Admits waiting requests, then decodes up to `burst` tokens of each running sequence."""
-        admitted = []
-        while self.waiting:
-            samples = len(self.waiting[0].prompts)
-            if (self.rows or admitted) and len(self.rows + admitted) + samples > self.max_rows:
-                break
+        """Answers waiting requests, as many as max_rows sequences take."""
+        taken, rows = [], []
+        while self.waiting and (not rows or len(rows) + len(self.waiting[0].prompts) <= self.max_rows):
             request = self.waiting.pop(0)
-            rows = [_Row(request, j) for j in range(samples)]
-            self.running.append((request, rows))
-            admitted += rows
-        if admitted:
-            self._prefill(admitted)
-        for _ in range(self.burst):
-            self._drop_finished()
-            if not self.rows:
-                break
-            self._decode()
-        running, self.running, done = self.running, [], []
-        for request, rows in running:
-            if all(row.finish_reason for row in rows):
-                done.append((request, [row.completion() for row in rows]))
-            else:
-                self.running.append((request, rows))
-        return done
-
-    def _prefill(self, rows):
-        """Runs each distinct prompt once, samples the first token, joins the running batch."""
-        prompts = list(dict.fromkeys(tuple(row.prompt_ids) for row in rows))
-        which_B = torch.tensor([prompts.index(tuple(row.prompt_ids)) for row in rows])
-        ids_PT, mask_PT = pad_left(prompts)
+            taken.append(request)
+            rows += [(request, j) for j in range(len(request.prompts))]
+        if not rows:
+            return []
+        sampling, prompts = taken[0].sampling, [request.prompts[j] for request, j in rows]
         device = next(self.policy.parameters()).device
-        ids_PT, mask_PT, which_B = ids_PT.to(device), mask_PT.to(device), which_B.to(device)
-        positions_PT = (mask_PT.cumsum(-1) - 1).clamp(min=0)
-        cache = DynamicCache()
-        logits_PV = self.policy(ids_PT, positions_PT, mask_PT, cache=cache)
-        cache.batch_select_indices(which_B)
-        self._sample(rows, logits_PV[which_B])
-        self._join(rows, cache, mask_PT[which_B])
+        ids, mask = (t.to(device) for t in pad_left(prompts, self.pad_id))
+        picks = SeededSampler(sampling, [request.seed + j for request, j in rows])
+        output = self.policy(generate={
+            "inputs": ids, "attention_mask": mask, "max_new_tokens": sampling.max_tokens,
+            "do_sample": False, "logits_processor": [picks], "eos_token_id": self.eos_ids,
+            "pad_token_id": self.pad_id, "use_cache": True})[:, ids.shape[1] :].tolist()
+        logp = torch.stack(picks.logp, dim=1).tolist()
+        completions = []
+        for (request, j), tokens, numbers in zip(rows, output, logp):
+            ends = [t for t, token in enumerate(tokens) if token in self.eos_ids]
+            length = ends[0] + 1 if ends else len(tokens)
+            completions.append(Completion(
+                request.prompts[j], tokens[:length], numbers[:length],
+                "stop" if ends else "length", request.shown.ratios[j]))
+        return [(request, [completions.pop(0) for _ in request.prompts]) for request in taken]
 
-    def _join(self, rows, cache, mask_BT):
-        """Adds sequences to the batch; the shorter of the two caches is padded on its left."""
-        if not self.rows:
-            self.rows, self.cache, self.mask_BT = rows, cache, mask_BT
-            return
-        old, new = self.mask_BT.shape[1], mask_BT.shape[1]
-        grow_old, grow_new = max(new - old, 0), max(old - new, 0)
-        for ours, theirs in zip(self.cache.layers, cache.layers):  # (B, heads, T, head_dim)
-            for name in ("keys", "values"):
-                top = F.pad(getattr(ours, name), (0, 0, grow_old, 0))
-                bottom = F.pad(getattr(theirs, name), (0, 0, grow_new, 0))
-                setattr(ours, name, torch.cat([top, bottom]))
-        masks = [F.pad(self.mask_BT, (grow_old, 0)), F.pad(mask_BT, (grow_new, 0))]
-        self.rows, self.mask_BT = self.rows + rows, torch.cat(masks)
 
-    def _decode(self):
-        """One more token for every sequence of the batch."""
-        last = [[row.token_ids[-1]] for row in self.rows]
-        ids_B1 = torch.tensor(last, device=self.mask_BT.device)
-        self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(ids_B1)], dim=1)
-        positions_B1 = self.mask_BT.sum(-1, keepdim=True) - 1
-        logits_BV = self.policy(ids_B1, positions_B1, self.mask_BT, cache=self.cache)
-        self._sample(self.rows, logits_BV)
+class SeededSampler(LogitsProcessor):
+    """Makes generate's greedy choice a draw by each row's own random numbers; keeps log-probs.
 
-    def _drop_finished(self):
-        alive = [i for i, row in enumerate(self.rows) if not row.finish_reason]
-        if 0 < len(alive) < len(self.rows):
-            index = torch.tensor(alive, device=self.mask_BT.device)
-            self.cache.batch_select_indices(index)
-            self.mask_BT = self.mask_BT[index]
-            start = int(self.mask_BT.any(0).int().argmax())  # columns that pad every row
-            for layer in self.cache.layers:
-                layer.keys, layer.values = layer.keys[:, :, start:], layer.values[:, :, start:]
-            self.mask_BT = self.mask_BT[:, start:]
-        self.rows = [self.rows[i] for i in alive]
+    A row's numbers come from its seed alone: they do not depend on the batch or the rank.
+    """
 
-    def _sample(self, rows, logits_BV):
-        """Draws a token for each row by inverting the CDF at the row's own uniform number."""
-        sampling = rows[0].request.sampling
-        logits_BV = logits_BV.float() / (sampling.temperature or 1.0)
-        if sampling.top_k:
-            logits_BV = TopKLogitsWarper(sampling.top_k)(None, logits_BV)
-        if sampling.top_p < 1:
-            logits_BV = TopPLogitsWarper(sampling.top_p)(None, logits_BV)
+    def __init__(self, sampling, seeds):
+        self.sampling, self.logp = sampling, []  # logp: a (B,) tensor for each token
+        numbers = [np.random.default_rng(seed).random(sampling.max_tokens) for seed in seeds]
+        self.uniform_BT = torch.from_numpy(np.stack(numbers))
+
+    def __call__(self, ids, logits_BV):
+        logits_BV = logits_BV.float() / (self.sampling.temperature or 1.0)
+        if self.sampling.top_k:
+            logits_BV = TopKLogitsWarper(self.sampling.top_k)(ids, logits_BV)
+        if self.sampling.top_p < 1:
+            logits_BV = TopPLogitsWarper(self.sampling.top_p)(ids, logits_BV)
         logp_BV = logits_BV.log_softmax(-1)
-        if sampling.temperature == 0:
-            token_B = logits_BV.argmax(-1)
-        else:
+        token_B1 = logits_BV.argmax(-1, keepdim=True)
+        if self.sampling.temperature:  # invert the distribution function
             cdf_BV = logp_BV.double().exp().cumsum(-1)
-            uniform = [[row.uniforms[len(row.token_ids)]] for row in rows]
-            uniform_B1 = torch.tensor(uniform, dtype=torch.float64, device=cdf_BV.device)
-            token_B = torch.searchsorted(cdf_BV, uniform_B1 * cdf_BV[:, -1:], right=True).squeeze(1)
-            token_B = token_B.clamp(max=logits_BV.shape[1] - 1)
-        logp_B = logp_BV.gather(-1, token_B[:, None]).squeeze(1)
-        for row, token, logp in zip(rows, token_B.tolist(), logp_B.tolist()):
-            row.token_ids.append(token)
-            row.logp.append(logp)
-            if token in self.eos_ids:
-                row.finish_reason = "stop"
-            elif len(row.token_ids) == sampling.max_tokens:
-                row.finish_reason = "length"
+            uniform_B1 = self.uniform_BT[:, len(self.logp), None].to(ids.device)
+            token_B1 = torch.searchsorted(cdf_BV, uniform_B1 * cdf_BV[:, -1:], right=True)
+            token_B1 = token_B1.clamp(max=logits_BV.shape[1] - 1)
+        self.logp.append(logp_BV.gather(-1, token_B1).squeeze(1))
+        return torch.full_like(logits_BV, -torch.inf).scatter(-1, token_B1, 0.0)
 
 
-class _Row:
-    """Sample j of a request while it is being decoded."""
-
-    def __init__(self, request, j):
-        self.request = request
-        self.j = j
-        self.prompt_ids = request.prompts[j]
-        self.token_ids = []
-        self.logp = []
-        self.finish_reason = None
-        # One number per token, from the seed alone: independent of the batch and of the rank.
-        self.uniforms = np.random.default_rng(request.seed + j).random(request.sampling.max_tokens)
-
-    def completion(self):
-        ratio = self.request.shown.ratios[self.j]
-        return Completion(self.prompt_ids, self.token_ids, self.logp, self.finish_reason, ratio)
-
-
-def pad_left(prompts):
-    """Token id lists to (ids (P, T), mask (P, T)), zeros on the left where mask is 0."""
+def pad_left(prompts, pad_id):
+    """Token id lists to (ids (P, T), mask (P, T)), padded on the left, where mask is 0."""
     longest = max(map(len, prompts))
-    ids_PT = torch.zeros(len(prompts), longest, dtype=torch.long)
-    mask_PT = torch.zeros_like(ids_PT)
-    for i, prompt in enumerate(prompts):
-        ids_PT[i, longest - len(prompt) :] = torch.tensor(prompt)
-        mask_PT[i, longest - len(prompt) :] = 1
-    return ids_PT, mask_PT
+    ids = [[pad_id] * (longest - len(prompt)) + [*prompt] for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids), torch.tensor(mask)
 
 
 class VllmEngine:
