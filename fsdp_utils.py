@@ -201,7 +201,10 @@ def save_checkpoint(folder, step, model, optimizer, state: dict, keep=0, export=
         gather_objects(None)
         if is_writer:
             (temporary / "state.json").write_text(json.dumps(state))
-            os.sync()  # names and contents are on the disk before the rename is
+            for path in [*temporary.rglob("*"), temporary]:
+                file = os.open(path, os.O_RDONLY)
+                os.fsync(file)  # names and contents are on the disk before the rename is
+                os.close(file)
             if final.exists():
                 _discard(final)
             temporary.rename(final)

@@ -22,51 +22,62 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 SCENARIOS = [(1, "inline"), (2, "deferred"), (2, "inline"), (1, "deferred")]
-SETTINGS = """max_steps=8 save_steps=2 save_total_limit=2 eval_strategy=no start_hint_step=1
-    num_generations=4 gradient_accumulation_steps=1 max_completion_length=48 report_to=[]""".split()
+SETTINGS = """max_steps=6 save_steps=2 save_total_limit=2 eval_strategy=no start_hint_step=1
+    num_generations=4 gradient_accumulation_steps=1 max_completion_length=40 report_to=[]""".split()
 
 
 def start(folder, world, timing, *more):
-    """Fork `world` ranks of `python ghpo.py`; returns {process id: rank}.
+    """`world` ranks of `python ghpo.py` at work in folder; returns {process id: rank}."""
 
-    A fork shares the imports, which are most of such a short run; the verifier workers are new.
+    def command():
+        import ghpo
+
+        # 8 prompts of 4 samples a step, whatever the number of ranks
+        sys.argv = ["ghpo.py", "--config", "configs/tiny.yaml", *SETTINGS, *more,
+                    f"output_dir={folder}", f"hint_timing={timing}",
+                    f"per_device_train_batch_size={32 // world}"]
+        ghpo.main()
+
+    return fork(world, folder, command)
+
+
+def fork(world, log, work):
+    """Run work() on `world` ranks forked from here; returns {process id: rank}.
+
+    Not torchrun: a fork shares the imports, which are most of such short runs. Rank r prints to
+    the file <log>.log<r>.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    Path(folder).parent.mkdir(parents=True, exist_ok=True)
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
     pids = {}
     for rank in range(world):
         pid = os.fork()
         if pid == 0:
-            become_rank(rank, world, port, folder, timing, more)
+            become_rank(rank, world, port, f"{log}.log{rank}", work)
         pids[pid] = rank
     return pids
 
 
-def become_rank(rank, world, port, folder, timing, more):
-    """In the child: run ghpo's main as rank `rank`, then leave with its status."""
+def become_rank(rank, world, port, log, work):
+    """In the child: work() as rank `rank`, then leave with its status."""
     status = 1
     try:
-        log = os.open(f"{folder}.log{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
         os.chdir(ROOT)
         if world > 1:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
                               MASTER_ADDR="localhost", MASTER_PORT=str(port))
-        import ghpo
-
-        # 16 prompts of 4 samples a step, whatever the number of ranks
-        sys.argv = ["ghpo.py", "--config", "configs/tiny.yaml", *SETTINGS, *more,
-                    f"output_dir={folder}", f"hint_timing={timing}",
-                    f"per_device_train_batch_size={64 // world}"]
-        ghpo.main()
+        work()
         status = 0
     except BaseException:
         sys.excepthook(*sys.exc_info())
         raise
     finally:
+        sys.stdout.flush()
         os._exit(status)
 
 
@@ -87,11 +98,15 @@ def wait(pids, seconds=120):
     return statuses
 
 
+def end_well(pids, log):
+    """Wait for forked ranks; raises with the end of rank 0's log if one fails."""
+    if any(status != 0 for status in wait(pids).values()):
+        raise RuntimeError(Path(f"{log}.log0").read_text()[-3000:])
+
+
 def finish(folder, world, timing, *more):
-    """Run to the end; raises with the log's end if a rank fails."""
-    statuses = wait(start(folder, world, timing, *more))
-    if any(status != 0 for status in statuses.values()):
-        raise RuntimeError(Path(f"{folder}.log0").read_text()[-3000:])
+    """Run to the end."""
+    end_well(start(folder, world, timing, *more), folder)
 
 
 def kill_once(folder, world, timing, during_write, rng):
