@@ -46,7 +46,7 @@ SYNONYMS = dict(zip(GREEK.split(), "αβγδεζηθικλμνξρστφχψωΓ
     r" ≈ approx simeq; : colon; | mid vert lvert rvert; \{ lbrace; \} rbrace; ( langle; ) rangle;"
     r' ∅ emptyset varnothing; ° degree; "and" land; "or" lor; \ln log; \binom dbinom tbinom; \fabs'
     r" abs; \asin arcsin; \acos arccos; \atan arctan; \asec arcsec; \acsc arccsc; \acot arccot;"
-    r" ε varepsilon; φ varphi") | dict.fromkeys((
+    r" … ldots dots cdots; ε varepsilon; φ varphi") | dict.fromkeys((
         "left right middle big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits"
         " quad qquad mathbf boldsymbol bm mathit mathcal mathsf rm bf it angle triangle").split(), "")
 UNITS = table(
@@ -78,7 +78,7 @@ WORD = re.compile(r"""(?<![\\A-Za-z"])[A-Za-z]{2,}""")
 REWRITES = tuple((re.compile(pattern), new) for pattern, new in (
     (r"(?<!\\)\\[()\[\]]|(?<!\\)\$|\*\*(?=[A-Z])|(?<!\\)\\$", " "),
     (r"-?\s*\\\$", lambda run: ' "$" ' + run[0][:-2]), (r"[€£]", ' "€" '),
-    (r"\*\*", "^"), (r"<=|=<", "≤"), (r">=", "≥"), (r"(\d+)⁄(\d+)", r"\\frac{\1}{\2}"),
+    (r"\*\*", "^"), (r"<=|=<", "≤"), (r">=", "≥"), (r"(?<!\d)(\d+)⁄(\d+)", r"\\frac{\1}{\2}"),
     (r"(?<=\d)\s*(?:\\[,!]\s*)+(?=\d)", ""),  # 5\,040, then 5{,}040 and 5,\!040
     (r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!)\s*(?=\d{3}(?!\d))", ""),
     (r"(?<!\\)\\[,;:!\s]|~", " "), (r"[\s.,;]+$", ""),
@@ -92,9 +92,9 @@ REWRITES = tuple((re.compile(pattern), new) for pattern, new in (
     (r"(\\[dtc]?frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
     (r"(?<![\d.}^_/])(\d+)\s*(\\[dtc]?frac\s*\{\d+\}\s*\{\d+\})", r"(\1+\2)"),  # mixed numbers
     (r"(?<![\d.}^_/])(\d+)\s+(\d+)\s*/\s*(\d+)", r"(\1+\2/\3)"),
-    (r"(\d+)\.(\d*)\\overline\s*\{(\d+)\}", lambda run: "(%s)" % (Fraction(  # 0.1\overline{6}
+    (r"(?<!\d)(\d+)\.(\d*)\\overline\s*\{(\d+)\}", lambda run: "(%s)" % (Fraction(  # 0.1\overline{6}
         int(run[3]), 10 ** len(run[2]) * (10 ** len(run[3]) - 1)) + Fraction(f"{run[1]}.{run[2]}0"))),
-    (r"(?<=\d)\s+(?=[\d.])", " ␣ "),
+    (r"(?<![_^]\d)(?<=\d)\s+(?=[\d.])", " ␣ "),
     (r"\\(?:text(?:bf|it|rm|normal|tt|sf|up)?|mathrm|mbox|emph)\s*\{([^{}]*)\}", quote_text),
     (WORD.pattern, quote), (r"\\([A-Za-z]+)", lambda run: SYNONYMS.get(run[1], run[0] + " ")),
     (r'"(?:only|option|choice|answer|is|the|approximately|about|exactly)"', " "),
@@ -174,6 +174,8 @@ class Reader:
             return self.function(token[1:])
         if token[0] == '"':
             is_money = token in ('"$"', '"€"')
+            if not is_money and not token[1].isalpha():
+                raise Unreadable(token)
             return joined("unit", self.tree(13), None, token) if is_money else ("text", token)
         if token in "fghFGHPT" and self.tokens[-1] == "(":
             return ("call", ("var", token), self.bracket(self.take()))
@@ -239,6 +241,8 @@ def joined(kind: str, left, right, token: str = ""):
     if kind in ("unit", "fac", "deg"):
         words = token.strip('"').split()
         return (kind, left, " ".join(UNITS.get(word, word[:3] + word[3:].rstrip("s")) for word in words))
+    if len(left) > MAX_ITEMS and kind not in ("+", "-", "product"):
+        raise Unreadable("too many items")
     if kind == "rel":
         signs, *sides = left[1:] if left[0] == "rel" else ("", left)
         return ("rel", signs + token, *sides, right)
@@ -261,7 +265,9 @@ class Local(threading.local):
 LOCAL = Local()
 
 def exact_power(base: Fraction, exponent: Fraction):
-    if exponent.denominator > 1 or abs(exponent) > MAX_POWER or base == 0 and exponent <= 0:
+    if base == 0 < exponent:
+        return base
+    if exponent.denominator > 1 or abs(exponent) > MAX_POWER or base == 0:
         return None
     if (base.numerator.bit_length() + base.denominator.bit_length()) * abs(exponent) > MAX_BITS:
         raise Unreadable("power too large")
@@ -376,12 +382,12 @@ def settle(tree):
     parts = [settle(part) if isinstance(part, tuple) else part for part in parts]
     if kind == ";":  # a=1,b=2; a=3,b=4
         parts = [("tuple", "()", *part[1:]) if part[0] == "list" else part for part in parts]
-    if kind in ("and", "or") and all(part[0] in REGIONS for part in parts):
+    if kind in ("and", "or") and all(part[0] in REGIONS - {"tuple"} for part in parts):
         return functools.reduce(lambda a, b: ("∪" if kind == "or" else "∩", a, b), parts)
     if kind in ("list", ";", "and", "or"):
         parts = [item for part in parts for item in (part[1:] if part[0] == "list" else [part])]
-        if len(parts) > MAX_ITEMS:
-            raise Unreadable("too many items")
+        if not 0 < len(parts) <= MAX_ITEMS:
+            raise Unreadable("no items, or too many")
         return ("list", *parts)
     if kind == ":" and len(parts) == 2 and is_name(parts[0]) and not is_name(parts[1]):
         return ("named", parts[0], parts[1], None)
