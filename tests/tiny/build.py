@@ -284,7 +284,11 @@ def build(out: Path, seed: int, slip: float, attempts: int = 3) -> dict:
             checks = final_checks(model, tokenizer, init_seed)
             print(f"phase 3, misconception: {time.time() - start:.0f} s", flush=True)
             print(json.dumps(checks, indent=1), flush=True)
-            if checks["easy T=1"] < 0.99 or checks["hard T=1 hint 0.0"] > 0:
+            if (
+                checks["easy T=1"] < 0.98
+                or checks["hard T=1 hint 0.0"] > 0
+                or checks["hard T=1 hint 0.75"] < 0.005
+            ):
                 raise WarmStartFailed(f"phase 3 checks: {checks}")
             break
         except WarmStartFailed as failure:
