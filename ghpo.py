@@ -5,8 +5,7 @@
     python ghpo.py --config configs/x.yaml --dry_run                   what would run
 
 `train` is the algorithm; E1-E8 are the README's equations; configs/default.yaml has every setting.
-Fork here for the loss and the loop, in hints.py for the method, in rollout.py for samplers, in
-reward.py for rewards.
+Fork here for loss and loop, in hints.py for the method, in rollout.py for samplers.
 """
 
 import argparse
@@ -43,32 +42,27 @@ from reward import VerifierPool, parse_gold, resolve_reward
 from rollout import Group, Request, Sampling
 
 # Settings live in one commented file; Config is the frozen dataclass with just these fields.
-DEFAULTS, ALLOWED, KEYS = yaml.safe_load_all(
-    (Path(__file__).parent / "configs" / "default.yaml").read_text())
+SETTINGS = Path(__file__).parent / "configs" / "default.yaml"
+DEFAULTS, ALLOWED, KEYS = yaml.safe_load_all(SETTINGS.read_text())
 Config = make_dataclass("Config", DEFAULTS, frozen=True)
-
 
 class UserError(Exception):
     """Something the user can mend: shown as one message, without a traceback."""
-
 
 def need(condition, message):
     """Raises UserError unless condition."""
     if not condition:
         raise UserError(message)
 
-
 def say(message):
     """One line on the terminal, from rank 0."""
     if int(os.environ.get("RANK", 0)) == 0:
         tqdm.write(message, file=sys.stderr)
 
-
 # ---- configuration and data --------------------------------------------------------------------
 
-
 def load_config(path, overrides=()):
-    """YAML file and key=value strings to a checked Config; UserError names key, value and remedy."""
+    """YAML file and key=value strings to a checked Config; UserError names key and remedy."""
     try:
         values = yaml.safe_load(Path(path).read_text()) or {}
         for override in overrides:
@@ -78,7 +72,6 @@ def load_config(path, overrides=()):
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"--config {path}: {error}") from None
     return make_config(values)
-
 
 def make_config(values):
     """A dict of settings to a checked Config; what it does not name has its default."""
@@ -94,7 +87,7 @@ def make_config(values):
     need(c.model_name_or_path and c.dataset_name, "config: set model_name_or_path and dataset_name")
     need(c.hint_ratio == sorted(c.hint_ratio) and all(0 <= omega <= 1 for omega in c.hint_ratio),
          f"config: hint_ratio={c.hint_ratio} must ascend within [0, 1]")
-    need(len(c.reward_weights) == len(c.reward_funcs), "config: one reward_weights per reward_funcs")
+    need(len(c.reward_weights) == len(c.reward_funcs), "config: one reward_weights each")
     triggers = c.reward_funcs + ["always"] * bool(c.hint_ratio)
     need(c.hint_trigger in triggers, f"config: hint_trigger={c.hint_trigger} is not in {triggers}")
     need(c.use_vllm is None or c.use_vllm == (engine_name(c) != "hf"),
@@ -107,11 +100,9 @@ def make_config(values):
         raise UserError(f"config: reward_funcs: {error}") from None
     return c
 
-
 def engine_name(config):
     """hf, vllm or server."""
     return config.engine or ("vllm" if config.use_vllm else "hf")
-
 
 def cast(key, value, kind):
     """A YAML value as the type and within the range of a setting; UserError otherwise."""
@@ -120,38 +111,34 @@ def cast(key, value, kind):
         return [cast(key, item, kind.removeprefix("list ")) for item in items]
     if value is None and DEFAULTS[key] is None:
         return None
-    if kind == "str" and value is False:
-        value = "no"  # YAML 1.1 reads a bare no as false
-    if kind in ("int", "float") and isinstance(value, (int, float, str)) and value is not True:
-        try:
-            number = float(value)  # YAML 1.1 reads 1e-6 as text
-            value = int(number) if kind == "int" and number.is_integer() else number
-        except ValueError:
-            pass  # reported below
-    need(type(value).__name__ == kind and value != math.inf,
+    value = "no" if kind == "str" and value is False else value  # YAML 1.1: a bare no is false,
+    try:  # and 1e-6 is text
+        if kind in ("int", "float") and not isinstance(value, bool):
+            value = int(value) if kind == "int" and float(value).is_integer() else float(value)
+    except (TypeError, ValueError):
+        pass  # then the type is wrong
+    need(type(value).__name__ == kind and value not in (math.inf, -math.inf) and value == value,
          f"config: {key}={value!r} must be of type {kind}")
-    allowed = ALLOWED.get(key, value)
-    if isinstance(allowed, list):
-        need(value in allowed, f"config: {key}={value!r} must be one of {allowed}")
-    elif kind in ("int", "float"):
-        need(value >= allowed, f"config: {key}={value!r} must be at least {allowed}")
+    allowed = ALLOWED.get(key)
+    need(not isinstance(allowed, list) or value in allowed,
+         f"config: {key}={value!r} must be one of {allowed}")
+    need(not isinstance(allowed, (int, float)) or value >= allowed,
+         f"config: {key}={value!r} must be at least {allowed}")
     return value
-
 
 def make_plan(config, world, n_problems):
     """Batch arithmetic, printed: prompts = ranks * per_device * accumulation / G (all ranks')."""
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     G, rows = config.num_generations, batch * accumulation
-    need(rows % G == 0, f"config: per_device_train_batch_size {batch} * gradient_accumulation_steps "
-         f"{accumulation} = {rows} is not divisible by num_generations {G}")
+    need(rows % G == 0, f"config: per_device_train_batch_size {batch} * gradient_accumulation_steps"
+         f" {accumulation} = {rows} is not divisible by num_generations {G}")
     prompts = world * rows // G
     per_epoch = n_problems // prompts
     need(per_epoch, f"{config.dataset_name}: {n_problems} usable problems, a step takes {prompts}")
     steps = config.max_steps if config.max_steps > 0 else int(config.num_train_epochs * per_epoch)
-    say(f"batch: {world} ranks * {batch} per device * {accumulation} accumulation / {G} generations ="
-        f" {prompts} prompts a step; {n_problems} problems = {per_epoch} steps an epoch; {steps} steps")
+    say(f"batch: {world} ranks * {batch} per device * {accumulation} accumulation / {G} generations"
+        f" = {prompts} prompts a step; {per_epoch} steps an epoch; {steps} steps")
     return SimpleNamespace(prompts=prompts, per_epoch=per_epoch, steps=max(1, steps))
-
 
 def read_rows(config):
     """Rows of the data set as dicts; UserError names the file and line."""
@@ -173,13 +160,12 @@ def read_rows(config):
     need(len(rows), f"dataset_name={name} has no rows")
     return list(rows)
 
-
 def load_problems(config, prompts, with_trace):
     """Usable problems, ids = row numbers; what is dropped is counted and shown."""
     c, rows, problems, dropped = config, read_rows(config), [], {}
     columns = [c.dataset_prompt_column, c.dataset_answer_column, c.dataset_hint_column]
     for column in columns[: 2 + with_trace]:
-        need(column in rows[0], f"{c.dataset_name}: no column {column!r} among {sorted(rows[0])}: set "
+        need(column in rows[0], f"{c.dataset_name}: no column {column!r} in {sorted(rows[0])}: set "
              "dataset_prompt_column, dataset_answer_column or dataset_hint_column")
     system = [{"role": "system", "content": c.system_prompt}] if c.system_prompt else []
     for number, row in enumerate(rows):
@@ -197,32 +183,28 @@ def load_problems(config, prompts, with_trace):
             dropped.setdefault(reason, []).append(number)
         else:
             problems.append(problem)
-    say(f"data: {c.dataset_name}: {len(problems)} of {len(rows)} rows usable")
+    untraced = sum(not problem.trace.strip() for problem in problems) if with_trace else 0
+    say(f"data: {c.dataset_name}: {len(problems)} of {len(rows)} rows usable"
+        + f", {untraced} without a solution to hint from" * bool(untraced))
     for reason, numbers in dropped.items():
         say(f"data: dropped {len(numbers)}, {reason}: rows {str(numbers[:5])[1:-1]}")
-    untraced = sum(not problem.trace.strip() for problem in problems)
-    if with_trace and untraced:
-        say(f"data: {untraced} problems have no solution trace and are never hinted")
     return problems
-
 
 class Prompts:
     """The chat template: what the model reads for a problem and a hint."""
 
     def __init__(self, config):
-        name = config.model_name_or_path
+        name, self.config = config.model_name_or_path, config
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision)
         except (OSError, ValueError) as error:
             raise UserError(f"model_name_or_path={name}: {error}") from None
         need(self.tokenizer.chat_template, f"{name}: its tokenizer has no chat template")
         need(self.tokenizer.pad_token_id is not None, f"{name}: its tokenizer has no pad token")
-        self.config = config
 
     def ids(self, problem, hint="", ratio=0.0):
-        """(token ids, text the assistant's turn starts with, hint), the hint, never the problem,
-        shortened until the prompt fits max_prompt_length.
-        """
+        """(token ids, text the assistant's turn starts with, hint): the hint, never the problem,
+        is shortened until the prompt fits max_prompt_length."""
         while True:
             messages, prefix = hints.render(problem, hint, self.config)
             text = self.tokenizer.apply_chat_template(
@@ -233,7 +215,7 @@ class Prompts:
             hint, _ = hints.make_hint(problem, ratio, limit=len(hint) - 1)
 
     def request(self, group, shown, sampling, slot, step):
-        """The Request for a Try; its seed is a hash of run, step, problem and stage, not of rank."""
+        """The Request for a Try; its seed: a hash of run, step, problem and stage, not rank."""
         pairs = list(zip(shown.hints, shown.ratios))
         fitted = {pair: self.ids(group.problem, *pair) for pair in set(pairs)}
         ids, prefixes, texts = zip(*(fitted[pair] for pair in pairs))
@@ -243,9 +225,7 @@ class Prompts:
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 2  # 62 bits
         return Request(group.problem, ids, shown, group.tries, prefixes, seed, sampling, slot)
 
-
 # ---- advantages, loss, policy ------------------------------------------------------------------
-
 
 def advantages(group, config):
     """E1 and E3: rewards (G, F) to advantages (G,), float64."""
@@ -253,11 +233,9 @@ def advantages(group, config):
     mean, std = hints.baseline(rewards_G, np.array([c.hint_ratio for c in group.completions]))
     return (rewards_G - mean) / (std + 1e-4 if config.scale_rewards else 1.0)  # E3
 
-
 @dataclass
 class Row:
     """One completion as the loss sees it; T targets follow the context."""
-
     input_ids: list
     context: int  # tokens of context
     behaviour_logp: list  # (T,)
@@ -268,7 +246,6 @@ class Row:
     is_on_context: bool  # scored under the prompt it was sampled from: mismatch can be measured
     scale: float = 0.0  # E6
 
-
 def make_rows(groups, prompts, config):
     """Rows of the groups, with E6 taken over all ranks' groups: every rank must call it."""
     rows, group_N = [], []
@@ -278,10 +255,10 @@ def make_rows(groups, prompts, config):
             context, targets, *weights = hints.loss_view(completion, plain, config)
             taken_over = [0.0] * (len(targets) - len(completion.token_ids))
             is_masked = config.mask_truncated_completions and completion.finish_reason == "length"
-            rows.append(Row([*context, *targets], len(context),
-                            [*taken_over, *completion.behaviour_logp], *weights, float(advantage),
-                            0 if is_masked else len(completion.token_ids),
-                            [*context, *targets] == [*completion.prompt_ids, *completion.token_ids]))
+            tokens, input_ids = len(completion.token_ids) * (not is_masked), [*context, *targets]
+            rows.append(Row(input_ids, len(context), taken_over + completion.behaviour_logp,
+                            *weights, float(advantage), tokens,
+                            input_ids == [*completion.prompt_ids, *completion.token_ids]))
             group_N.append(number)
     tokens_N, group_N = np.array([r.tokens for r in rows], int), np.array(group_N, int)
     counts = {"groups": len(groups), "rows": len(rows), "tokens": int(tokens_N.sum())}
@@ -290,12 +267,9 @@ def make_rows(groups, prompts, config):
         row.scale = float(scale)
     return rows
 
-
 def token_scales(tokens_N, group_N, counts, config):
-    """E6: what each token of a row weighs in the objective of the whole step.
-
-    counts: groups, rows and tokens of all ranks, rows without advantage included.
-    """
+    """E6: what each token of a row weighs in the objective of the whole step; counts: groups, rows
+    and tokens of all ranks, rows without advantage included."""
     if config.loss_type == "bnpo":  # mean over groups of the group's token mean
         scale_N = 1 / (counts["groups"] * np.maximum(np.bincount(group_N, tokens_N)[group_N], 1))
     elif config.loss_type == "dapo":  # mean over all tokens
@@ -306,9 +280,8 @@ def token_scales(tokens_N, group_N, counts, config):
         scale_N = np.full(len(tokens_N), 1 / (counts["rows"] * config.max_completion_length))
     return scale_N * (tokens_N > 0)  # E6
 
-
 def token_loss(logp, old_logp, ref_logp, batch, config):
-    """E4, E5 and E7: (loss, ratio, clipped ratio) of each token, (M,). ref_logp: None if beta = 0."""
+    """E4, E5, E7: (loss, ratio, clipped ratio) of each token, (M,). ref_logp: None if beta is 0."""
     advantage, high = batch["advantage"], config.epsilon_high
     ratio = torch.exp(logp - old_logp)
     clipped = ratio.clamp(1 - config.epsilon, 1 + (config.epsilon if high is None else high))
@@ -321,11 +294,9 @@ def token_loss(logp, old_logp, ref_logp, batch, config):
     loss = loss * batch["policy_weight"] - batch["likelihood_weight"] * logp
     return loss, ratio.detach(), clipped.detach()
 
-
 def pass_at_k(n, c, k):
     """The unbiased chance that one of k of n samples is right when c are."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)  # E8
-
 
 class Policy(nn.Module):
     """The FSDP root: transformer and LM head under one forward, for scoring and for decoding."""
@@ -337,7 +308,7 @@ class Policy(nn.Module):
     def forward(self, ids=None, positions=None, predict=None, target=None, heat=1.0, generate=None):
         """logp and entropy (M,) of the tokens target (M,) predicted at the flat positions predict
         (M,) of ids (B, T), logits over the temperature heat; rows are padded on the right, or
-        packed with positions restarted. generate: runs the model's generate with these arguments.
+        packed with positions restarted. generate: arguments of the model's generate, run instead.
         """
         if generate:
             return self.model.generate(**generate)
@@ -359,7 +330,6 @@ class Policy(nn.Module):
             entropy_M = -(logp_MV.exp() * logp_MV).sum(-1)
         return logp_MV.gather(-1, target[:, None]).squeeze(-1), entropy_M
 
-
 def micro_batches(rows, budget, is_packed):
     """Rows in lists of at most `budget` tokens (padding counted unless packed), longest first."""
     batches = []
@@ -372,7 +342,6 @@ def micro_batches(rows, budget, is_packed):
         else:
             batches.append([row])
     return batches
-
 
 def collate(rows, is_packed, device, dtype):
     """(arguments of Policy.forward, per-token tensors of the loss, each (M,)) for some rows."""
@@ -387,20 +356,17 @@ def collate(rows, is_packed, device, dtype):
         positions.flat[start : start + length] = np.arange(length)
         predict.append(start + np.arange(row.context, length) - 1)
     predict = np.concatenate(predict)
-    inputs = {"ids": ids, "positions": positions, "predict": predict, "target": ids.flat[predict + 1]}
+    inputs = {"ids": ids, "positions": positions, "predict": predict,
+              "target": ids.flat[predict + 1]}
     batch = {key: np.concatenate([getattr(row, key) for row in rows])
              for key in ("behaviour_logp", "policy_weight", "likelihood_weight")}
     repeats = [length - row.context for row, length in zip(rows, lengths)]
     for key in ("advantage", "scale", "is_on_context"):
         batch[key] = np.repeat([getattr(row, key) for row in rows], repeats)
-    move = partial(torch.Tensor.to, device=device)
-    return ({key: move(torch.from_numpy(value)) for key, value in inputs.items()},
-            {key: move(torch.from_numpy(value), dtype=dtype) for key, value in batch.items()})
-
+    return ({key: torch.from_numpy(value).to(device) for key, value in inputs.items()},
+            {key: torch.from_numpy(value).to(device, dtype) for key, value in batch.items()})
 
 FILLER = Row([0, 0], 1, [0.0], [0.0], [0.0], 0.0, 0, False)  # runs, and weighs nothing
-SUMS = "tokens entropy clipped compared mismatch_k3 capped loss".split()
-
 
 def optimize(run, rows, lr):
     """Loss and optimizer steps on the rows of all ranks; returns metrics.
@@ -417,9 +383,7 @@ def optimize(run, rows, lr):
     batches = [collate(batch, run.is_packed, device, run.master_dtype) for batch in batches]
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    old, ref = [None] * most, [None] * most
-    sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
-    largest = torch.zeros((), dtype=run.master_dtype, device=device)
+    old, ref, parts, largest = [None] * most, [None] * most, [], []
     for iteration in range(c.num_iterations):
         for i, (inputs, batch) in enumerate(batches):
             fsdp_utils.last_micro_batch(policy, i == most - 1)
@@ -430,16 +394,14 @@ def optimize(run, rows, lr):
             if iteration == 0:
                 old[i] = logp.detach()  # before the first update on this batch
             loss, ratio, clipped = token_loss(logp, old[i], ref[i], batch, c)
-            (loss * batch["scale"]).sum().backward()  # E6
-            with torch.no_grad():
-                on, weight = batch["is_on_context"], batch["policy_weight"]
-                delta = (old[i] - batch["behaviour_logp"]) * on
-                capped = delta > math.log(c.importance_cap or math.inf)
-                is_clipped = (clipped - ratio) * batch["advantage"] < 0
-                parts = (weight, entropy * weight, is_clipped * weight, on,
-                         torch.expm1(delta) - delta, capped, loss * batch["scale"])
-                sums += torch.stack([part.double().sum() for part in parts])
-                largest = torch.maximum(largest, delta.abs().max())
+            loss = loss * batch["scale"]  # E6
+            loss.sum().backward()
+            delta = (old[i] - batch["behaviour_logp"]) * batch["is_on_context"]
+            largest.append(delta.abs().max())
+            parts.append(torch.stack([value.detach().double().sum() for value in (
+                loss, batch["policy_weight"], entropy * batch["policy_weight"],
+                (clipped - ratio) * batch["advantage"] < 0, batch["is_on_context"],
+                torch.expm1(delta) - delta, delta > math.log(c.importance_cap or math.inf))]))
         norm = float(fsdp_utils.clip_grad_norm(policy.parameters(), c.max_grad_norm))
         if math.isfinite(norm):
             run.optimizer.step()
@@ -448,15 +410,15 @@ def optimize(run, rows, lr):
             torch.save(rows, path)
             need(c.nonfinite == "skip", f"gradient norm is {norm}: its batch is in {path}")
         run.optimizer.zero_grad()
-    total = fsdp_utils.all_reduce_scalars(dict(zip(SUMS, sums.tolist())))
-    largest = fsdp_utils.all_reduce_scalars({"mismatch_max": float(largest)}, "max")
-    per = {"entropy": "tokens", "clipped": "tokens", "mismatch_k3": "compared", "capped": "compared"}
-    means = {key: total[key] / max(total[of], 1) for key, of in per.items()}
-    return {"loss": total["loss"], "grad_norm": norm, "lr": lr, **means, **largest}
-
+    names = ("loss", "tokens", "entropy", "clipped", "compared", "mismatch_k3", "capped")
+    total = fsdp_utils.all_reduce_scalars(dict(zip(names, torch.stack(parts).sum(0).tolist())))
+    for key, of in zip(("entropy", "clipped", "mismatch_k3", "capped"),
+                       ("tokens", "tokens", "compared", "compared")):
+        total[key] /= max(total[of], 1)
+    largest = {"mismatch_max": float(torch.stack(largest).max())}
+    return {**total, **fsdp_utils.all_reduce_scalars(largest, "max"), "grad_norm": norm, "lr": lr}
 
 # ---- the loop ----------------------------------------------------------------------------------
-
 
 def train(run):
     """The algorithm: one pass of the loop is one rollout batch. run.state is alike on all ranks."""
@@ -492,26 +454,26 @@ def train(run):
             metrics |= optimize(run, rows, run.learning_rate(step))
         clock.append(time.perf_counter())
         state["step"] = step + 1
-        names = ("sync", "generate", "record", "train")
-        metrics |= {f"seconds/{name}": d for name, d in zip(names, np.diff(clock).tolist())}
+        names = ("seconds/sync", "seconds/generate", "seconds/record", "seconds/train")
+        metrics |= dict(zip(names, np.diff(clock).tolist()))
         metrics["seconds/verify"], run.judge.seconds = run.judge.seconds, 0.0
+        metrics |= {f"verifier/{name}": count for name, count in run.judge.pool.stats.items()}
         write_metrics(run, metrics)
         limit = 1e-2 if c.torch_dtype == "bfloat16" else 1e-4
         need(step > run.first_step + 2 or metrics["mismatch_k3"] <= limit,
-             f"sampler and trainer disagree, mean k3 {metrics['mismatch_k3']:.2g} > {limit:g}: stale "
-             "weights, another dtype, or top_p and top_k in use?")
+             f"sampler and trainer disagree, mean k3 {metrics['mismatch_k3']:.2g} > {limit:g}: "
+             "stale weights, another dtype, or top_p and top_k in use?")
         if c.eval_strategy == "steps" and is_due(run, c.eval_steps):
             evaluate(run)
         every = {"steps": c.save_steps, "epoch": plan.per_epoch, "no": plan.steps}
         if is_due(run, every[c.save_strategy]):
-            fsdp_utils.save_checkpoint(run.folder, step + 1, run.policy, run.optimizer, state,
-                                       c.save_total_limit or 0, lambda at: export(run, at / "model"))
-
+            fsdp_utils.save_checkpoint(
+                run.folder, step + 1, run.policy, run.optimizer, state, c.save_total_limit or 0,
+                lambda folder: export(run, folder / "model"))
 
 def is_due(run, every):
     """Every so many steps, and at the last."""
     return run.state["step"] % every == 0 or run.state["step"] == run.plan.steps
-
 
 def sample(run, blank, next_request, clock):
     """Blank groups to final ones, with the current weights; notes the time around sampling."""
@@ -523,7 +485,6 @@ def sample(run, blank, next_request, clock):
         run.engine.sleep()
         clock.append(time.perf_counter())
     return groups
-
 
 def next_groups(run):
     """The blank groups of the next step, for all ranks: returning problems, then fresh ones."""
@@ -542,28 +503,25 @@ def next_groups(run):
     blank = [Group(known[i], [hints.Try(**t) for t in tries]) for i, tries in queue]
     return blank + [Group(run.problems[i]) for i in order[start : start + fresh]]
 
-
 def record(run, groups, blank, planned):
     """Writes the rollouts of all ranks, updates history and queue; returns the step's metrics.
-
-    Without hint means: fresh problems, first try.
-    """
+    Without hint means: fresh problems, first try."""
     c, state, lines = run.config, run.state, []
     for group, before, (shown, tries) in zip(groups, blank, planned):
-        line = {"id": group.problem.id, "problem": group.problem.messages[-1]["content"],
-                "prompt": run.prompts.tokenizer.decode(group.request.prompts[0]),
-                "hint": group.request.shown.hints[0], "hint_ratio": group.request.shown.ratios[0],
-                "is_fresh": not before.tries, "tries": [asdict(t) for t in tries],
-                "is_deferred": c.hint_timing == "deferred" and shown is not None}
-        line["completions"] = [
-            {"text": run.judge.text(sample, ""), "hint_ratio": sample.hint_ratio,
-             "tokens": len(sample.token_ids), "finish_reason": sample.finish_reason,
-             **dict(zip(c.reward_funcs, scores))}
-            for sample, scores in zip(group.completions, group.rewards)]
-        lines.append(line)
+        request = group.request
+        lines.append({
+            "id": group.problem.id, "problem": group.problem.messages[-1]["content"],
+            "prompt": run.prompts.tokenizer.decode(request.prompts[0]),
+            "hint": request.shown.hints[0], "hint_ratio": request.shown.ratios[0],
+            "is_fresh": not before.tries, "tries": [asdict(t) for t in tries],
+            "is_deferred": c.hint_timing == "deferred" and shown is not None,
+            "completions": [
+                {"text": run.judge.text(sample, ""), "hint_ratio": sample.hint_ratio,
+                 "tokens": len(sample.token_ids), "finish_reason": sample.finish_reason,
+                 **dict(zip(c.reward_funcs, scores))}
+                for sample, scores in zip(group.completions, group.rewards)]})
     lines = list(itertools.chain(*fsdp_utils.gather_objects(lines)))
-    counts = Counter({"hint/trimmed": 0, "hint/skipped": 0, "tokens/generated": 0})
-    plain = []
+    counts, plain = Counter({"hint/trimmed": 0, "hint/skipped": 0, "tokens/generated": 0}), []
     for line in lines:
         tries = [hints.Try(**t) for t in line["tries"]]
         hints.remember(state["history"], line["id"], tries)
@@ -573,24 +531,21 @@ def record(run, groups, blank, planned):
         for tried in tries:
             counts["hint/skipped"] += tried.skipped
             counts["hint/trimmed"] += tried.trimmed
+            counts["tokens/generated"] += tried.tokens
             if not tried.skipped:
                 counts[f"hint/tried@{tried.ratio:g}"] += 1
                 counts[f"hint/solved@{tried.ratio:g}"] += not hints.needs_hint([tried], c)
                 counts[f"tokens/generated@{tried.ratio:g}"] += tried.tokens
-                counts["tokens/generated"] += tried.tokens
     if run.rank == 0:
         path = run.folder / "rollouts" / f"step_{state['step'] + 1:06d}.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     samples = [sample for line in lines for sample in line["completions"]]
-    mean = lambda values: float(np.mean(values)) if values else None  # noqa: E731
-    return {
-        "accuracy_without_hint": mean(plain),
-        "hard_fraction": mean([p <= c.hint_threshold for p in plain]),
-        **{f"reward/{name}": mean([s[name] for s in samples]) for name in c.reward_funcs},
-        **dict(sorted(counts.items())), "tokens/completion": mean([s["tokens"] for s in samples]),
-        "truncated": mean([s["finish_reason"] == "length" for s in samples]),
-        "queue": len(state["queue"])}
-
+    values = {f"reward/{name}": [s[name] for s in samples] for name in c.reward_funcs} | {
+        "accuracy_without_hint": plain, "hard_fraction": [p <= c.hint_threshold for p in plain],
+        "tokens/completion": [s["tokens"] for s in samples],
+        "truncated": [s["finish_reason"] == "length" for s in samples]}
+    means = {key: float(np.mean(value)) if value else None for key, value in values.items()}
+    return {**means, **dict(sorted(counts.items())), "queue": len(state["queue"])}
 
 def evaluate(run):
     """Accuracy without hints on each eval set: avg@k, its standard error over problems, pass@k."""
@@ -603,17 +558,15 @@ def evaluate(run):
             if not group.completions:
                 return run.prompts.request(group, shown, sampling, slot, name)
 
-        blank = [Group(problem) for problem in problems[run.rank :: run.world]]
-        groups = sample(run, blank, ask, [])
+        groups = sample(run, [Group(p) for p in problems[run.rank :: run.world]], ask, [])
         right = [[scores[run.judge.accuracy] > 0 for scores in group.rewards] for group in groups]
         right_PK = np.array(list(itertools.chain(*fsdp_utils.gather_objects(right))))
         error = right_PK.mean(1).std(ddof=len(right_PK) > 1) / math.sqrt(len(right_PK))
         metrics |= {f"eval/{name}": float(right_PK.mean()), f"eval/{name}_stderr": float(error)}
-        for j in {1, k // 2, k} - {0, 1}:
+        for j in {k // 2, k} - {0, 1}:
             passed = [pass_at_k(k, int(n), j) for n in right_PK.sum(1)]
             metrics[f"eval/{name}_pass@{j}"] = float(np.mean(passed))
     write_metrics(run, metrics)
-
 
 def write_metrics(run, metrics):
     """One line to metrics.jsonl, a shorter one to the terminal, all of it to wandb if asked."""
@@ -628,7 +581,6 @@ def write_metrics(run, metrics):
         shown = {k: v for k, v in metrics.items() if v is not None and re.match(keys, k)}
         say(f"step {run.state['step']}: " + ", ".join(f"{k} {v:.3g}" for k, v in shown.items()))
 
-
 def export(run, folder):
     """Weights, config and tokenizer as transformers and vLLM load them; called on all ranks."""
     weights = {}
@@ -639,15 +591,13 @@ def export(run, folder):
         run.policy.model.save_pretrained(folder, state_dict=weights)
         run.prompts.tokenizer.save_pretrained(folder)
 
-
 # ---- start and end -----------------------------------------------------------------------------
-
 
 def setup(config):
     """What `train` needs, in the order that matters: verifiers, process group, weights, engine."""
     run = SimpleNamespace(config=config, folder=Path(config.output_dir), wandb=None)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = max(1, min(8, (os.cpu_count() or 1) // processes))
+    workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = max(1, min(8, workers))
     pool = VerifierPool(config.reward_funcs, workers, config.verifier_timeout)
     run.dist = fsdp_utils.setup_distributed()
     run.rank, run.world = run.dist.rank, run.dist.world
@@ -660,22 +610,23 @@ def setup(config):
         spec = make_config(asdict(config) | spec)
         run.eval_sets[name] = spec, load_problems(spec, run.prompts, False)
     columns = {name: i for i, name in enumerate(config.reward_funcs)}
-    trigger = columns.get(config.hint_trigger, 0)
-    run.judge = rollout.Judge(pool, run.prompts.tokenizer, trigger, columns.get("accuracy", 0))
+    run.judge = rollout.Judge(pool, run.prompts.tokenizer, columns.get(config.hint_trigger, 0),
+                              columns.get("accuracy", 0))
 
     run.compute_dtype = getattr(torch, config.torch_dtype)
     run.master_dtype = torch.promote_types(run.compute_dtype, torch.float32)
     transformers_logging.disable_progress_bar()
     run.policy = load_policy(run)
     run.reference = load_policy(run).requires_grad_(False).eval() if config.beta else None
-    run.is_packed = config.packing
-    if config.packing is None:
-        run.is_packed = run.policy.model.config._attn_implementation == "flash_attention_2"
+    attention = run.policy.model.config._attn_implementation
+    is_varlen = attention == "flash_attention_2"
+    run.is_packed = is_varlen if config.packing is None else config.packing
     run.optimizer = torch.optim.AdamW(
         run.policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
         betas=(config.adam_beta1, config.adam_beta2), fused=run.dist.device.type == "cuda")
-    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * run.plan.steps)
-    rate = get_scheduler(config.lr_scheduler_type, run.optimizer, warmup, run.plan.steps).lr_lambdas[0]
+    total = run.plan.steps
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total)
+    rate = get_scheduler(config.lr_scheduler_type, run.optimizer, warmup, total).lr_lambdas[0]
     # differs from reference: warm-up begins above 0, for a step at rate 0 is a step lost
     run.learning_rate = lambda step: config.learning_rate * rate(step + (step < warmup))
     open_folder(run)
@@ -684,15 +635,14 @@ def setup(config):
     ends = {run.prompts.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     length = max(config.max_completion_length, config.eval_max_completion_length or 0)
     if engine_name(config) == "hf":
-        wake, rest = partial(fsdp_utils.unshard, run.policy), partial(fsdp_utils.reshard, run.policy)
-        pad_id = run.prompts.tokenizer.pad_token_id
-        run.engine = rollout.HfEngine(run.policy, ends - {None}, pad_id, wake, rest)
+        run.engine = rollout.HfEngine(
+            run.policy, ends - {None}, run.prompts.tokenizer.pad_token_id,
+            partial(fsdp_utils.unshard, run.policy), partial(fsdp_utils.reshard, run.policy))
     else:
         engine = {"vllm": rollout.VllmEngine, "server": rollout.ServerEngine}[engine_name(config)]
         length += config.max_prompt_length
         run.engine = engine(config, ends - {None}, length, run.dist.device)
     return run
-
 
 def load_policy(run):
     """The causal LM, its weights float32 (or float64), sharded."""
@@ -708,7 +658,6 @@ def load_policy(run):
     return fsdp_utils.shard(Policy(model), model.base_model.layers, c.sharding, run.compute_dtype,
                             c.replicas, c.cpu_offload)
 
-
 def open_folder(run):
     """Starts, resumes or refuses output_dir; what was written is moved aside, never deleted."""
     c, folder, mine = run.config, run.folder, asdict(run.config)
@@ -716,7 +665,7 @@ def open_folder(run):
     theirs = yaml.safe_load(settings.read_text()) if settings.is_file() else mine
     changed = [k for k in mine if k not in KEYS["resumable"] and theirs.get(k) != mine[k]]
     need(not changed or c.overwrite_output_dir, f"output_dir={folder} holds another run ("
-         f"{', '.join(changed)} differ): choose another, or overwrite_output_dir=true moves it aside")
+         f"{', '.join(changed)} differ): choose another, or overwrite_output_dir=true to move it")
     fsdp_utils.gather_objects("every rank has looked")
     if changed and run.rank == 0:
         folder.rename(f"{folder}.{time.strftime('%Y%m%d-%H%M%S')}")
@@ -748,7 +697,6 @@ def open_folder(run):
     elif "wandb" in c.report_to:
         say("report_to: wandb is not installed; metrics.jsonl has everything")
 
-
 def dry_run(config):
     """Prints config, arithmetic, data, memory, and a problem as the model sees it at each stage."""
     print(yaml.safe_dump(asdict(config), sort_keys=False))
@@ -767,7 +715,6 @@ def dry_run(config):
     width = torch.finfo(getattr(torch, config.torch_dtype)).bits // 8
     memory = fsdp_utils.memory_estimate(size, world, config.sharding, config.replicas, width)
     print(f"---- {size:,} parameters; bytes per GPU, activations excluded: {memory}")
-
 
 def main():
     """The command line; what the user can mend ends the program with one message, status 2."""
@@ -788,7 +735,7 @@ def main():
             train(run)
             export(run, run.folder / "model")
             waiting = len(run.state["queue"])
-            say(f"done: {run.folder}" + f", {waiting} problems still queued for a hint" * bool(waiting))
+            say(f"done: {run.folder}" + f", {waiting} problems still queued" * bool(waiting))
             if config.push_to_hub and run.rank == 0:
                 from huggingface_hub import HfApi
 
@@ -800,7 +747,6 @@ def main():
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
-
 
 if __name__ == "__main__":
     main()
