@@ -1,0 +1,205 @@
+"""Seconds of a rollout with hints, against plain GRPO, with the real vLLM and the real `collect`.
+
+    python tests/bench_rollout.py [--prompts 28] [--rounds 5]       one process, CPU or GPU
+
+Which prompts are hard (60 %, at every stage) and how long each sample gets (a long tail) is drawn
+from seeds, the same for every variant; the engine generates exactly so many tokens. The variants
+take turns in each round, so that a noisy machine disturbs all of them alike:
+
+    grpo       every group once
+    ladder     the reference: stages 0, .25, .50, .75 in turn, each waiting for its slowest sample
+    inline     `collect` with escalation the moment a group has failed
+    deferred   a failed group returns in one of the next steps, at most half of a step returns
+
+On a CPU the seconds are CPU seconds of this process: the engine runs in its one thread and never
+waits, so they are the wall-clock of an idle machine; the wall-clock of this one stands beside them.
+What `inline` saves depends on the tail: when every group has a sample at the length limit, four
+stages in a row take four times the limit however they are streamed. Try --spread 0.8 --median 0.17.
+The last line is JSON with the ratios of the median seconds.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from hints import Problem, Try  # noqa: E402
+from rollout import Group, Request, Sampling, VllmEngine, collect  # noqa: E402
+
+SAMPLES = 8
+RATIOS = (0.0, 0.25, 0.5, 0.75)
+PROMPT, TRACE = 64, 128  # tokens
+VOCABULARY = 512
+
+
+class Engine(VllmEngine):
+    """vLLM that ends every sample at a log-normal length drawn from the sample's seed."""
+
+    cap, median, spread = 256, 0.05, 1.2
+
+    def _start(self, prompt, fields):
+        drawn = random.Random(fields["seed"]).lognormvariate(0, self.spread)
+        fields["max_tokens"] = max(4, min(self.cap, round(drawn * self.median * self.cap)))
+        return super()._start(prompt, fields)
+
+
+class Judge:
+    """Instant verdicts: hard problems (level 1) fail at every stage, the others never do."""
+
+    trigger = 0
+
+    def __init__(self):
+        self.ready = []
+        self.tokens = 0
+
+    def submit(self, request, completions):
+        self.tokens += sum(len(c.token_ids) for c in completions)
+        right = 1.0 - request.problem.level
+        self.ready.append((request.slot, [[right]] * len(completions)))
+
+    def poll(self, wait):
+        ready, self.ready = self.ready, []
+        return ready
+
+
+def ask(problem, stage, slot, step):
+    """Stage's request: the same prompt, and after it the first RATIOS[stage] of the trace."""
+    tokens = random.Random(problem.id)
+    text = [tokens.randrange(VOCABULARY) for _ in range(PROMPT + TRACE)]
+    prompt = text[: PROMPT + round(RATIOS[stage] * TRACE)]
+    shown = Try([RATIOS[stage]] * SAMPLES, [""] * SAMPLES)
+    seed = random.Random(f"{problem.id} {stage} {step}").getrandbits(60)
+    return Request(problem, [prompt] * SAMPLES, shown, [], [""] * SAMPLES, seed,
+                   Sampling(1.0, Engine.cap), slot)  # fmt: skip
+
+
+def newest(old, new):
+    return new
+
+
+def failed(group):
+    return not any(scores[0] for scores in group.rewards)
+
+
+def run_grpo(engine, judge, problems, step):
+    def next_request(group, slot):
+        return None if group.completions else ask(group.problem, 0, slot, step)
+
+    return collect(engine, [Group(p) for p in problems], judge, next_request, newest)
+
+
+def run_inline(engine, judge, problems, step):
+    def next_request(group, slot):
+        if not group.completions:
+            return ask(group.problem, 0, slot, step)
+        stage = 1 + RATIOS.index(group.request.shown.ratio)
+        if failed(group) and stage < len(RATIOS):
+            return ask(group.problem, stage, slot, step)
+
+    return collect(engine, [Group(p) for p in problems], judge, next_request, newest)
+
+
+def run_ladder(engine, judge, problems, step):
+    final = {}
+    for stage in range(len(RATIOS)):
+        def next_request(group, slot, stage=stage):
+            return None if group.completions else ask(group.problem, stage, slot, step)
+
+        groups = collect(engine, [Group(p) for p in problems], judge, next_request, newest)
+        final |= {group.problem.id: group for group in groups}
+        problems = [group.problem for group in groups if failed(group)]
+    return list(final.values())
+
+
+class Deferred:
+    """The queue between steps: failed problems come back with their next hint."""
+
+    def __init__(self):
+        self.queue = []
+
+    def __call__(self, engine, judge, problems, step):
+        back = self.queue[: len(problems) // 2]
+        self.queue = self.queue[len(back):]
+        stages = [stage for _, stage in back] + [0] * (len(problems) - len(back))
+        batch = [problem for problem, _ in back] + problems[: len(problems) - len(back)]
+
+        def next_request(group, slot):
+            return None if group.completions else ask(group.problem, stages[slot], slot, step)
+
+        groups = collect(engine, [Group(p) for p in batch], judge, next_request, newest)
+        for group, stage in zip(groups, stages):
+            if failed(group) and stage + 1 < len(RATIOS):
+                self.queue.append((group.problem, stage + 1))
+        return groups
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=28, help="a step; 28 is the reference's GPU")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cap", type=int, default=256, help="longest completion, tokens")
+    parser.add_argument("--median", type=float, default=0.05, help="of the lengths, over cap")
+    parser.add_argument("--spread", type=float, default=1.2, help="of the logarithm of the lengths")
+    args = parser.parse_args()
+    Engine.cap, Engine.median, Engine.spread = args.cap, args.median, args.spread
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+        )).save_pretrained(folder)  # fmt: skip
+        config = SimpleNamespace(
+            model_name_or_path=folder, model_revision="main", torch_dtype="float32",
+            vllm_gpu_memory_utilization=0.3,
+        )  # fmt: skip
+        engine = Engine(config, [], PROMPT + TRACE + args.cap, device)
+    variants = {"grpo": run_grpo, "ladder": run_ladder, "inline": run_inline}
+    variants["deferred"] = Deferred()
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    seconds, wall, tokens, wasted = ({name: [] for name in variants} for _ in range(4))
+    for step in range(-3, args.rounds):  # the first three warm up and fill the deferred queue
+        hard = random.Random(step).sample(range(args.prompts), round(0.6 * args.prompts))
+        problems = [Problem(1000 * step + i, [], "", level=i in hard) for i in range(args.prompts)]
+        for name, variant in variants.items():
+            judge = Judge()
+            assert engine.llm.reset_prefix_cache()
+            started = clock(), time.perf_counter()
+            kept = variant(engine, judge, problems, step)
+            if step >= 0:
+                seconds[name].append(clock() - started[0])
+                wall[name].append(time.perf_counter() - started[1])
+                tokens[name].append(judge.tokens)
+                kept = sum(len(c.token_ids) for group in kept for c in group.completions)
+                wasted[name].append(judge.tokens - kept)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, value in median.items():
+        print(
+            f"{name:9s}{value:6.2f} s ({min(seconds[name]):.2f} to {max(seconds[name]):.2f}; "
+            f"wall-clock {statistics.median(wall[name]):.2f} s), {value / median['grpo']:.2f} x grpo; "
+            f"{statistics.mean(tokens[name]):6.0f} tokens, "
+            f"{statistics.mean(tokens[name]) / statistics.mean(tokens['grpo']):.2f} x grpo, "
+            f"{statistics.mean(wasted[name]):.0f} of them wasted"
+        )
+    print(json.dumps({
+        "ladder_over_grpo": round(median["ladder"] / median["grpo"], 3),
+        "inline_over_ladder": round(median["inline"] / median["ladder"], 3),
+        "deferred_over_grpo": round(median["deferred"] / median["grpo"], 3),
+    }))  # fmt: skip
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()
