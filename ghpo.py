@@ -75,10 +75,14 @@ def load_config(path, overrides=()):
 
 def make_config(values):
     """A dict of settings to a checked Config; what it does not name has its default."""
-    known = {}
+    known, ignored = {}, [key for key in values if key in KEYS["ignored"]]
+    if ignored:
+        say(f"config: without meaning here, ignored: {', '.join(ignored)}")
+    if isinstance(values.get("hint_ratio"), (int, float)):
+        say(f"config: hint_ratio={values['hint_ratio']} is a fixed ratio here; the released trainer "
+            "ignores it and runs the ladder [0.25, 0.5, 0.75]")
     for key, value in values.items():
-        if key in KEYS["ignored"]:
-            say(f"config: {key} has no meaning here and is ignored")
+        if key in ignored:
             continue
         near = difflib.get_close_matches(key, DEFAULTS, n=1)
         need(key in DEFAULTS, f"config: unknown key {key!r}" + "".join(f", not {n}?" for n in near))
@@ -658,6 +662,19 @@ def load_policy(run):
     return fsdp_utils.shard(Policy(model), model.base_model.layers, c.sharding, run.compute_dtype,
                             c.replicas, c.cpu_offload)
 
+def startup_pass(run):
+    """Forward and backward at maximum length: out-of-memory comes in minute one, not hour ten."""
+    c, T = run.config, run.config.max_completion_length
+    width = c.max_prompt_length + T
+    row = Row([0] * width, c.max_prompt_length, [0.0] * T, [0.0] * T, [0.0] * T, 0.0, 0, False)
+    rows = [row] * max(1, c.micro_batch_tokens // width)
+    run.engine.sleep()
+    moments = [torch.empty_like(p) for p in run.policy.parameters() for _ in range(2)]
+    inputs, _ = collate(rows, run.is_packed, run.dist.device, run.master_dtype)
+    (run.policy(**inputs, heat=c.temperature)[0].sum() * 0).backward()
+    run.optimizer.zero_grad()
+    say(f"start-up pass: {len(rows)} rows of {width} tokens, {len(moments)} moments: fits")
+
 def open_folder(run):
     """Starts, resumes or refuses output_dir; what was written is moved aside, never deleted."""
     c, folder, mine = run.config, run.folder, asdict(run.config)
@@ -732,6 +749,8 @@ def main():
         if args.eval or (config.eval_strategy == "steps" and run.state["step"] == 0):
             evaluate(run)
         if not args.eval:
+            if config.startup_pass or (config.startup_pass is None and torch.cuda.is_available()):
+                startup_pass(run)
             train(run)
             export(run, run.folder / "model")
             waiting = len(run.state["queue"])

@@ -90,7 +90,7 @@ def render(problem, hint, config):
     return [*before, asked], ""
 
 def merge(previous, new):
-    """Which rows enter the batch: the new Group replaces the failed (or blank) one whole; to append:
+    """Which rows enter the batch: the new Group replaces the failed or blank one whole; to append:
     replace(new, completions=previous.completions + new.completions, rewards=...)."""
     return new
 
