@@ -60,7 +60,7 @@ install_cpu_torch() {
 install_once() {
     local name="$1" file="$2" sum
     shift 2
-    sum="$(cat "$file" run.sh | cksum)"
+    sum="$(cat "$file" requirements.txt run.sh | cksum)"
     if [ "$(cat ".venv/.installed-$name" 2>/dev/null)" != "$sum" ]; then
         echo "run.sh: installing $name requirements into .venv (once)" >&2
         "$@"
@@ -69,12 +69,11 @@ install_once() {
 }
 
 install_base() {
-    if ! has_gpu; then
-        install_cpu_torch
-    fi
-    pip_install -r requirements.txt
     if has_gpu; then
         pip_install -r requirements.txt -r requirements-vllm.txt
+    else
+        install_cpu_torch
+        pip_install -r requirements.txt
     fi
 }
 
