@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two threads on two busy cores are far slo
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 
@@ -20,12 +21,12 @@ sys.path.insert(0, str(ROOT))
 import fsdp_utils  # noqa: E402
 import ghpo  # noqa: E402
 import hints  # noqa: E402
-from rollout import Completion, Group, HfEngine, Request, Sampling  # noqa: E402
+from rollout import Completion, Group, HfEngine, Judge, Request, Sampling  # noqa: E402
 
 BASE = ROOT / "tests" / "tiny" / "base"
 DATA = ROOT / "tests" / "tiny" / "data"
 SHARED = ROOT.parent / "shared" / "data"
-EOS = 257  # of the tiny tokenizer
+PAD, EOS = 256, 257  # of the tiny tokenizer
 
 
 def settings(**changes):
@@ -119,13 +120,18 @@ def make_run(alone):
     return Policies(alone)
 
 
+def new_engine(policy, kind=HfEngine, **options):
+    """An hf engine on a policy that needs no collectives, or on one whose shards come and go."""
+    return kind(policy, {EOS}, PAD, lambda: fsdp_utils.unshard(policy),
+                lambda: fsdp_utils.reshard(policy), **options)  # fmt: skip
+
+
 @pytest.fixture
 def engine(make_run):
-    """engine(max_rows=, burst=, dtype=): an HfEngine on the tiny model."""
+    """engine(max_rows=, dtype=): an HfEngine on the tiny model."""
 
     def build(dtype="float32", **options):
-        policy = make_run(make_config(torch_dtype=dtype)).policy
-        return HfEngine(policy, {EOS}, lambda: None, lambda: None, **options)
+        return new_engine(make_run(make_config(torch_dtype=dtype)).policy, **options)
 
     return build
 
@@ -229,3 +235,27 @@ def setup(alone, monkeypatch, tmp_path):
     yield build
     for run in runs:
         run.judge.pool.close()
+
+
+class ScriptedJudge(Judge):
+    """A group passes (its first sample only) after passes(step, slot) failed tries.
+
+    step counts the first tries of a slot. Verdicts are `delay` polls late unless waited for.
+    """
+
+    def __init__(self, tokenizer, passes, delay=0):
+        super().__init__(None, tokenizer, 0, 0)
+        self.passes, self.delay = passes, delay
+        self.firsts, self.waiting = Counter(), []
+
+    def submit(self, request, completions):
+        failed = sum(not t.skipped for t in request.tries)
+        self.firsts[request.slot] += failed == 0
+        is_right = failed >= self.passes(self.firsts[request.slot] - 1, request.slot)
+        rewards = [[float(is_right and j == 0), float(j % 2)] for j in range(len(completions))]
+        self.waiting.append((self.delay, request.slot, rewards))
+
+    def poll(self, wait):
+        ready = [(slot, rewards) for n, slot, rewards in self.waiting if wait or n <= 0]
+        self.waiting = [(n - 1, *rest) for n, *rest in self.waiting if not wait and n > 0]
+        return sorted(ready)

@@ -42,17 +42,17 @@ def slow_objective(model, groups, config, likelihood=0.0, old=None, reference=No
         for j, (completion, reward) in enumerate(zip(group.completions, rewards)):
             advantage = (reward - mean) / (std + 1e-4 if config.scale_rewards else 1.0)  # E3
             logp = score(model, completion)
-            kept[i, j] = [float(x) for x in logp]
+            kept[i, j] = [x.item() for x in logp]
             before = kept[i, j] if old is None else old[i, j]
-            ref_logp = [float(x) for x in score(reference, completion)] if config.beta else None
+            ref_logp = [x.item() for x in score(reference, completion)] if config.beta else None
             if config.mask_truncated_completions and completion.finish_reason == "length":
                 rows.append((0.0, 0))
                 continue
             total = 0.0
             for t in range(len(logp)):
                 rho = torch.exp(logp[t] - before[t])
-                bounded = min(max(float(rho), 1 - low), 1 + high)
-                inside = 1 - low <= float(rho) <= 1 + high
+                bounded = min(max(rho.item(), 1 - low), 1 + high)
+                inside = 1 - low <= rho.item() <= 1 + high
                 clipped = rho if inside else torch.tensor(bounded, dtype=torch.float64)
                 loss = -min(rho * advantage, clipped * advantage)  # E4
                 if cap is not None:
@@ -124,7 +124,7 @@ def test_objective_equals_slow_loops(changes, make_run, prompts):
     metrics, moved = step_of(run, groups, prompts)
     run = make_run(config)
     objective, _ = slow_objective(run.policy.model, groups, config, reference=reference)
-    assert metrics["loss"] == pytest.approx(float(objective), abs=1e-9)
+    assert metrics["loss"] == pytest.approx(objective.item(), abs=1e-9)
     assert metrics["grad_norm"] == pytest.approx(float((moved**2).sum().sqrt()), rel=1e-6)
     expected = slow_step(run, objective)
     assert expected.abs().max() > 1e-5
@@ -157,7 +157,7 @@ def test_likelihood_weights_add_to_the_objective(loss_type, make_run, prompts, m
     metrics, moved = step_of(run, recorded_groups(), prompts)
     run = make_run(config)
     objective, _ = slow_objective(run.policy.model, recorded_groups(), config, likelihood=0.7)
-    assert metrics["loss"] == pytest.approx(float(objective), abs=1e-9)
+    assert metrics["loss"] == pytest.approx(objective.item(), abs=1e-9)
     assert torch.allclose(moved, slow_step(run, objective), rtol=0, atol=1e-9)
 
 
@@ -177,7 +177,7 @@ def test_second_iteration_uses_log_probs_from_before_the_first_update(high, make
     expected += slow_step(run, second, lr)
     assert torch.allclose(moved, expected, rtol=0, atol=1e-9)
     assert metrics["clipped"] > 0
-    assert metrics["loss"] == pytest.approx(float(first + second), abs=1e-9)
+    assert metrics["loss"] == pytest.approx((first + second).item(), abs=1e-9)
 
 
 def one_token_loss(logp, old, behaviour, advantage, ref=None, **changes):
@@ -378,16 +378,15 @@ def test_a_gradient_that_is_not_finite_stops_the_run(make_run, prompts, tmp_path
     assert torch.equal(weights_of(run), before)
 
 
-@pytest.mark.parametrize("split", ["3_1", "4_0"])
+@pytest.mark.parametrize("loss_type", ["bnpo", "dapo"])
 @pytest.mark.parametrize("sharding", ["zero3", "zero2", "ddp"])
-def test_gradients_do_not_depend_on_ranks(sharding, split, two_ranks, make_run, prompts):
-    """Rank 1 has less to do than rank 0, or nothing: fillers run there."""
-    for loss_type in ("bnpo", "dapo"):
-        ours = torch.load(two_ranks / f"moved_{sharding}_{split}_{loss_type}.pt")
-        run = make_run(float64(loss_type=loss_type))
-        metrics, moved = step_of(run, recorded_groups(sizes=(4, 4, 4, 4)), prompts)
-        assert ours["micro_batches"][0] > max(1, ours["micro_batches"][1])
-        assert moved.abs().max() > 1e-5
-        assert torch.allclose(ours["moved"], moved, rtol=0, atol=1e-9)
-        for key in ("loss", "grad_norm", "entropy", "mismatch_k3", "capped", "mismatch_max"):
-            assert ours["metrics"][key] == pytest.approx(metrics[key], rel=1e-6), key
+def test_gradients_do_not_depend_on_ranks(sharding, loss_type, two_ranks, make_run, prompts):
+    """Of 4 groups rank 1 has one (bnpo) or none (dapo): fillers run there."""
+    ours = torch.load(two_ranks / f"moved_{sharding}_{loss_type}.pt")
+    run = make_run(float64(loss_type=loss_type))
+    metrics, moved = step_of(run, recorded_groups(sizes=(4, 4, 4, 4)), prompts)
+    assert ours["micro_batches"][0] > max(1, ours["micro_batches"][1])
+    assert moved.abs().max() > 1e-5
+    assert torch.allclose(ours["moved"], moved, rtol=0, atol=1e-9)
+    for key in ("loss", "grad_norm", "entropy", "mismatch_k3", "capped", "mismatch_max"):
+        assert ours["metrics"][key] == pytest.approx(metrics[key], rel=1e-6), key

@@ -7,17 +7,18 @@ A step of the real program first, then gradients under every sharding, then unev
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from conftest import EOS, compute_exactly, make_config, problem, recorded_groups, settings
+from conftest import compute_exactly, make_config, new_engine, problem, recorded_groups, settings
 from torch import distributed as dist
 
 import fsdp_utils
 import ghpo
 import hints
-from rollout import Group, HfEngine, Sampling
+from rollout import Group, Sampling
 
 
 def one_step(folder):
@@ -47,30 +48,28 @@ def weights_of(policy):
 
 def gradients(rank, folder):
     """How far one step of plain descent moves the weights, groups split 3:1 and 4:0."""
-    for sharding in ("zero3", "zero2", "ddp"):
-        for split, name in ((3, "3_1"), (4, "4_0")):
-            for loss_type in ("bnpo", "dapo"):
-                run = new_run(rank, sharding, loss_type=loss_type)
-                groups = recorded_groups(sizes=(4, 4, 4, 4))
-                groups = groups[:split] if rank == 0 else groups[split:]
-                before = weights_of(run.policy)
-                rows = ghpo.make_rows(groups, ghpo.Prompts(run.config), run.config)
-                used = [row for row in rows if row.advantage]
-                counts = fsdp_utils.gather_objects(
-                    len(ghpo.micro_batches(used, run.config.micro_batch_tokens, False)))
-                metrics = ghpo.optimize(run, rows, 1.0)
-                moved = before - weights_of(run.policy)
-                if rank == 0:
-                    torch.save({"moved": moved, "metrics": metrics, "micro_batches": counts},
-                               folder / f"moved_{sharding}_{name}_{loss_type}.pt")  # fmt: skip
+    for sharding, (split, loss_type) in product(
+            ("zero3", "zero2", "ddp"), ((3, "bnpo"), (4, "dapo"))):
+        run = new_run(rank, sharding, loss_type=loss_type)
+        groups = recorded_groups(sizes=(4, 4, 4, 4))
+        groups = groups[:split] if rank == 0 else groups[split:]
+        before = weights_of(run.policy)
+        rows = ghpo.make_rows(groups, ghpo.Prompts(run.config), run.config)
+        used = [row for row in rows if row.advantage]
+        counts = fsdp_utils.gather_objects(
+            len(ghpo.micro_batches(used, run.config.micro_batch_tokens, False)))
+        metrics = ghpo.optimize(run, rows, 1.0)
+        moved = before - weights_of(run.policy)
+        if rank == 0:
+            torch.save({"moved": moved, "metrics": metrics, "micro_batches": counts},
+                       folder / f"moved_{sharding}_{loss_type}.pt")  # fmt: skip
 
 
 def uneven_sampling(rank, folder):
     """Rank 0 decodes 60 tokens of 3 problems, rank 1 two tokens of one, then none at all."""
     run = new_run(rank, "zero3")
     prompts = ghpo.Prompts(run.config)
-    run.engine = HfEngine(run.policy, {EOS}, lambda: fsdp_utils.unshard(run.policy),
-                          lambda: fsdp_utils.reshard(run.policy))  # fmt: skip
+    run.engine = new_engine(run.policy)
     run.judge = SimpleNamespace(
         trigger=0, slots=[], submit=lambda request, done: run.judge.slots.append(request.slot),
         poll=lambda wait: [(run.judge.slots.pop(), [[1.0]] * 4) for _ in list(run.judge.slots)])
