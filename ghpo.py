@@ -337,14 +337,14 @@ class Policy(nn.Module):
 def micro_batches(rows, budget, is_packed):
     """Rows in lists of at most `budget` tokens, longest first; 3 % of them padding, none if packed.
 
-    Micro-batches under budget / 32 may hold more padding: splitting them further costs more.
+    Up to 512 tokens more padding is let in: to split further would cost more than it saves.
     """
     batches = []
     for row in sorted(rows, key=lambda r: -len(r.input_ids)):
         batch = batches[-1] if batches else []
         tokens = sum(len(r.input_ids) for r in batch) + len(row.input_ids)
         size = tokens if is_packed else (len(batch) + 1) * len((batch or [row])[0].input_ids)
-        if batch and size <= budget and (tokens >= 0.97 * size or size <= budget // 32):
+        if batch and size <= budget and (tokens >= 0.97 * size or size <= 512):
             batch.append(row)
         else:
             batches.append([row])
