@@ -520,7 +520,7 @@ def record(run, groups, blank, planned):
             "id": group.problem.id, "problem": group.problem.messages[-1]["content"],
             "prompt": run.prompts.tokenizer.decode(request.prompts[0]),
             "hint": request.shown.hints[0], "hint_ratio": request.shown.ratios[0],
-            "is_fresh": not before.tries, "tries": [asdict(t) for t in tries],
+            "earlier_tries": len(before.tries), "tries": [asdict(t) for t in tries],
             "is_deferred": c.hint_timing == "deferred" and shown is not None,
             "completions": [
                 {"text": run.judge.text(sample, ""), "hint_ratio": sample.hint_ratio,
@@ -533,9 +533,9 @@ def record(run, groups, blank, planned):
         tries = [hints.Try(**t) for t in line["tries"]]
         hints.remember(state["history"], line["id"], tries)
         state["queue"] += [(line["id"], line["tries"])] * line["is_deferred"]
-        plain += [tries[0].pass_rate] * (line["is_fresh"] and not tries[0].ratio)
-        counts["hint/unsolved"] += hints.needs_hint(tries, c)
-        for tried in tries:
+        plain += [tries[0].pass_rate] * (not line["earlier_tries"] and not tries[0].ratio)
+        counts["hint/unsolved"] += hints.needs_hint(tries, c) and not line["is_deferred"]
+        for tried in tries[line["earlier_tries"] :]:
             counts["hint/skipped"] += tried.skipped
             counts["hint/trimmed"] += tried.trimmed
             counts["tokens/generated"] += tried.tokens
@@ -690,11 +690,13 @@ def open_folder(run):
     if changed and run.rank == 0:
         folder.rename(f"{folder}.{time.strftime('%Y%m%d-%H%M%S')}")
     fsdp_utils.gather_objects("the folder is free")
-    run.state = {"step": 0, "cursor": 0, "queue": [], "history": {}}
+    run.state = {"step": 0, "cursor": 0, "queue": [], "history": {}, "prompts": run.plan.prompts}
     latest = fsdp_utils.latest_checkpoint(folder)
     if latest:
         run.state = fsdp_utils.load_checkpoint(latest, run.policy, run.optimizer)
         run.state["history"] = {int(key): value for key, value in run.state["history"].items()}
+        need(run.state["prompts"] == run.plan.prompts, f"{latest} had {run.state['prompts']} prompts "
+             f"a step, now it would be {run.plan.prompts}: change gradient_accumulation_steps")
         say(f"resuming {latest}")
     run.first_step = run.state["step"]
     if run.rank:

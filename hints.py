@@ -106,7 +106,8 @@ def loss_view(completion, plain_ids, config):
 
 def baseline(rewards_G, ratios_G):
     """E3's mean and standard deviation (ddof = 1) of a group, broadcastable to (G,)."""
-    return rewards_G.mean(), rewards_G.std(ddof=1) if len(rewards_G) > 1 else 0.0
+    mean = rewards_G.mean() if np.ptp(rewards_G) else rewards_G[0]  # equal rewards: exactly zero
+    return mean, rewards_G.std(ddof=1) if len(rewards_G) > 1 else 0.0
 
 # ---- the machinery they share ------------------------------------------------------------------
 
