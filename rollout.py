@@ -243,9 +243,10 @@ class VllmEngine:
     """
 
     deterministic = False  # what is batched together depends on arrival times
+    asleep = can_sleep = False
 
     def __init__(self, config, eos_ids, max_model_len, device):
-        """config: model, torch_dtype, vllm_gpu_memory_utilization; max_model_len: prompt + answer."""
+        """max_model_len: prompt + answer, in tokens."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in-process: update_weights needs it
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         options = {"gpu_memory_utilization": config.vllm_gpu_memory_utilization}
@@ -254,10 +255,10 @@ class VllmEngine:
 
             vllm._custom_ops._supports_onednn = False  # packed weights cannot be loaded again
             torch._dynamo.config.disable = True  # else log-probs need a C++ compiler
-            options = {"kv_cache_memory_bytes": 2**30, "enforce_eager": True}
             # trap: a request with a seed crashes in a chunked prefill on CPU
-            options |= {"enable_chunked_prefill": False}
-            options |= {"max_num_batched_tokens": max(4096, max_model_len)}
+            options = {"enable_chunked_prefill": False, "enforce_eager": True,
+                       "max_num_batched_tokens": max(4096, max_model_len),
+                       "kv_cache_memory_bytes": 2**30}  # fmt: skip
         if "RANK" in os.environ:  # torchrun: a plain LLM would take cuda:0 on every rank
             options["distributed_executor_backend"] = "external_launcher"
         import vllm
@@ -266,11 +267,9 @@ class VllmEngine:
         self.llm = vllm.LLM(
             config.model_name_or_path, revision=config.model_revision, dtype=config.torch_dtype,
             max_model_len=max_model_len, skip_tokenizer_init=True,
-            logprobs_mode="processed_logprobs", enable_sleep_mode=self.can_sleep, **options
-        )  # fmt: skip
+            logprobs_mode="processed_logprobs", enable_sleep_mode=self.can_sleep, **options)
         final_only = vllm.sampling_params.RequestOutputKind.FINAL_ONLY
         self.params = partial(vllm.SamplingParams, output_kind=final_only)
-        self.asleep = False
         self.eos_ids, self.max_model_len = list(eos_ids), max_model_len
         self.calls = {}  # handle of a sample under way: (request, completions so far, j)
         self.number = itertools.count()
@@ -286,7 +285,7 @@ class VllmEngine:
         for j, prompt in enumerate(request.prompts):
             if len(prompt) + sampling.max_tokens > self.max_model_len:  # vLLM would clip silently
                 raise ValueError(f"problem {request.problem.id}: {len(prompt)} prompt + "
-                    f"{sampling.max_tokens} new tokens, vLLM has {self.max_model_len}")  # fmt: skip
+                                 f"{sampling.max_tokens} new tokens > {self.max_model_len}")
             # eos_ids are those of the run, not what vLLM finds in tokenizer and generation config
             fields = vars(sampling) | {"seed": request.seed % 2**62 + j, "logprobs": 0}
             fields |= {"detokenize": False, "ignore_eos": True, "stop_token_ids": self.eos_ids}
@@ -319,13 +318,10 @@ class VllmEngine:
 
     def update_weights(self, tensors):
         """Loads the tensors in place, one by one; RuntimeError when the stream lacks some."""
-
-        def load(model):
-            return {name for name, _ in model.named_parameters()} - model.load_weights(tensors)
-
-        (missing,) = self.llm.apply_model(load)
-        if missing:
-            raise RuntimeError(f"vLLM was not given {sorted(missing)[:8]}")
+        (loaded,) = self.llm.apply_model(lambda model: model.load_weights(tensors))
+        (names,) = self.llm.apply_model(lambda model: dict(model.named_parameters()).keys())
+        if names - loaded:
+            raise RuntimeError(f"vLLM was not given {sorted(names - loaded)[:8]}")
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self._say("KV cache awake")
@@ -368,11 +364,10 @@ class ServerEngine(VllmEngine):
 
     def __init__(self, config, eos_ids, max_model_len, device):
         self.eos_ids, self.max_model_len = list(eos_ids), max_model_len
-        self.dtype, self.device = getattr(torch, config.torch_dtype), device
+        self.dtype, self.device = config.torch_dtype, device
         self.host, self.port = config.vllm_server_host, config.vllm_server_port
         self.pool = ThreadPoolExecutor(512)
-        self.calls = {}
-        self.next_check = 0.0
+        self.calls, self.next_check = {}, 0.0
         self._lead(self._connect)
 
     def _start(self, prompt, fields):
@@ -393,13 +388,9 @@ class ServerEngine(VllmEngine):
         self._lead(lambda: None)  # no rank is sampling any more
         self._lead(lambda: self._push(tensors), tensors)
 
-    def sleep(self):
-        """Nothing to free: the server has GPUs of its own."""
-
-    wake = sleep
-
     def close(self):
         self.pool.shutdown(wait=False, cancel_futures=True)
+        self.broadcast = None  # frees port + 1 for the next run
 
     def _http(self, path, body=None, timeout=call_s):
         """The JSON answer to a POST, or to a GET when there is no body."""
@@ -419,7 +410,7 @@ class ServerEngine(VllmEngine):
         finally:
             connection.close()
         raise RuntimeError(f"vLLM server {self.host}:{self.port}{path}: {problem}. "
-                           "Is it running? ./run.sh serve CONFIG starts it")  # fmt: skip
+                           "Is it running? ./run.sh serve CONFIG starts it")
 
     def _lead(self, work, stream=()):
         """Rank 0 works; all empty the stream (a collective), meet, and raise what rank 0 met."""
@@ -459,25 +450,16 @@ class ServerEngine(VllmEngine):
         self.broadcast = ours.result(self.call_s)
 
     def _push(self, tensors):
+        """vLLM's sequence of calls; it is told of each tensor while that is broadcast to it."""
         self._http("/pause?mode=keep", {})
         self._http("/start_weight_update", {})
-        bucket = []
         for name, tensor in tensors:
-            bucket.append((name, tensor.to(self.device, self.dtype).contiguous()))
-            if sum(tensor.nbytes for _, tensor in bucket) > 2**30:
-                self._send(bucket)
-                bucket = []
-        self._send(bucket)
+            tensor = tensor.to(self.device, getattr(torch, self.dtype)).contiguous()
+            ours = self.pool.submit(self.broadcast, tensor)
+            coming = {"names": [name], "dtype_names": [self.dtype], "shapes": [[*tensor.shape]]}
+            self._http("/update_weights", {"update_info": coming})
+            ours.result(self.call_s)
         self._http("/finish_weight_update", {})
         if not self._http("/reset_prefix_cache", {})["success"]:
             raise RuntimeError("the vLLM server kept its prefix cache: requests are still running")
         self._http("/resume", {})
-
-    def _send(self, bucket):
-        """Broadcasts (name, tensor) pairs while the server, told what comes, receives them."""
-        info = {"names": [name for name, _ in bucket],
-                "dtype_names": [str(self.dtype).removeprefix("torch.")] * len(bucket),
-                "shapes": [list(tensor.shape) for _, tensor in bucket]}  # fmt: skip
-        ours = self.pool.submit(lambda: [self.broadcast(tensor) for _, tensor in bucket])
-        self._http("/update_weights", {"update_info": info})
-        ours.result(self.call_s)

@@ -89,7 +89,7 @@ def trainer_logp(model, completion, temperature):
     predict = torch.arange(len(completion.prompt_ids) - 1, ids.shape[1] - 1)
     target = ids[0, predict + 1]
     positions = torch.arange(ids.shape[1])[None]
-    return Policy(model)(ids, positions, None, None, predict, target, temperature)[0]
+    return Policy(model)(ids, positions, predict, target, temperature)[0]
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def greedy_tokens(engine):
 
 def assert_greedy_equals_hf(engine, model):
     tokens = greedy_tokens(engine)
-    assert tokens == greedy_tokens(HfEngine(Policy(model), EOS, nothing, nothing))
+    assert tokens == greedy_tokens(HfEngine(Policy(model), EOS, 0, nothing, nothing))
     assert len(set(map(tuple, tokens.values()))) > 1
 
 
