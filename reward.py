@@ -2,14 +2,13 @@ r"""Rewards for mathematical answers, and a pool of processes that scores them.
 
 A recursive-descent reader turns model text into trees of exact numbers; nothing is ever handed to
 eval, sympify or parse_expr. Structure (set, tuple, interval, equation, matrix) is compared before
-value. Values are Fractions while they can be, then 100-digit mpmath numbers; expressions are equal
-when they agree at fixed sample points. Sizes are checked before any arithmetic; what cannot be
-read is compared as text; in doubt the reward is 0. A forker adds to REWARDS below, or names a
-function f(response, gold) -> float in the config as "path/to/file.py:function".
+value: Fractions while they can be, then 100-digit mpmath numbers; expressions are equal when they
+agree at fixed sample points. Sizes are checked before any arithmetic; what cannot be read is
+compared as text; in doubt the reward is 0. A forker adds to REWARDS, or names a function
+f(response, gold) -> float in the config as "path/to/file.py:function".
 """
 import functools
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -28,27 +27,27 @@ from mpmath.ctx_mp import MPContext
 MAX_CHARS, MAX_DEPTH, MAX_ITEMS = 3000, 60, 60  # beyond: compared as strings only
 MAX_BITS, MAX_POWER, MAX_ARGUMENT = 60_000, 4000, 10**5  # exact powers; mpmath's arguments
 
-# ---- from text to tokens: everything is a table ----
 def table(rows: str) -> dict[str, str]:
     """{word: first word of its row} for rows "new word word; new word"."""
     return {word: row.split()[0] for row in rows.split(";") for word in row.split()[1:]}
 
 SUPER, SUB = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉"
-SMALL = dict(zip(SUPER + SUB, "0123456789+-n0123456789"))
+SMALL = str.maketrans(SUPER + SUB, "0123456789+-n0123456789")
 UNICODE = str.maketrans(dict(zip("−–—·×⋅∗÷′’‘⟨⟩≦≧", "---****/'''()≤≥"))
                         | {"√": r"\sqrt ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}"}
                         | {char: f" {char}" for char in "½⅓⅔¼¾⅕⅛"})
-GREEK = ("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi"
-         " chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar pi infty infinity")
+GREEK = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi chi"
+    " psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar pi infty infinity")
 SYNONYMS = dict(zip(GREEK.split(), "αβγδεζηθικλμνξρστφχψωΓΔΘΛΞΣΦΨΩℓℏπ∞∞")) | table(
     r"\frac dfrac tfrac cfrac; ≤ le leq leqslant leqq; ≥ ge geq geqslant geqq; < lt; > gt; ≠ ne"
     r" neq; ∈ in; ∪ cup bigcup; ∩ cap; ∖ setminus backslash; * cdot times ast; / div; ± pm; ∓ mp;"
     r" ≈ approx simeq; : colon; | mid vert lvert rvert; \{ lbrace; \} rbrace; ( langle; ) rangle;"
     r' ∅ emptyset varnothing; ° degree; "and" land; "or" lor; \ln log; \binom dbinom tbinom; \fabs'
     r" abs; \asin arcsin; \acos arccos; \atan arctan; \asec arcsec; \acsc arccsc; \acot arccot;"
-    r" … ldots dots cdots; ε varepsilon; φ varphi") | dict.fromkeys((
-        "left right middle big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits"
-        " quad qquad mathbf boldsymbol bm mathit mathcal mathsf rm bf it angle triangle").split(), "")
+    r" … ldots dots cdots; ε varepsilon; φ varphi") | dict.fromkeys(
+    ("left right middle big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits quad"
+     " qquad mathbf boldsymbol bm mathit mathcal mathsf rm bf it angle triangle").split(), "")
 UNITS = table(
     "% percent percents pct; ° degrees degree deg; $ dollars dollar usd; cent cents; mm mm; ft ft"
     " feet foot; cm cm centimeters centimetres centimeter; m meters metres meter; km km kilometers;"
@@ -57,28 +56,29 @@ UNITS = table(
 FUNCTIONS = set("sin cos tan sec csc cot sinh cosh tanh asin acos atan asec acsc acot ln exp"
                 " fabs".split())
 PLAIN = FUNCTIONS | set("sqrt log pi abs infty infinity arcsin arccos arctan".split())
-OPAQUE = set(r"\sum \prod \int \oint \lim \vec \overline \bar \hat \tilde \dot \ddot".split())
 
 def quote(run: re.Match, always: bool = False) -> str:
     """A run of letters: a function or constant, a word in quotes, or letters to be multiplied."""
     word, before = run[0], run.string[:run.start()].rstrip()[-1:]
     is_unit = word.lower() in UNITS and before and before in '0123456789})"'
+    if word in PLAIN:
+        return f"\\{word} "
     is_word = len(word) > 3 or word in ("or", "and", "to", "not", "the", "for", "no", "No")
-    return f"\\{word} " if word in PLAIN else (
-        f' "{word.lower()}" ' if always or is_unit or is_word else word)
+    return f' "{word.lower()}" ' if always or is_unit or is_word else word
 
 def quote_text(group: re.Match) -> str:
     r"""The inside of a \text{}: words in quotes; a lone letter after a number is a unit."""
     content = WORD.sub(functools.partial(quote, always=True), group[1]).strip()
     before = group.string[:group.start()].rstrip()[-1:]
-    is_unit = before and before in "0123456789})" and re.fullmatch("[A-Za-df-hj-z]", content)
-    return f' "{content}" ' if is_unit else f" {content} "
+    is_unit = re.fullmatch("[A-Za-df-hj-z](/[a-z]+)?", content)
+    return f' "{content}" ' if is_unit and before and before in "0123456789})" else f" {content} "
 
 WORD = re.compile(r"""(?<![\\A-Za-z"])[A-Za-z]{2,}""")
 REWRITES = tuple((re.compile(pattern), new) for pattern, new in (
     (r"(?<!\\)\\[()\[\]]|(?<!\\)\$|\*\*(?=[A-Z])|(?<!\\)\\$", " "),
     (r"-?\s*\\\$", lambda run: ' "$" ' + run[0][:-2]), (r"[€£]", ' "€" '),
-    (r"\*\*", "^"), (r"<=|=<", "≤"), (r">=", "≥"), (r"(?<!\d)(\d+)⁄(\d+)", r"\\frac{\1}{\2}"),
+    (r"^\s*(?:=|≈|\\approx)", ""), (r"\*\*", "^"), (r"<=|=<", "≤"), (r">=", "≥"),
+    (r"(?<!\d)(\d+)⁄(\d+)", r"\\frac{\1}{\2}"),
     (r"(?<=\d)\s*(?:\\[,!]\s*)+(?=\d)", ""),  # 5\,040, then 5{,}040 and 5,\!040
     (r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!)\s*(?=\d{3}(?!\d))", ""),
     (r"(?<!\\)\\[,;:!\s]|~", " "), (r"[\s.,;]+$", ""),
@@ -92,8 +92,9 @@ REWRITES = tuple((re.compile(pattern), new) for pattern, new in (
     (r"(\\[dtc]?frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
     (r"(?<![\d.}^_/])(\d+)\s*(\\[dtc]?frac\s*\{\d+\}\s*\{\d+\})", r"(\1+\2)"),  # mixed numbers
     (r"(?<![\d.}^_/])(\d+)\s+(\d+)\s*/\s*(\d+)", r"(\1+\2/\3)"),
-    (r"(?<!\d)(\d+)\.(\d*)\\overline\s*\{(\d+)\}", lambda run: "(%s)" % (Fraction(  # 0.1\overline{6}
-        int(run[3]), 10 ** len(run[2]) * (10 ** len(run[3]) - 1)) + Fraction(f"{run[1]}.{run[2]}0"))),
+    (r"(?<!\d)(\d+)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", lambda run: "(%s)" % (
+        Fraction(int(run[3]), 10 ** len(run[2]) * (10 ** len(run[3]) - 1))
+        + Fraction(f"{run[1]}.{run[2]}0"))),
     (r"(?<![_^]\d)(?<=\d)\s+(?=[\d.])", " ␣ "),
     (r"\\(?:text(?:bf|it|rm|normal|tt|sf|up)?|mathrm|mbox|emph)\s*\{([^{}]*)\}", quote_text),
     (WORD.pattern, quote), (r"\\([A-Za-z]+)", lambda run: SYNONYMS.get(run[1], run[0] + " ")),
@@ -101,7 +102,8 @@ REWRITES = tuple((re.compile(pattern), new) for pattern, new in (
     (r'"(?:for|where|if|when|with)"[^,;]*?(?=,|;|"and"|$)', " "), (r',\s*"and"', ' "and"'),
     (r'"([a-z]+)"\s*\^\s*\{?\s*(\d)\s*\}?', r'"\1\2"'), (r'(?<=[a-z\d])(?<!"or)(?<!"and)(?<!"to)'
      r'"\s*(/?)\s*"(?!or"|and"|to")(?=[a-z])', r" \1")))
-TOKEN = re.compile(r'"[^"]*"|\\[A-Za-z]+|\\.|\d+(?:\.\d*)?|\.\d+|\S')
+TOKEN = re.compile(r'"[^"]*"|\\[A-Za-z]+|\\.|(?:\d+(?:\.\d*)?|\.\d+|[^\W\d_])'
+                   r"(?:\s*_\s*(?:\{[^{}]*\}|\d+|[^\W\d_]))?'*|\S")
 INFIX = {token: (strength, kind) for strength, kind, *tokens in (
     (1, "row", r"\\"), (2, "cell", "&"), (3, "or", '"or"'), (4, "and", '"and"'), (5, ";", ";"),
     (6, "list", ","), (8, "/", r"\over"), (8, "binomial", r"\choose"), (9, "rel", *"=<>≤≥≠∈≈"),
@@ -115,13 +117,12 @@ ENDS = {"", *")]}⟧", r"\}", r"\rfloor", r"\rceil"}
 
 def tokenise(text: str) -> list[str]:
     for mark, run in (("^", SUPER), ("_", SUB)):
-        text = re.sub(f"[{run}]+", lambda small: mark + "{%s}" % "".join(map(SMALL.get, small[0])), text)
+        text = re.sub(f"[{run}]+", lambda small: mark + "{%s}" % small[0].translate(SMALL), text)
     text = unicodedata.normalize("NFKC", text.strip().translate(UNICODE))
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
     return TOKEN.findall(text)
 
-# ---- from tokens to trees ----
 class Unreadable(Exception):
     """The text is not mathematics that the reader knows, or goes over one of the limits."""
 
@@ -140,14 +141,14 @@ class Reader:
     def infix(self) -> tuple[int, str]:
         """(strength, kind) of the next token as an operator; two factors in a row are a product."""
         token, innermost = self.tokens[-1], self.brackets[-1]
-        if token in ENDS or token == innermost == "|":
+        in_function = innermost == "function"
+        if token in ENDS or token == innermost == "|" or in_function and (
+                token in "([" or token[1:] in FUNCTIONS):
             return 0, ""
         if token in "|:" and innermost == r"\{":
             return 7, "builder"
-        if innermost == "function" and (token in "([" or token[1:] in FUNCTIONS):
-            return 0, ""
-        product = (15 if innermost == "function" else 14, "product")
-        return INFIX.get(token) or ((12, "unit") if token[0] == '"' else product)
+        default = (12, "unit") if token[0] == '"' else (14 + in_function, "product")
+        return INFIX.get(token, default)
 
     def tree(self, level: int = 1):
         left = self.prefix(level)
@@ -172,32 +173,17 @@ class Reader:
             return ("power", self.prefix(), ("inv", index))
         if token[1:] in FUNCTIONS:
             return self.function(token[1:])
-        if token[0] == '"':
-            is_money = token in ('"$"', '"€"')
-            if not is_money and not token[1].isalpha():
-                raise Unreadable(token)
-            return joined("unit", self.tree(13), None, token) if is_money else ("text", token)
+        if token in ('"$"', '"€"'):
+            return joined("unit", self.tree(13), None, token)
         if token in "fghFGHPT" and self.tokens[-1] == "(":
             return ("call", ("var", token), self.bracket(self.take()))
-        while self.tokens[-1] in ("_", "'") or token in OPAQUE and self.tokens[-1] in ("{", "^"):
-            token += self.script()
-        if token.replace(".", "", 1).isdecimal():  # with a base it is a name of its own
+        if token.replace(".", "", 1).isdecimal():
             return ("num", Fraction(token))
-        if not (token[0].isalnum() or token[:2] in ("∞", "∅", r"\b") or token in OPAQUE):
-            if not any(map(token.startswith, OPAQUE)):
-                raise Unreadable(token)
-        return (token,) if token in CONSTANTS else ("var", token)
-
-    def script(self) -> str:
-        """The raw text of a prime, a subscript, a limit or a group: part of a name."""
-        text = self.take()
-        text += self.take() if text in "_^" else ""
-        depth = text.count("{")
-        while depth:
-            token = self.take()
-            text += token
-            depth += {"{": 1, "}": -1}.get(token, 0)
-        return re.sub('[{}" ]', "", text)
+        if token in CONSTANTS or token[0] == '"' and token[1].isalpha():
+            return (token,) if token in CONSTANTS else ("text", token)
+        if not (token[0].isalnum() or token.startswith((r"\bb", "∅"))):
+            raise Unreadable(token)
+        return ("var", re.sub('[{}" ]', "", token))  # a name, with its subscript or its base
 
     def bracket(self, opening: str):
         self.brackets.append(opening)
@@ -206,12 +192,12 @@ class Reader:
         inner = self.tree() if self.tokens[-1] not in ENDS else ("list",)
         self.brackets.pop()
         closing = self.take(CLOSING[opening])
-        if inner[0] == "builder" and is_name(inner[1]):
+        if inner[0] == "builder" and (is_name(inner[1]) or inner[1][-1] == REALS):
             return inner[2]
         if opening in "([" and inner[0] in ("list", ";"):
             return ("tuple", opening + closing, *inner[1:])
-        if opening == r"\{" and inner[0] != "list":
-            return ("list", inner)
+        if opening == r"\{":
+            return ("set", *inner[1:]) if inner[0] == "list" else ("set", inner)
         return (WRAPS[opening], inner) if opening in WRAPS else inner
 
     def function(self, name: str):
@@ -240,21 +226,21 @@ def negative(tree):
 def joined(kind: str, left, right, token: str = ""):
     if kind in ("unit", "fac", "deg"):
         words = token.strip('"').split()
-        return (kind, left, " ".join(UNITS.get(word, word[:3] + word[3:].rstrip("s")) for word in words))
+        names = (UNITS.get(word, word[:3] + word[3:].rstrip("s")) for word in words)
+        return (kind, left, " ".join(names))
     if len(left) > MAX_ITEMS and kind not in ("+", "-", "product"):
         raise Unreadable("too many items")
     if kind == "rel":
         signs, *sides = left[1:] if left[0] == "rel" else ("", left)
         return ("rel", signs + token, *sides, right)
     if kind == "-":
-        kind, right = ("∖", right) if right[0] == "list" else ("+", negative(right))
+        kind, right = ("∖", right) if right[0] == "set" else ("+", negative(right))
     if kind in ("/", "product"):
         kind, right = "*", ("inv", right) if kind == "/" else right
     return (*left, right) if kind == left[0] and kind in MANY else (kind, left, right)
 
 MANY = {"+", "*", "list", ";", "and", "or", "row", "cell", ":"}
 
-# ---- from trees to values: Fractions, or 100-digit mpmath numbers ----
 class Local(threading.local):
     """One mpmath context per thread (its precision is not thread-safe), and the size of noise."""
 
@@ -265,11 +251,10 @@ class Local(threading.local):
 LOCAL = Local()
 
 def exact_power(base: Fraction, exponent: Fraction):
-    if base == 0 < exponent:
-        return base
+    """The power when it is rational for sure, None when mpmath has to find it."""
     if exponent.denominator > 1 or abs(exponent) > MAX_POWER or base == 0:
-        return None
-    if (base.numerator.bit_length() + base.denominator.bit_length()) * abs(exponent) > MAX_BITS:
+        return base if base == 0 < exponent else None
+    if max(base.numerator.bit_length(), base.denominator.bit_length()) * abs(exponent) > MAX_BITS:
         raise Unreadable("power too large")
     return base ** int(exponent)
 
@@ -296,6 +281,7 @@ INEXACT = {kind: EXACT[kind] for kind in ("+", "*", "inv", "unit")} | {
     "∞": lambda: LOCAL.mp.inf}
 NUMERIC = FUNCTIONS | set("fac binomial floor ceil".split())
 
+@functools.lru_cache(maxsize=4096)
 def sample(name: str, point: int) -> Fraction:
     """A variable's fixed value at point 0..3: in (0, 1), in (1, 4), negative, of mixed sign."""
     seed = int.from_bytes(f"{name} {point}".encode(), "big") % 1_000_003
@@ -360,16 +346,15 @@ def ratio(a, b):
              if not near(x, 0) and not near(y, 0)]
     return found[0] if len(found) > 2 and all(near(c, found[0]) for c in found) else None
 
-# ---- from trees to answers, and when two are the same ----
+SETS = {"list", "set"}  # 1, 2 and {1, 2}
 REGIONS = {"rel", "∪", "∩", "∖", "tuple"}
-STRUCTURES = REGIONS | {"list", ";", "and", "or", "row", "cell", "matrix", ":"}
+STRUCTURES = REGIONS | {*SETS, ";", "and", "or", "row", "cell", "matrix", ":"}
 
 def is_name(tree) -> bool:
-    """x, f(x), AB, AB/CD, V_1:V_2, (x, y) or words: what may stand before "= value"."""
+    """x, f(x), AB, V_1:V_2, (x, y) or words: what may stand before "= value"."""
     kind, *parts = tree
-    if kind in ("*", "inv"):
-        return all(part[0] in ("inv", "*") and is_name(part) or part[0] == "var" and part[1].isupper()
-                   for part in parts)
+    if kind == "*":
+        return all(part[0] == "var" and part[1].isupper() for part in parts)
     return kind in ("var", "call", "text", "e", "i") or kind in ("tuple", ":") and all(
         is_name(part) for part in parts if isinstance(part, tuple))
 
@@ -384,11 +369,11 @@ def settle(tree):
         parts = [("tuple", "()", *part[1:]) if part[0] == "list" else part for part in parts]
     if kind in ("and", "or") and all(part[0] in REGIONS - {"tuple"} for part in parts):
         return functools.reduce(lambda a, b: ("∪" if kind == "or" else "∩", a, b), parts)
-    if kind in ("list", ";", "and", "or"):
+    if kind in ("list", "set", ";", "and", "or"):
         parts = [item for part in parts for item in (part[1:] if part[0] == "list" else [part])]
         if not 0 < len(parts) <= MAX_ITEMS:
             raise Unreadable("no items, or too many")
-        return ("list", *parts)
+        return ("set" if kind == "set" else "list", *parts)
     if kind == ":" and len(parts) == 2 and is_name(parts[0]) and not is_name(parts[1]):
         return ("named", parts[0], parts[1], None)
     return relation(*parts) if kind == "rel" else (kind, *parts)
@@ -408,6 +393,8 @@ def relation(signs: str, *sides):
         name, signs, sides = sides[0], signs[1:], sides[1:]
     if "≈" in signs:
         signs, sides = signs[:signs.index("≈")], sides[:signs.index("≈") + 1]
+    if set(signs) == {"="} and not any(map(variables, sides)):  # 3/4 = 0.75, but not 7 = 5
+        signs, sides = ("", sides[:1]) if all(equal(sides[0], t) for t in sides) else (signs, sides)
     if not signs:
         return ("named", name, sides[0], whole) if name else sides[0]
     if signs == "=":
@@ -427,26 +414,22 @@ def same(a, b) -> bool:
                  and t[1][0] == "var"}
         values = [t[2] if t[0] == "named" else t for t in (a, b)]
         return "equation" not in kinds and len(names) < 2 and same(*values)
-    if "list" in kinds and len(kinds) == 2 and 2 in (len(a) * (a[0] == "list"), len(b) * (b[0] == "list")):
-        return same(*(t[1] if t[0] == "list" else t for t in (a, b)))
+    for t, other in ((a, b), (b, a)):
+        if t[0] in SETS and len(t) == 2 and other[0] not in SETS:
+            return same(t[1], other)
     if kinds & (REGIONS - {"tuple"}) or REALS in (a, b):
         return same_chain(a, b) or same_region(a, b)
-    if kinds == {"list"}:
-        return same_set(x, list(y))
-    if kinds == {"list", "tuple"}:
+    if kinds <= SETS:  # every item of the one takes its own item of the other
+        rest = list(y)
+        matches = (next((other for other in rest if same(item, other)), None) for item in x)
+        return len(x) == len(y) and all(match and not rest.remove(match) for match in matches)
+    if kinds == {"list", "tuple"}:  # a bare list and (..): in the same order
         x, y = (t[1:] if t[0] == "list" else t[2:] if t[1] == "()" else () for t in (a, b))
-        return len(x) == len(y) and all(map(same, x, y))
+    elif kinds & STRUCTURES and len(kinds) > 1:
+        return False
     if kinds & STRUCTURES:
-        return len(kinds) == 1 and len(x) == len(y) and all(map(same, x, y))
+        return len(x) == len(y) and all(map(same, x, y))
     return same_value(a, b)
-
-def same_set(left, right: list) -> bool:
-    for item in left:
-        match = next((other for other in right if same(item, other)), None)
-        if match is None:
-            return False
-        right.remove(match)
-    return not right
 
 def same_value(a, b) -> bool:
     """Values, with units ignored when one side has none; a % or ° may also be a factor."""
@@ -456,20 +439,17 @@ def same_value(a, b) -> bool:
         return False
     scale = {"%": ("num", Fraction(1, 100)), "°": ("deg", ("num", Fraction(1)), "°")}
     scaled = [("*", t, scale[name]) if name in scale else t for t, name in zip(bare, units)]
-    return equal(*bare) or not all(units) and equal(*scaled) or any(
-        printed(*pair) for pair in (bare, bare[::-1]))
-
-def printed(literal, tree) -> bool:
-    """Is the literal a float's printout (15 digits or more) of the value of the tree?"""
-    is_float = literal[0] == "num" and literal[1].denominator > 10**13
-    return is_float and any(abs(LOCAL.mp.convert(x) - LOCAL.mp.convert(y)) * x.denominator < 1
-                            for x, y in value_pairs(literal, tree))
+    if equal(*bare) or not all(units) and equal(*scaled):
+        return True
+    digits = max(t[1].denominator if t[0] == "num" else 1 for t in bare)
+    return digits > 10**13 and any(  # a float printed with 15 digits or more
+        abs(LOCAL.mp.convert(x) - LOCAL.mp.convert(y)) * digits < 1 for x, y in value_pairs(*bare))
 
 def same_chain(a, b) -> bool:
+    """The same sides in the same order, or one inequality that is a multiple of the other."""
     if not a[0] == b[0] == "rel" or len(a) != len(b):
         return False
-    turned = ("rel", b[1].translate(FLIPPED)[::-1], *b[:1:-1])
-    if any(a[1] == other[1] and all(map(equal, a[2:], other[2:])) for other in (b, turned)):
+    if a[1] == b[1] and all(map(equal, a[2:], b[2:])):
         return True
     c = ratio(*(("+", t[2], negative(t[3])) for t in (a, b))) if len(a) == 4 else None
     return c is not None and is_real(c) and b[1] == (a[1] if c > 0 else a[1].translate(FLIPPED))
@@ -488,7 +468,7 @@ def ends(tree) -> list:
     kind, *parts = tree
     if kind == "tuple" and (len(parts) != 3 or number(parts[1]) >= number(parts[2])):
         raise Unreadable("not an interval")
-    if kind in REGIONS or kind in ("list", "named"):
+    if kind in REGIONS | SETS | {"named"}:
         return [end for part in parts if isinstance(part, tuple) for end in ends(part)]
     return [] if is_name(tree) or abs(number(tree)) == LOCAL.mp.inf else [number(tree)]
 
@@ -503,9 +483,9 @@ def inside(tree, x) -> bool:
     if kind == "rel":
         sides = [x if is_name(side) else number(side) for side in parts[1:]]
         return all(map(holds, sides, sides[1:], parts[0]))
-    if kind != "list" and tree != REALS:
+    if kind not in SETS and tree != REALS:
         raise Unreadable("not a region")
-    return kind != "list" or any(near(number(part), x) for part in parts)
+    return tree == REALS or any(near(number(part), x) for part in parts)
 
 def holds(left, right, sign: str) -> bool:
     if near(left, right):
@@ -520,7 +500,6 @@ def same_region(a, b) -> bool:
     return len((variables(a) | variables(b)) - {REALS[1]}) < 2 and all(
         inside(a, x) == inside(b, x) for x in tests)
 
-# ---- the final answer in a response ----
 def closing_brace(text: str, start: int) -> int:
     """The index after the brace that closes text[start], or 0. Linear in the text."""
     for pattern in (r"\\.|[{}]", r"[{}]"):  # then once more with \} taken for a bare brace
@@ -570,7 +549,6 @@ def extract_answer(response: str) -> str | None:
     text = contents.pop() if contents else text
     return boxed(text) if "\\boxed" in text else stated(text) or (text if blocks else None)
 
-# ---- rewards ----
 REFUSED = (Unreadable, RecursionError, ValueError, ArithmeticError, TypeError, LookupError)
 SIMPLE = re.compile(r"-?\d{1,40}(?:\.\d{1,40})?\Z")
 THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
@@ -581,14 +559,16 @@ def readings(text: str) -> tuple:
     """What an answer may stand for: its string, and settled trees (1,234 is a number or a list)."""
     if len(text) > MAX_CHARS:
         return (("text", text),)
-    string = "".join(tokenise(text))
-    plain = re.sub('[" ]', "", string)
-    has_words = '"' in string or plain.isalpha() and len(plain) > 2  # then case is ignored
+    tokens = tokenise(text)
+    plain = re.sub('[" ]', "", "".join(tokens))
+    has_words = any(token[0] == '"' for token in tokens) or plain.isalpha() and len(plain) > 2
     found = [("text", plain.lower() if has_words else plain)] if re.search(r"\w|∞", plain) else []
-    joined_up = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
-    for variant in [text] if re.search(r"[(\[]|\\\{", text) else dict.fromkeys((joined_up, text)):
+    variants = [tokens]
+    if THOUSANDS.search(text) and not re.search(r"[(\[]|\\\{", text):
+        variants.append(tokenise(THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)))
+    for variant in variants:
         try:
-            reader = Reader(tokenise(variant))
+            reader = Reader(variant)
             tree = settle(reader.tree())
             found += [tree] if reader.tokens == [""] else []
         except REFUSED:
@@ -613,7 +593,7 @@ def accuracy_reward(response: str, gold: str) -> float:
     answer, gold = (extract_answer(response) or "").strip(), gold.strip()
     if SIMPLE.match(answer) and SIMPLE.match(gold):
         return float(Fraction(answer) == Fraction(gold))
-    for a, b in itertools.product(readings(answer), readings(gold)):
+    for a, b in ((a, b) for a in readings(answer) for b in readings(gold)):
         try:
             if same(a, b):
                 return 1.0
@@ -623,12 +603,9 @@ def accuracy_reward(response: str, gold: str) -> float:
 
 def format_reward(response: str, gold: str = "") -> float:
     """1.0 for exactly <think>..</think><answer>..</answer> with two non-blank bodies, else 0.0."""
-    if any(response.count(tag) != 1 for tag in TAGS):
-        return 0.0
-    before, think, between, answer, after = re.split("|".join(TAGS), response)
-    in_order = sorted(TAGS, key=response.find) == list(TAGS)
-    outside = before.strip() or between.strip() or after.strip()
-    return float(in_order and not outside and bool(think.strip() and answer.strip()))
+    parts = re.split("(" + "|".join(TAGS) + ")", response)
+    filled = [bool(part.strip()) for part in parts[::2]]
+    return float(parts[1::2] == list(TAGS) and filled == [False, True, False, True, False])
 
 REWARDS = {"accuracy": accuracy_reward, "format": format_reward}
 
@@ -638,18 +615,15 @@ def resolve_reward(name: str):
     if name in REWARDS:
         return REWARDS[name]
     source, _, function = name.rpartition(":")
-    is_file = source.endswith(".py")
     try:
-        spec = (importlib.util.spec_from_file_location("user_reward", source) if is_file
-                else importlib.util.find_spec(source))
+        spec = importlib.util.find_spec(source) if not source.endswith(".py") else (
+            importlib.util.spec_from_file_location("user_reward", source))
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return getattr(module, function)
     except Exception as error:  # whatever the user's file does when it is imported
-        raise ValueError(f"no reward {name!r}: it is one of {', '.join(REWARDS)}, "
-                         f"or file.py:function ({error})") from error
+        raise ValueError(f"reward {name!r}: none of {', '.join(REWARDS)}; {error!r}") from error
 
-# ---- the pool ----
 def serve(connection: Connection, timeout: float, functions: list) -> None:
     """A worker's life: [text, gold] in, its rewards (None when a function raised) out."""
     connection.send_bytes(b"ready")
@@ -756,6 +730,7 @@ def stop(worker) -> None:
 if __name__ == "__main__":
     sys.path.insert(0, os.getcwd())
     try:
-        serve(Connection(int(sys.argv[1])), float(sys.argv[2]), list(map(resolve_reward, sys.argv[3:])))
+        descriptor, limit, *names = sys.argv[1:]
+        serve(Connection(int(descriptor)), float(limit), list(map(resolve_reward, names)))
     except EOFError:  # the parent is gone
         pass
