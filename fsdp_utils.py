@@ -165,19 +165,6 @@ def clip_grad_norm(params, max_norm: float) -> torch.Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def memory_estimate(n_params, world, sharding, replicate=1, dtype_bytes=2, gathered=0) -> dict:
-    """Bytes per GPU of fp32 masters, compute copy, fp32 gradients and Adam's two moments.
-
-    gathered: weights that zero3 holds at once (the root's plus two blocks'). Activations excluded.
-    """
-    shards = 1 if sharding == "ddp" else world // replicate
-    wrapped = world > 1 or dtype_bytes < 4
-    copied = gathered if sharding == "zero3" else n_params
-    parts = {"weights": 4 * n_params // shards, "compute_copy": wrapped * copied * dtype_bytes,
-             "gradients": 4 * n_params // shards, "optimizer": 8 * n_params // shards}
-    return {**parts, "total": sum(parts.values())}
-
-
 def save_checkpoint(folder, step, model, optimizer, state: dict, keep=0, export=None) -> Path:
     """Write checkpoint-<step> beside, then rename it; keep the newest `keep` (0: all).
 

@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, make_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ import yaml
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 from transformers.utils import logging as transformers_logging
 
 import fsdp_utils
@@ -75,38 +75,35 @@ def load_config(path, overrides=()):
 
 def make_config(values):
     """A dict of settings to a checked Config; what it does not name has its default."""
-    known, ignored = {}, [key for key in values if key in KEYS["ignored"]]
+    ignored = [key for key in values if key in KEYS["ignored"]]
     if ignored:
         say(f"config: without meaning here, ignored: {', '.join(ignored)}")
     if isinstance(values.get("hint_ratio"), (int, float)):
-        say(f"config: hint_ratio={values['hint_ratio']} is a fixed ratio here; the released trainer "
-            "ignores it and runs the ladder [0.25, 0.5, 0.75]")
-    for key, value in values.items():
-        if key in ignored:
-            continue
+        say("config: one hint_ratio is a fixed ratio here; the released trainer ignores the key")
+    known = dict(DEFAULTS)
+    for key in [key for key in values if key not in ignored]:
         near = difflib.get_close_matches(key, DEFAULTS, n=1)
         need(key in DEFAULTS, f"config: unknown key {key!r}" + "".join(f", not {n}?" for n in near))
-        known[key] = cast(key, value, KEYS["types"].get(key) or type(DEFAULTS[key]).__name__)
-    c = Config(**DEFAULTS | known)
-    need(c.model_name_or_path and c.dataset_name, "config: set model_name_or_path and dataset_name")
-    need(c.hint_ratio == sorted(c.hint_ratio) and all(0 <= omega <= 1 for omega in c.hint_ratio),
-         f"config: hint_ratio={c.hint_ratio} must ascend within [0, 1]")
-    need(len(c.reward_weights) == len(c.reward_funcs), "config: one reward_weights each")
+        known[key] = cast(key, values[key], KEYS["types"].get(key, type(DEFAULTS[key]).__name__))
+    c = Config(**known)
+    engine = c.engine or ("vllm" if c.use_vllm else "hf")
     triggers = c.reward_funcs + ["always"] * bool(c.hint_ratio)
-    need(c.hint_trigger in triggers, f"config: hint_trigger={c.hint_trigger} is not in {triggers}")
-    need(c.use_vllm is None or c.use_vllm == (engine_name(c) != "hf"),
-         f"config: engine={c.engine} and use_vllm={c.use_vllm} disagree, set one of them")
-    need(c.bf16 is None or c.bf16 == (c.torch_dtype == "bfloat16"),
-         f"config: bf16={c.bf16} and torch_dtype={c.torch_dtype} disagree")
+    for holds, message in (
+        (c.model_name_or_path and c.dataset_name, "set model_name_or_path and dataset_name"),
+        (c.hint_ratio == sorted(c.hint_ratio) and all(0 <= omega <= 1 for omega in c.hint_ratio),
+         f"hint_ratio={c.hint_ratio} must ascend within [0, 1]"),
+        (len(c.reward_weights) == len(c.reward_funcs), "one reward_weights per reward_funcs"),
+        (c.hint_trigger in triggers, f"hint_trigger={c.hint_trigger} is not in {triggers}"),
+        (c.use_vllm is None or c.use_vllm == (engine != "hf"),
+         f"engine={c.engine} and use_vllm={c.use_vllm} disagree, set one of them"),
+        (c.bf16 is None or c.bf16 == (c.torch_dtype == "bfloat16"),
+         f"bf16={c.bf16} and torch_dtype={c.torch_dtype} disagree")):
+        need(holds, f"config: {message}")
     try:
         list(map(resolve_reward, c.reward_funcs))
     except ValueError as error:
         raise UserError(f"config: reward_funcs: {error}") from None
-    return c
-
-def engine_name(config):
-    """hf, vllm or server."""
-    return config.engine or ("vllm" if config.use_vllm else "hf")
+    return replace(c, engine=engine)
 
 def cast(key, value, kind):
     """A YAML value as the type and within the range of a setting; UserError otherwise."""
@@ -119,15 +116,13 @@ def cast(key, value, kind):
     try:  # and 1e-6 is text
         if kind in ("int", "float") and not isinstance(value, bool):
             value = int(value) if kind == "int" and float(value).is_integer() else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass  # then the type is wrong
     need(type(value).__name__ == kind and value not in (math.inf, -math.inf) and value == value,
          f"config: {key}={value!r} must be of type {kind}")
-    allowed = ALLOWED.get(key)
-    need(not isinstance(allowed, list) or value in allowed,
-         f"config: {key}={value!r} must be one of {allowed}")
-    need(not isinstance(allowed, (int, float)) or value >= allowed,
-         f"config: {key}={value!r} must be at least {allowed}")
+    allowed = ALLOWED.get(key, value)
+    fits = value in allowed if isinstance(allowed, list) else kind == "dict" or value >= allowed
+    need(fits, f"config: {key}={value!r} must be {'one of' * (kind == 'str') or 'at least'} {allowed}")
     return value
 
 def make_plan(config, world, n_problems):
@@ -511,47 +506,46 @@ def next_groups(run):
     return blank + [Group(run.problems[i]) for i in order[start : start + fresh]]
 
 def record(run, groups, blank, planned):
-    """Writes the rollouts of all ranks, updates history and queue; returns the step's metrics.
-    Without hint means: fresh problems, first try."""
+    """Writes the rollouts of all ranks, updates history and queue; returns the step's metrics."""
     c, state, lines = run.config, run.state, []
     for group, before, (shown, tries) in zip(groups, blank, planned):
-        request = group.request
+        request, scored = group.request, zip(group.completions, group.rewards)
         lines.append({
             "id": group.problem.id, "problem": group.problem.messages[-1]["content"],
             "prompt": run.prompts.tokenizer.decode(request.prompts[0]),
             "hint": request.shown.hints[0], "hint_ratio": request.shown.ratios[0],
-            "earlier_tries": len(before.tries), "tries": [asdict(t) for t in tries],
+            "tries": [asdict(t) for t in tries], "earlier_tries": len(before.tries),
             "is_deferred": c.hint_timing == "deferred" and shown is not None,
-            "completions": [
-                {"text": run.judge.text(sample, ""), "hint_ratio": sample.hint_ratio,
-                 "tokens": len(sample.token_ids), "finish_reason": sample.finish_reason,
-                 **dict(zip(c.reward_funcs, scores))}
-                for sample, scores in zip(group.completions, group.rewards)]})
+            "completions": [{"text": run.judge.text(o, ""), **dict(zip(c.reward_funcs, scores)),
+                             "finish_reason": o.finish_reason, "tokens": len(o.token_ids),
+                             "hint_ratio": o.hint_ratio} for o, scores in scored]})
     lines = list(itertools.chain(*fsdp_utils.gather_objects(lines)))
-    counts, plain = Counter({"hint/trimmed": 0, "hint/skipped": 0, "tokens/generated": 0}), []
+    if run.rank == 0:
+        path = run.folder / "rollouts" / f"step_{state['step'] + 1:06d}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    counts, means = Counter({"hint/trimmed": 0, "hint/skipped": 0}), defaultdict(list)
     for line in lines:
         tries = [hints.Try(**t) for t in line["tries"]]
         hints.remember(state["history"], line["id"], tries)
         state["queue"] += [(line["id"], line["tries"])] * line["is_deferred"]
-        plain += [tries[0].pass_rate] * (not line["earlier_tries"] and not tries[0].ratio)
         counts["hint/unsolved"] += hints.needs_hint(tries, c) and not line["is_deferred"]
+        if not line["earlier_tries"] and not tries[0].ratio:  # fresh problems, first try
+            means["accuracy_without_hint"].append(tries[0].pass_rate)
+            means["hard_fraction"].append(hints.needs_hint(tries[:1], c))
         for tried in tries[line["earlier_tries"] :]:
+            kind = f"@{tried.ratio:g}"
             counts["hint/skipped"] += tried.skipped
             counts["hint/trimmed"] += tried.trimmed
+            counts["hint/tried" + kind] += not tried.skipped
+            counts["hint/solved" + kind] += not tried.skipped and not hints.needs_hint([tried], c)
+            counts["tokens/generated" + kind] += tried.tokens
             counts["tokens/generated"] += tried.tokens
-            if not tried.skipped:
-                counts[f"hint/tried@{tried.ratio:g}"] += 1
-                counts[f"hint/solved@{tried.ratio:g}"] += not hints.needs_hint([tried], c)
-                counts[f"tokens/generated@{tried.ratio:g}"] += tried.tokens
-    if run.rank == 0:
-        path = run.folder / "rollouts" / f"step_{state['step'] + 1:06d}.jsonl"
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    samples = [sample for line in lines for sample in line["completions"]]
-    values = {f"reward/{name}": [s[name] for s in samples] for name in c.reward_funcs} | {
-        "accuracy_without_hint": plain, "hard_fraction": [p <= c.hint_threshold for p in plain],
-        "tokens/completion": [s["tokens"] for s in samples],
-        "truncated": [s["finish_reason"] == "length" for s in samples]}
-    means = {key: float(np.mean(value)) if value else None for key, value in values.items()}
+        for sample in line["completions"]:
+            means["tokens/completion"].append(sample["tokens"])
+            means["truncated"].append(sample["finish_reason"] == "length")
+            for name in c.reward_funcs:
+                means[f"reward/{name}"].append(sample[name])
+    means = {key: float(np.mean(value)) for key, value in means.items()}
     return {**means, **dict(sorted(counts.items())), "queue": len(state["queue"])}
 
 def evaluate(run):
@@ -585,8 +579,8 @@ def write_metrics(run, metrics):
         run.wandb.log(metrics, step=run.state["step"])
     if "loss" not in metrics or is_due(run, run.config.logging_steps):
         keys = "accuracy_without|hard_|reward/|grad_norm|mismatch_k3|eval/(?!.*stderr)"
-        shown = {k: v for k, v in metrics.items() if v is not None and re.match(keys, k)}
-        say(f"step {run.state['step']}: " + ", ".join(f"{k} {v:.3g}" for k, v in shown.items()))
+        say(f"step {run.state['step']}: " + ", ".join(
+            f"{key} {value:.3g}" for key, value in metrics.items() if re.match(keys, key)))
 
 def export(run, folder):
     """Weights, config and tokenizer as transformers and vLLM load them; called on all ranks."""
@@ -603,9 +597,8 @@ def export(run, folder):
 def setup(config):
     """What `train` needs, in the order that matters: verifiers, process group, weights, engine."""
     run = SimpleNamespace(config=config, folder=Path(config.output_dir), wandb=None)
-    workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = max(1, min(8, workers))
-    pool = VerifierPool(config.reward_funcs, workers, config.verifier_timeout)
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    pool = VerifierPool(config.reward_funcs, max(1, min(8, cores)), config.verifier_timeout)
     run.dist = fsdp_utils.setup_distributed()
     run.rank, run.world = run.dist.rank, run.dist.world
     run.prompts = Prompts(config)
@@ -625,8 +618,7 @@ def setup(config):
     transformers_logging.disable_progress_bar()
     run.policy = load_policy(run)
     run.reference = load_policy(run).requires_grad_(False).eval() if config.beta else None
-    attention = run.policy.model.config._attn_implementation
-    is_varlen = attention == "flash_attention_2"
+    is_varlen = run.policy.model.config._attn_implementation == "flash_attention_2"
     run.is_packed = is_varlen if config.packing is None else config.packing
     run.optimizer = torch.optim.AdamW(
         run.policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
@@ -641,12 +633,12 @@ def setup(config):
     ends = run.policy.model.generation_config.eos_token_id
     ends = {run.prompts.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     length = max(config.max_completion_length, config.eval_max_completion_length or 0)
-    if engine_name(config) == "hf":
+    if config.engine == "hf":
         run.engine = rollout.HfEngine(
             run.policy, ends - {None}, run.prompts.tokenizer.pad_token_id,
             partial(fsdp_utils.unshard, run.policy), partial(fsdp_utils.reshard, run.policy))
     else:
-        engine = {"vllm": rollout.VllmEngine, "server": rollout.ServerEngine}[engine_name(config)]
+        engine = {"vllm": rollout.VllmEngine, "server": rollout.ServerEngine}[config.engine]
         length += config.max_prompt_length
         run.engine = engine(config, ends - {None}, length, run.dist.device)
     return run
@@ -668,15 +660,15 @@ def load_policy(run):
 def startup_pass(run):
     """Forward and backward at maximum length: out-of-memory comes in minute one, not hour ten."""
     c, T = run.config, run.config.max_completion_length
-    width = c.max_prompt_length + T
-    row = Row([0] * width, c.max_prompt_length, [0.0] * T, [0.0] * T, [0.0] * T, 0.0, 0, False)
+    width, zeros = c.max_prompt_length + T, [0.0] * T
+    row = Row([0] * width, c.max_prompt_length, zeros, zeros, zeros, 0.0, 0, False)
     rows = [row] * max(1, c.micro_batch_tokens // width)
     run.engine.sleep()
     moments = [torch.empty_like(p) for p in run.policy.parameters() for _ in range(2)]
     inputs, _ = collate(rows, run.is_packed, run.dist.device, run.master_dtype)
     (run.policy(**inputs, heat=c.temperature)[0].sum() * 0).backward()
     run.optimizer.zero_grad()
-    say(f"start-up pass: {len(rows)} rows of {width} tokens, {len(moments)} moments: fits")
+    say(f"start-up pass: {len(rows)} rows of {width} tokens and {len(moments)} moments fit")
 
 def open_folder(run):
     """Starts, resumes or refuses output_dir; what was written is moved aside, never deleted."""
@@ -695,8 +687,8 @@ def open_folder(run):
     if latest:
         run.state = fsdp_utils.load_checkpoint(latest, run.policy, run.optimizer)
         run.state["history"] = {int(key): value for key, value in run.state["history"].items()}
-        need(run.state["prompts"] == run.plan.prompts, f"{latest} had {run.state['prompts']} prompts "
-             f"a step, now it would be {run.plan.prompts}: change gradient_accumulation_steps")
+        need(run.state["prompts"] == run.plan.prompts, f"{latest}: {run.state['prompts']} prompts a "
+             f"step, now it would be {run.plan.prompts}: change gradient_accumulation_steps")
         say(f"resuming {latest}")
     run.first_step = run.state["step"]
     if run.rank:
@@ -721,6 +713,8 @@ def open_folder(run):
 
 def dry_run(config):
     """Prints config, arithmetic, data, memory, and a problem as the model sees it at each stage."""
+    from tests.estimates import bytes_per_gpu
+
     print(yaml.safe_dump(asdict(config), sort_keys=False))
     prompts, world = Prompts(config), int(os.environ.get("WORLD_SIZE", 1))
     problems = load_problems(config, prompts, config.rl_type == "ghpo")
@@ -731,12 +725,7 @@ def dry_run(config):
         ids, _, hint = prompts.ids(problem, hint, omega)
         print(f"---- row {problem.id}, omega {omega:g}, {len(ids)} tokens, trimmed: {is_trimmed}")
         print(prompts.tokenizer.decode(ids))
-    shape = AutoConfig.from_pretrained(config.model_name_or_path, revision=config.model_revision)
-    with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
-    width = torch.finfo(getattr(torch, config.torch_dtype)).bits // 8
-    memory = fsdp_utils.memory_estimate(size, world, config.sharding, config.replicas, width)
-    print(f"---- {size:,} parameters; bytes per GPU, activations excluded: {memory}")
+    print(f"---- bytes per GPU, activations excluded: {bytes_per_gpu(config, world)}")
 
 def main():
     """The command line; what the user can mend ends the program with one message, status 2."""
