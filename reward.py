@@ -411,7 +411,7 @@ def same(a, b) -> bool:
         if all(wholes) and ratio(*wholes) is not None:
             return True
         names = {re.sub("_.*|'", "", t[1][1]).lower() for t in (a, b) if t[0] == "named"
-                 and t[1][0] == "var"}
+                 and t[1][0] in ("var", "text")}
         values = [t[2] if t[0] == "named" else t for t in (a, b)]
         return "equation" not in kinds and len(names) < 2 and same(*values)
     for t, other in ((a, b), (b, a)):
