@@ -259,3 +259,29 @@ class ScriptedJudge(Judge):
         ready = [(slot, rewards) for n, slot, rewards in self.waiting if wait or n <= 0]
         self.waiting = [(n - 1, *rest) for n, *rest in self.waiting if not wait and n > 0]
         return sorted(ready)
+
+
+@pytest.fixture
+def scripted_training(setup, monkeypatch, tmp_path):
+    """scripted_training(passes, rows, **changes): ghpo.train with a ScriptedJudge on data rows.
+
+    Returns (run, [(groups, rows of the loss) of each step], rollout lines of each step).
+    """
+
+    def go(passes, data, judge=ScriptedJudge, **changes):
+        run = setup(dataset_name=write_jsonl(tmp_path / "data.jsonl", data), **changes)
+        pool = run.judge.pool
+        run.judge = judge(run.prompts.tokenizer, passes)
+        run.judge.pool = pool
+        seen, make_rows = [], ghpo.make_rows
+
+        def remember(groups, *rest):
+            seen.append((groups, make_rows(groups, *rest)))
+            return seen[-1][1]
+
+        monkeypatch.setattr(ghpo, "make_rows", remember)
+        ghpo.train(run)
+        files = sorted((run.folder / "rollouts").glob("step_*.jsonl"))
+        return run, seen, [read_jsonl(path) for path in files]
+
+    return go

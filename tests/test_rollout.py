@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    DATA, EOS, PAD, ScriptedJudge, make_config, new_engine, problem, read_jsonl, request, run_engine,
-    write_jsonl)
+    DATA, EOS, PAD, ScriptedJudge, make_config, new_engine, problem, read_jsonl, request, run_engine)
 
 import ghpo
 import hints
@@ -278,20 +277,13 @@ def test_late_verdicts_change_nothing(delay, make_run, prompts):
     assert [g.problem.id for g in results[0]] == [0, 1, 2, 3, 4]
 
 
-def test_every_sequence_of_stages_is_scored_as_it_was_sampled(setup, monkeypatch, tmp_path):
+def test_every_sequence_of_stages_is_scored_as_it_was_sampled(scripted_training):
     """Three groups fail 0 to 3 stages in all 64 combinations, in 64 steps of the real loop."""
-    rows = read_jsonl(DATA / "eval_hard.jsonl")[:30]
-    run = setup(dataset_name=write_jsonl(tmp_path / "hard.jsonl", rows), num_generations=2,
-                per_device_train_batch_size=6, gradient_accumulation_steps=1, max_steps=64,
-                max_completion_length=4, learning_rate=0.0)  # fmt: skip
     script = list(itertools.product(range(4), repeat=3))
-    pool = run.judge.pool
-    run.judge = ScriptedJudge(run.prompts.tokenizer, lambda step, slot: script[step][slot])
-    run.judge.pool = pool
-    seen, make_rows = [], ghpo.make_rows
-    monkeypatch.setattr(ghpo, "make_rows", lambda groups, *rest: seen.append(
-        (groups, make_rows(groups, *rest))) or seen[-1][1])  # fmt: skip
-    ghpo.train(run)
+    run, seen, _ = scripted_training(
+        lambda step, slot: script[step][slot], read_jsonl(DATA / "eval_hard.jsonl")[:30],
+        num_generations=2, per_device_train_batch_size=6, gradient_accumulation_steps=1,
+        max_steps=64, max_completion_length=4, learning_rate=0.0)  # fmt: skip
     assert len(seen) == 64
     stages = [0.0, 0.25, 0.5, 0.75]
     for step, (groups, rows) in enumerate(seen):

@@ -1,0 +1,400 @@
+"""What is hinted, when and how: cuts, leaks, stages; and that other methods fit in."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import DATA, SHARED, ScriptedJudge, make_config, problem, read_jsonl
+
+import ghpo
+import hints
+from rollout import Completion, Group, Sampling
+
+HARD = "a37\nb52\nc24\nd81\ne90\nf13\ng44\nh27\nend"  # 35 characters
+
+
+def cuts(trace):
+    """The texts that a trace may be cut to."""
+    return list(dict.fromkeys(trace[:end].rstrip() for end in hints.step_ends(trace)))
+
+
+@pytest.mark.parametrize("trace, pieces", [
+    # every cut adds one piece; the rest of the trace is never a hint of its own
+    ("a37\nb52\nc24\nend", ["a37", "\nb52", "\nc24"]),
+    ("One is 3.5 m. Two? Three! And\nfour", ["One is 3.5 m.", " Two?", " Three!", " And"]),
+    ("Let $x = 1. So y$ be. Then\nend", ["Let $x = 1. So y$ be.", " Then"]),
+    ("Let $$x. y\nz$$ be. Then\nend", ["Let $$x. y\nz$$ be.", " Then"]),
+    ("Let $ x. y $ be. Then\nend", ["Let $ x. y $ be.", " Then"]),
+    ("So \\[ x. y\nz \\] is. Then\nend", ["So \\[ x. y\nz \\] is.", " Then"]),
+    ("So \\( x. y \\) is. Then\nend", ["So \\( x. y \\) is.", " Then"]),
+    ("A\n\\begin{align} a. b\nc \\end{align}\nB\nC", ["A", "\n\\begin{align} a. b\nc \\end{align}", "\nB"]),
+    ("A\n\\begin{a} \\begin{b} x.\n \\end{b}\ny \\end{a}\nB", ["A", "\n\\begin{a} \\begin{b} x.\n \\end{b}\ny \\end{a}"]),
+    ("A\n[asy] draw. x\n[/asy]\nB\nC", ["A", "\n[asy] draw. x\n[/asy]", "\nB"]),
+    ("First. \\begin{align} a. b\nc", ["First."]),  # never closed
+    ("He pays $5 now. She pays $10 more. So\nend", ["He pays $5 now.", " She pays $10 more.", " So"]),
+    ("He pays \\$5 now. She pays \\$6. So\nend", ["He pays \\$5 now.", " She pays \\$6.", " So"]),
+    ("So $x = 5.$ Then 6.) Go\nend", ["So $x = 5.$", " Then 6.)", " Go"]),
+    ("It goes on... and on. So\nend", ["It goes on... and on.", " So"]),
+    ("1. Add two.\n2. Add three.\nend", ["1. Add two.", "\n2. Add three."]),
+    ('He said "go." Then went.\nend', ['He said "go."', " Then went."]),
+    # a single line: at word ends, up to its first sentence end
+    ("one two three", ["one", " two"]),
+    ("one two. three four. five", ["one", " two.", " three four."]),
+    ("let $a b$ be c", ["let", " $a b$", " be"]),
+    ("", []),
+])  # fmt: skip
+def test_where_a_trace_may_be_cut(trace, pieces):
+    assert cuts(trace) == ["".join(pieces[: i + 1]) for i in range(len(pieces))]
+
+
+@pytest.mark.parametrize("ratio, expected", [
+    (0.0, ""), (0.08, ""), (0.1, "a37"), (0.25, "a37\nb52"), (0.3, "a37\nb52"),
+    (0.5, "a37\nb52\nc24\nd81"), (0.75, "a37\nb52\nc24\nd81\ne90\nf13"),
+    (1.0, "a37\nb52\nc24\nd81\ne90\nf13\ng44"),  # not the last step
+])  # fmt: skip
+def test_ratio_of_characters_back_to_a_step_end(ratio, expected):
+    hint, is_trimmed = hints.make_hint(problem(trace=HARD, answer="(7,2,4,1,0,3,4,7)"), ratio)
+    assert (hint, is_trimmed) == (expected, ratio == 1.0)
+
+
+@pytest.mark.parametrize("trace, gold, expected", [
+    # the marker, and the last step before it
+    ("A sold 24.\nB sold 72 in all.\n#### 72", "72", "A sold 24."),
+    ("A = 1.\nB = 2.\nC = 3.\nThe answer is 3.", "3", "A = 1.\nB = 2."),
+    ("A = 1.\nB = 2.\nC = 3.\nSo the Final Answer is 3.\nBye.", "3", "A = 1.\nB = 2."),
+    ("A = 1.\nB = 2.\nC = 3.\n<answer>3</answer>", "3", "A = 1.\nB = 2."),
+    ("A = 1.\nB = 2.\nThe value is $\\boxed{5}$.\nE", "5", "A = 1."),
+    ("A = 1.\nB = 2.\nThe value is $\\fbox{5}$.\nE", "5", "A = 1."),
+    # the marker's own step derives the answer: it is the last step
+    ("A = 1.\nB = 2.\nSo C = 1 + 2 = \\boxed{3}.", "3", "A = 1.\nB = 2."),
+    # an early marker counts, whatever follows
+    ("A = 1.\nB = 2.\nThe box: \\boxed{2}.\nC = 3.\nD = 4.", "4", "A = 1."),
+    # no marker: the end counts as one
+    ("A = 1.\nB = 2.\nC = 3.\nend", "9", "A = 1.\nB = 2."),
+    ("A = 1.\nB = 2.\nC = 3.", "9", "A = 1.\nB = 2."),
+    # the last occurrence of the gold, earlier ones are no leak
+    ("It is 12.\nCheck 3.\nCheck 4.\nDone 5.\nend", "12", ""),
+    ("Take 2.\nThen 3.\nSo 2 left.\nDone 9.\nDone 8.", "2", "Take 2.\nThen 3."),
+    ("Take 12.\nThen 25.\nSo 7.2 left.\nDone 9.", "2", "Take 12.\nThen 25.\nSo 7.2 left."),
+    ("Take x.\nIt is $\\frac12$.\nCheck 3.\nDone 9.", "$\\frac12$", "Take x."),
+    # nothing may be shown
+    ("\\boxed{3}", "3", ""),
+    ("\\boxed{3} it is", "3", ""),
+    ("", "5", ""),
+])  # fmt: skip
+def test_a_whole_trace_stops_before_the_answer(trace, gold, expected):
+    hint, is_trimmed = hints.make_hint(problem(trace=trace, answer=gold), 1.0)
+    assert hint == expected
+    assert is_trimmed == (len(cuts(trace)) > 0 and hint != cuts(trace)[-1])
+
+
+def whole_word_places(text, word):
+    """Where word stands in text by itself, by a plain scan."""
+    is_part = lambda c: c.isalnum() or c == "_"  # noqa: E731
+    places, start = [], text.find(word)
+    while start >= 0:
+        before, after = text[max(start - 1, 0) : start], text[start + len(word) :][:1]
+        if not (is_part(before) if before else False) and before != "." and not is_part(after):
+            places.append(start)
+        start = text.find(word, start + 1)
+    return places
+
+
+@pytest.mark.parametrize("name", ["gsm8k_train", "math500_dev"])
+def test_no_hint_leaks_or_cuts_into_maths_on_real_traces(name):
+    path = SHARED / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip("no shared data")
+    shown = 0
+    for i, row in enumerate(read_jsonl(path)):
+        trace, gold = row["solution_hint"].rstrip(), str(row["solution"]).strip().strip("$").strip()
+        one = hints.Problem(i, [], str(row["solution"]), row["solution_hint"])
+        lower = trace.lower()
+        markers = [lower.find(m) for m in ("\\boxed", "####", "answer is", "<answer>") if m in lower]
+        marker = min(markers, default=len(trace))
+        golds, previous = whole_word_places(trace, gold), ""
+        for ratio in (0.25, 0.5, 0.75, 1.0):
+            hint, _ = hints.make_hint(one, ratio)
+            assert trace.startswith(hint) and hint.startswith(previous), i
+            assert len(hint) <= round(len(trace) * ratio), i
+            previous = hint
+            if not hint:
+                continue
+            shown += 1
+            assert len(hint) <= marker, i
+            # something is still to be derived or said between the hint and the marker
+            assert re.search(r"[\d=]|\w[^\n]*[.!?\n]\s", trace[len(hint) : marker]), i
+            assert not golds or len(hint) <= golds[-1], i
+            if "####" in trace:
+                assert trace[:marker].rstrip().split("\n")[-1] not in hint.split("\n"), i
+            assert trace[len(hint)].isspace(), i  # no half words
+            if name == "math500_dev":
+                assert hint.replace("\\$", "").count("$") % 2 == 0, i
+            for opening, closing in (("\\begin{", "\\end{"), ("\\[", "\\]"), ("[asy]", "[/asy]")):
+                assert hint.count(opening) == hint.count(closing), i
+    assert shown > 100
+
+
+# ---- stages ------------------------------------------------------------------------------------
+
+
+def walk(config, one, passes, step=0):
+    """[(ratio, skipped)] of the tries at a problem whose sampled tries go as `passes` says."""
+    group, passes = Group(one), iter(passes)
+    while True:
+        shown, tries = hints.plan_try(group, config, {}, step)
+        if shown is None:
+            return [(t.ratio, t.skipped) for t in tries]
+        group = replace(group, tries=[*tries, replace(shown, pass_rate=next(passes), tokens=7)])
+
+
+FAIL = [0.0] * 9
+
+
+@pytest.mark.parametrize("changes, passes, step, ratios", [
+    ({}, FAIL, 0, [0, 0.25, 0.5, 0.75]),
+    ({}, [0.25], 0, [0]),
+    ({}, [0, 0.25], 0, [0, 0.25]),
+    ({}, [0, 0, 0, 1], 0, [0, 0.25, 0.5, 0.75]),
+    ({"hint_ratio": 0.5}, FAIL, 0, [0, 0.5]),  # fixed ratio
+    ({"hint_ratio": []}, FAIL, 0, [0]),
+    ({"hint_ratio": [0.3, 0.6]}, FAIL, 0, [0, 0.3, 0.6]),
+    ({"rl_type": "grpo"}, FAIL, 0, [0]),
+    ({"start_hint_step": 5}, FAIL, 4, [0]),  # cold start
+    ({"start_hint_step": 5}, FAIL, 5, [0, 0.25, 0.5, 0.75]),
+    ({"hint_trigger": "always"}, [1.0], 0, [0.25]),
+    ({"hint_trigger": "always", "hint_ratio": 0.5}, FAIL, 0, [0.5]),
+    ({"hint_trigger": "always", "start_hint_step": 1}, FAIL, 0, [0]),
+    ({"hint_trigger": "always", "rl_type": "grpo"}, FAIL, 0, [0]),
+    ({"hint_threshold": 0.5}, [0.5, 0.25, 0.75], 0, [0, 0.25, 0.5]),
+])  # fmt: skip
+def test_stages(changes, passes, step, ratios):
+    config = make_config(**changes)
+    assert walk(config, problem(trace=HARD, answer="x"), passes, step) == [(r, False) for r in ratios]
+
+
+@pytest.mark.parametrize("trace, expected", [
+    # .25 and .5 are empty, .75 shows the first line
+    ("a long first line\nb\nc 5", [(0, False), (0.25, True), (0.5, True), (0.75, True)]),
+    ("a long first\nbb\ncc 1\nd", [(0, False), (0.25, True), (0.5, True), (0.75, False)]),
+    # .5 is what .25 was
+    ("aa 1\nb is a long line\nc\nd 2", [(0, False), (0.25, False), (0.5, True), (0.75, True)]),
+    ("", [(0, False), (0.25, True), (0.5, True), (0.75, True)]),
+])  # fmt: skip
+def test_stages_with_nothing_new_are_skipped_and_recorded(trace, expected):
+    assert walk(make_config(), problem(trace=trace, answer="x"), FAIL) == expected
+
+
+def test_skipped_tries_cost_nothing():
+    config = make_config()
+    tries = [replace(hints.unhinted(4), tokens=7)]
+    shown, tries = hints.plan_try(Group(problem(trace=""), tries), config, {}, 0)
+    assert shown is None and [t.tokens for t in tries] == [7, 0, 0, 0]
+    assert [t.skipped for t in tries] == [False, True, True, True]
+    assert all(t.hints == [""] * 4 for t in tries)
+
+
+def test_history_counts_sampled_tries():
+    history = {}
+    tried = replace(hints.unhinted(2), pass_rate=0.5)
+    hints.remember(history, 3, [tried, replace(tried, ratios=[0.5, 0.5], skipped=True)])
+    hints.remember(history, 3, [hints.unhinted(2), replace(tried, ratios=[0.25, 0.25])])
+    assert history == {3: {"attempts": 2, "pass_rate": 0.5, "ratio": 0.25}}
+
+
+# ---- where, and what the loss sees -------------------------------------------------------------
+
+
+def test_user_message_has_the_references_sentence():
+    one = replace(problem(), messages=[{"role": "system", "content": "S"}, *problem().messages])
+    messages, prefix = hints.render(one, "a37", make_config())
+    assert prefix == ""
+    assert [m["role"] for m in messages] == ["system", "user"] and messages[0]["content"] == "S"
+    assert messages[1]["content"] == (
+        "4a3b5c2?\n The following text is the beginning part of the answer, "
+        "which you can refer to for solving the problem:\na37")
+    assert one.messages[1]["content"] == "4a3b5c2?"
+    assert hints.render(one, "", make_config()) == (one.messages, "")
+
+
+def test_assistant_prefix_is_context_and_seen_by_the_rewards(scripted_training, prompts):
+    run, seen, lines = scripted_training(
+        lambda step, slot: 1, read_jsonl(DATA / "eval_hard.jsonl")[:8], hint_where="assistant",
+        max_steps=1, max_completion_length=70)  # fmt: skip
+    groups, rows = seen[0]
+    for group, line in zip(groups, lines[0]):
+        hint, _ = hints.make_hint(group.problem, 0.25)
+        assert line["hint"] == hint and line["hint_ratio"] == 0.25
+        plain = run.prompts.tokenizer.decode(prompts.ids(group.problem)[0])
+        assert line["prompt"] == f"{plain}<think>\n{hint}"
+        assert list(group.request.prefixes) == [f"<think>\n{hint}"] * 4
+    for row, completion in zip(rows, [c for g in groups for c in g.completions]):
+        assert row.context == len(completion.prompt_ids)  # the loss covers the completion only
+        assert row.input_ids[row.context :] == completion.token_ids
+        assert len(row.behaviour_logp) == len(completion.token_ids)
+
+
+def test_hint_context(prompts):
+    """hinted (paper) scores under what was sampled from, original under the plain prompt."""
+    hinted = prompts.ids(problem(), "a37")[0]
+    completion = Completion(hinted, [65, 66], [-1.0, -2.0], "stop", 0.25)
+    plain_ids = prompts.ids(problem())[0]
+    for where, context in (("hinted", hinted), ("original", plain_ids)):
+        config = make_config(hint_context=where)
+        context_ids, targets, policy, likelihood = hints.loss_view(completion, plain_ids, config)
+        assert (context_ids, targets) == (context, [65, 66])
+        assert (policy, likelihood) == ([1.0, 1.0], [0.0, 0.0])
+
+
+def test_original_context_is_not_compared_with_the_sampler(prompts, alone, make_run):
+    config = make_config(hint_context="original")
+    sampled = [prompts.ids(problem(), hint)[0] for hint in ("a37", "")]
+    completions = [Completion(ids, [65, 66], [-1.0, -2.0], "stop", 0.25) for ids in sampled]
+    group = Group(problem(), [], completions, [[1.0, 0.0], [0.0, 0.0]])
+    rows = ghpo.make_rows([group], prompts, config)
+    assert [row.is_on_context for row in rows] == [False, True]
+    assert [row.input_ids for row in rows] == [sampled[1] + [65, 66]] * 2
+    metrics = ghpo.optimize(make_run(config), rows, 0.0)
+    only = ghpo.optimize(make_run(config), ghpo.make_rows(
+        [replace(group, completions=completions[1:] * 2)], prompts, config), 0.0)
+    assert metrics["mismatch_k3"] == pytest.approx(only["mismatch_k3"])
+
+
+def test_merge_replaces_and_baseline_is_the_groups():
+    one, two = Group(problem(), [], [1], [[0.0]]), Group(problem(), [], [2], [[1.0]])
+    assert hints.merge(one, two) is two
+    mean, std = hints.baseline(np.array([0.0, 1.0, 1.0, 2.0]), np.zeros(4))
+    assert (mean, std) == (1.0, pytest.approx((2 / 3) ** 0.5))
+    assert hints.baseline(np.array([3.0]), np.zeros(1)) == (3.0, 0.0)
+
+
+def test_long_hints_are_shortened_and_problems_never(prompts):
+    one = problem(trace=HARD, answer="x")
+    plain = prompts.ids(one)[0]
+    whole = len(prompts.ids(one, "a")[0]) - 1  # a character of a hint is a token
+    texts = []
+    for room in (99, 23, 22, 15, 12, 9, 6, 2, 0):
+        prompts.config = make_config(max_prompt_length=whole + room)
+        hint, _ = hints.make_hint(one, 0.75)
+        shown = hints.Try([0.75] * 2, [hint] * 2)
+        asked = prompts.request(Group(one), shown, Sampling(), 0, 0)
+        text = prompts.tokenizer.decode(asked.prompts[0])
+        assert len(asked.prompts[0]) <= whole + room and one.messages[0]["content"] in text
+        texts.append(asked.shown.hints[0])
+        assert text.endswith(f"{texts[-1]}<|end|><|assistant|>") and hint.startswith(texts[-1])
+        assert asked.shown.ratios == [0.75 * bool(texts[-1])] * 2
+    prompts.config = make_config()
+    assert list(asked.prompts[0]) == list(plain) and texts[-1] == ""
+    assert texts[:2] == [hint] * 2 and [len(t) for t in texts[2:]] == [19, 15, 11, 7, 3, 0, 0]
+    assert sorted(texts, key=len, reverse=True) == texts
+    assert set(texts) <= {"", *cuts(HARD)}  # a shortened hint still ends at a step
+
+
+# ---- other methods: one or two functions each --------------------------------------------------
+
+
+def hard_rows(n=8):
+    return read_jsonl(DATA / "eval_hard.jsonl")[:n]
+
+
+def test_guide_appends_hinted_samples(scripted_training, monkeypatch):
+    """Guide-GRPO: one hint for failed groups, both kinds of samples in one group."""
+    def merge(previous, new):
+        return replace(new, completions=previous.completions + new.completions,
+                       rewards=previous.rewards + new.rewards)  # fmt: skip
+
+    monkeypatch.setattr(hints, "merge", merge)
+    run, seen, lines = scripted_training(
+        lambda step, slot: slot % 2, hard_rows(), hint_ratio=0.5, hint_context="original",
+        max_completion_length=8)  # fmt: skip
+    assert len(seen) == 2
+    for (groups, rows), step in zip(seen, lines):
+        assert [len(g.completions) for g in groups] == [4, 8, 4, 8] == [
+            len(line["completions"]) for line in step]
+        ratios = [c["hint_ratio"] for c in step[1]["completions"]]
+        assert ratios == [0.0] * 4 + [0.5] * 4
+        assert len(rows) == 24
+        plain = run.prompts.ids(groups[1].problem)[0]
+        assert all(row.input_ids[: row.context] == list(plain) for row in rows[4:12])
+        joint = [row.advantage for row in rows[4:12]]  # one baseline over both kinds
+        assert sum(joint) == pytest.approx(0.0, abs=1e-9) and max(joint) == joint[4]
+    assert read_jsonl(run.folder / "metrics.jsonl")[-1]["grad_norm"] > 0
+
+
+def test_stephint_gives_every_sample_its_ratio(scripted_training, monkeypatch):
+    """StepHint: always, one level per sample, advantages within a level."""
+    levels = [0.0, 0.0, 0.5, 0.5]
+
+    def next_ratio(problem, tries, config, history, step):
+        return None if tries else levels
+
+    def baseline(rewards_G, ratios_G):
+        means = [rewards_G[ratios_G == omega].mean() for omega in ratios_G]
+        return np.array(means), rewards_G.std(ddof=1)
+
+    monkeypatch.setattr(hints, "next_ratio", next_ratio)
+    monkeypatch.setattr(hints, "baseline", baseline)
+    run, seen, lines = scripted_training(
+        lambda step, slot: 0, hard_rows(), hint_where="assistant", max_completion_length=8)
+    for groups, rows in seen:
+        for group in groups:
+            plain = list(run.prompts.ids(group.problem)[0])
+            prompts = [list(c.prompt_ids) for c in group.completions]
+            assert prompts[0] == prompts[1] == plain
+            assert prompts[2] == prompts[3] and prompts[2][: len(plain)] == plain != prompts[2]
+            assert [c.hint_ratio for c in group.completions] == levels
+        # rewards 1 .5 0 .5 -> within the levels .25 -.25 -.25 .25
+        signs = [row.advantage > 0 for row in rows[:4]]
+        assert signs == [True, False, False, True]
+        assert sum(row.advantage for row in rows[:2]) == pytest.approx(0.0)
+    assert lines[0][0]["tries"][0]["ratios"] == levels
+    assert read_jsonl(run.folder / "metrics.jsonl")[-1]["mismatch_max"] < 1e-4
+
+
+def test_bread_bisects_to_the_shortest_prefix(scripted_training, monkeypatch):
+    """BREAD: between the longest prefix that fails and the shortest that works."""
+    def next_ratio(problem, tries, config, history, step):
+        if not tries:
+            return 0.0
+        works = [t.ratio for t in tries if not hints.needs_hint([t], config)]
+        fails = [t.ratio for t in tries if hints.needs_hint([t], config)]
+        if not fails or len(tries) > 4:
+            return None
+        return (max(fails) + min(works, default=1.0)) / 2
+
+    class NeedsHalf(ScriptedJudge):
+        def submit(self, request, completions):
+            passes = float(request.shown.ratio >= 0.4)
+            self.waiting.append((0, request.slot, [[passes, 0.0]] * len(completions)))
+
+    monkeypatch.setattr(hints, "next_ratio", next_ratio)
+    _, seen, lines = scripted_training(None, hard_rows(), judge=NeedsHalf, max_completion_length=8)
+    assert len(seen) == 2
+    for line in [line for step in lines for line in step]:
+        tries = [(max(t["ratios"]), t["pass_rate"]) for t in line["tries"] if not t["skipped"]]
+        assert tries[:2] == [(0.0, 0.0), (0.5, 1.0)]
+        assert [max(t["ratios"]) for t in line["tries"]] == [0.0, 0.5, 0.25, 0.375, 0.4375]
+
+
+def test_uft_learns_the_hint_by_likelihood(scripted_training, monkeypatch):
+    """UFT: hint tokens of the assistant prefix are targets with a likelihood weight."""
+    def loss_view(completion, plain_ids, config):
+        hint = list(completion.prompt_ids[len(plain_ids) :])
+        own = [1.0] * len(completion.token_ids)
+        return (plain_ids, hint + completion.token_ids, [0.0] * len(hint) + own,
+                [0.1] * len(hint) + [0.0] * len(own))  # fmt: skip
+
+    monkeypatch.setattr(hints, "loss_view", loss_view)
+    run, seen, _ = scripted_training(
+        lambda step, slot: 9, hard_rows(), hint_where="assistant", max_completion_length=8,
+        reward_weights=[1.0, 0.0])  # fmt: skip
+    for groups, rows in seen:
+        for row, completion in zip(rows, [c for g in groups for c in g.completions]):
+            taken_over = len(row.policy_weight) - len(completion.token_ids)
+            assert taken_over > 20 and row.advantage == 0
+            assert row.input_ids == [*completion.prompt_ids, *completion.token_ids]
+            assert row.tokens == len(completion.token_ids)
+    metrics = read_jsonl(run.folder / "metrics.jsonl")
+    assert all(line["grad_norm"] > 0 and line["loss"] > 0 for line in metrics)
+    assert all(line["mismatch_max"] < 1e-4 for line in metrics)  # only what was sampled is compared
