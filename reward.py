@@ -76,7 +76,7 @@ def quote_text(group: re.Match) -> str:
 WORD = re.compile(r"""(?<![\\A-Za-z"])[A-Za-z]{2,}""")
 REWRITES = tuple((re.compile(pattern), new) for pattern, new in (
     (r"(?<!\\)\\[()\[\]]|(?<!\\)\$|\*\*(?=[A-Z])|(?<!\\)\\$", " "),
-    (r"-?\s*\\\$", lambda run: ' "$" ' + run[0][:-2]), (r"[€£]", ' "€" '),
+    (r"-?\s*\\\$", lambda run: ' "$" ' + run[0][:-2]), (r"[€£]", ' "€" '), (r"\b(?:np|math)\.", ""),
     (r"^\s*(?:=|≈|\\approx)", ""), (r"\*\*", "^"), (r"<=|=<", "≤"), (r">=", "≥"),
     (r"(?<!\d)(\d+)⁄(\d+)", r"\\frac{\1}{\2}"),
     (r"(?<=\d)\s*(?:\\[,!]\s*)+(?=\d)", ""),  # 5\,040, then 5{,}040 and 5,\!040
@@ -102,7 +102,9 @@ REWRITES = tuple((re.compile(pattern), new) for pattern, new in (
     (r'"(?:for|where|if|when|with)"[^,;]*?(?=,|;|"and"|$)', " "), (r',\s*"and"', ' "and"'),
     (r'"([a-z]+)"\s*\^\s*\{?\s*(\d)\s*\}?', r'"\1\2"'), (r'(?<=[a-z\d])(?<!"or)(?<!"and)(?<!"to)'
      r'"\s*(/?)\s*"(?!or"|and"|to")(?=[a-z])', r" \1")))
-TOKEN = re.compile(r'"[^"]*"|\\[A-Za-z]+|\\.|(?:\d+(?:\.\d*)?|\.\d+|[^\W\d_])'
+OPAQUE = (r"\\(?:bb[A-Z]|(?:d?dot|vec|bar|hat|tilde|overline)\b\s*(?:\{[^{}]*\}|\w)"  # names as they stand
+          r"|(?:sum|prod|int|lim)(?![a-z])(?:\s*[_^]\s*(?:\{[^{}]*\}|\w))*)")
+TOKEN = re.compile(r'"[^"]*"|' + OPAQUE + r"|\\[A-Za-z]+|\\.|(?:\d+(?:\.\d*)?|\.\d+|[^\W\d_])"
                    r"(?:\s*_\s*(?:\{[^{}]*\}|\d+|[^\W\d_]))?'*|\S")
 INFIX = {token: (strength, kind) for strength, kind, *tokens in (
     (1, "row", r"\\"), (2, "cell", "&"), (3, "or", '"or"'), (4, "and", '"and"'), (5, ";", ";"),
@@ -181,7 +183,7 @@ class Reader:
             return ("num", Fraction(token))
         if token in CONSTANTS or token[0] == '"' and token[1].isalpha():
             return (token,) if token in CONSTANTS else ("text", token)
-        if not (token[0].isalnum() or token.startswith((r"\bb", "∅"))):
+        if not (token[0].isalnum() or token == "∅" or re.match(OPAQUE, token)):
             raise Unreadable(token)
         return ("var", re.sub('[{}" ]', "", token))  # a name, with its subscript or its base
 
