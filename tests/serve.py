@@ -46,6 +46,8 @@ def main():
         config.max_prompt_length + longest, config.torch_dtype,
         "cuda" if torch.cuda.is_available() else "cpu",
     )  # fmt: skip
+    if torch.cuda.device_count() > 1:  # a copy of the model on each GPU of this machine
+        argv += ["--data-parallel-size", str(torch.cuda.device_count())]
     os.execve(argv[0], argv, environment)
 
 
