@@ -102,7 +102,7 @@ REWRITES = tuple((re.compile(pattern), new) for pattern, new in (
     (r'"(?:for|where|if|when|with)"[^,;]*?(?=,|;|"and"|$)', " "), (r',\s*"and"', ' "and"'),
     (r'"([a-z]+)"\s*\^\s*\{?\s*(\d)\s*\}?', r'"\1\2"'), (r'(?<=[a-z\d])(?<!"or)(?<!"and)(?<!"to)'
      r'"\s*(/?)\s*"(?!or"|and"|to")(?=[a-z])', r" \1")))
-OPAQUE = (r"\\(?:bb[A-Z]|(?:d?dot|vec|bar|hat|tilde|overline)\b\s*(?:\{[^{}]*\}|\w)"  # names as they stand
+OPAQUE = (r"\\(?:bb[A-Z]|(?:d?dot|vec|bar|hat|tilde|overline)\b\s*(?:\{[^{}]*\}|\w)"
           r"|(?:sum|prod|int|lim)(?![a-z])(?:\s*[_^]\s*(?:\{[^{}]*\}|\w))*)")
 TOKEN = re.compile(r'"[^"]*"|' + OPAQUE + r"|\\[A-Za-z]+|\\.|(?:\d+(?:\.\d*)?|\.\d+|[^\W\d_])"
                    r"(?:\s*_\s*(?:\{[^{}]*\}|\d+|[^\W\d_]))?'*|\S")
