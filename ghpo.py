@@ -1,13 +1,11 @@
 """GHPO and GRPO from scratch: sample groups, hint the groups that fail, take one gradient step.
 
-    python ghpo.py --config configs/tiny.yaml                          one process, CPU or GPU
-    torchrun --nproc_per_node 8 ghpo.py --config configs/x.yaml learning_rate=2e-6
-    python ghpo.py --config configs/x.yaml --dry_run                   what would run
+    torchrun --nproc_per_node 8 ghpo.py --config configs/x.yaml learning_rate=2e-6     (or python)
+    python ghpo.py --config configs/x.yaml --dry_run                        show what would run
 
-`train` is the algorithm; E1-E8 are the README's equations; configs/default.yaml has every setting.
+`train` is the algorithm, E1-E8 are the README's equations, configs/default.yaml has every setting.
 Fork here for loss and loop, in hints.py for the method, in rollout.py for samplers.
 """
-
 import argparse
 import difflib
 import hashlib
@@ -42,20 +40,18 @@ from reward import VerifierPool, parse_gold, resolve_reward
 from rollout import Group, Request, Sampling
 
 # Settings live in one commented file; Config is the frozen dataclass with just these fields.
-SETTINGS = Path(__file__).parent / "configs" / "default.yaml"
-DEFAULTS, ALLOWED, KEYS = yaml.safe_load_all(SETTINGS.read_text())
+DEFAULTS, ALLOWED, KEYS = yaml.safe_load_all(
+    Path(__file__).with_name("configs").joinpath("default.yaml").read_text())
 Config = make_dataclass("Config", DEFAULTS, frozen=True)
 
 class UserError(Exception):
     """Something the user can mend: shown as one message, without a traceback."""
 
 def need(condition, message):
-    """Raises UserError unless condition."""
     if not condition:
         raise UserError(message)
 
 def say(message):
-    """One line on the terminal, from rank 0."""
     if int(os.environ.get("RANK", 0)) == 0:
         tqdm.write(message, file=sys.stderr)
 
@@ -88,17 +84,13 @@ def make_config(values):
     c = Config(**known)
     engine = c.engine or ("vllm" if c.use_vllm else "hf")
     triggers = c.reward_funcs + ["always"] * bool(c.hint_ratio)
-    for holds, message in (
-        (c.model_name_or_path and c.dataset_name, "set model_name_or_path and dataset_name"),
-        (c.hint_ratio == sorted(c.hint_ratio) and all(0 <= omega <= 1 for omega in c.hint_ratio),
-         f"hint_ratio={c.hint_ratio} must ascend within [0, 1]"),
-        (len(c.reward_weights) == len(c.reward_funcs), "one reward_weights per reward_funcs"),
-        (c.hint_trigger in triggers, f"hint_trigger={c.hint_trigger} is not in {triggers}"),
-        (c.use_vllm is None or c.use_vllm == (engine != "hf"),
-         f"engine={c.engine} and use_vllm={c.use_vllm} disagree, set one of them"),
-        (c.bf16 is None or c.bf16 == (c.torch_dtype == "bfloat16"),
-         f"bf16={c.bf16} and torch_dtype={c.torch_dtype} disagree")):
-        need(holds, f"config: {message}")
+    need(c.model_name_or_path and c.dataset_name, "config: set model_name_or_path and dataset_name")
+    need(c.hint_ratio == sorted(c.hint_ratio) and all(0 <= omega <= 1 for omega in c.hint_ratio),
+         f"config: hint_ratio={c.hint_ratio} must ascend within [0, 1]")
+    need(len(c.reward_weights) == len(c.reward_funcs), "config: reward_weights: one per reward")
+    need(c.hint_trigger in triggers, f"config: hint_trigger={c.hint_trigger} is not in {triggers}")
+    need(c.use_vllm in (None, engine != "hf"), "config: engine and use_vllm disagree, set one")
+    need(c.bf16 in (None, c.torch_dtype == "bfloat16"), "config: bf16 and torch_dtype disagree")
     try:
         list(map(resolve_reward, c.reward_funcs))
     except ValueError as error:
@@ -110,7 +102,7 @@ def cast(key, value, kind):
     if kind.startswith("list "):
         items = value if isinstance(value, list) else [value]
         return [cast(key, item, kind.removeprefix("list ")) for item in items]
-    if value is None and DEFAULTS[key] is None:
+    if value is None and key in KEYS["types"]:
         return None
     value = "no" if kind == "str" and value is False else value  # YAML 1.1: a bare no is false,
     try:  # and 1e-6 is text
@@ -122,7 +114,7 @@ def cast(key, value, kind):
          f"config: {key}={value!r} must be of type {kind}")
     allowed = ALLOWED.get(key, value)
     fits = value in allowed if isinstance(allowed, list) else kind == "dict" or value >= allowed
-    need(fits, f"config: {key}={value!r} must be {'one of' * (kind == 'str') or 'at least'} {allowed}")
+    need(fits, f"config: {key}={value!r} must be {'one of' if kind == 'str' else '>='} {allowed}")
     return value
 
 def make_plan(config, world, n_problems):
@@ -131,8 +123,7 @@ def make_plan(config, world, n_problems):
     G, rows = config.num_generations, batch * accumulation
     need(rows % G == 0, f"config: per_device_train_batch_size {batch} * gradient_accumulation_steps"
          f" {accumulation} = {rows} is not divisible by num_generations {G}")
-    prompts = world * rows // G
-    per_epoch = n_problems // prompts
+    per_epoch = n_problems // (prompts := world * rows // G)
     need(per_epoch, f"{config.dataset_name}: {n_problems} usable problems, a step takes {prompts}")
     steps = config.max_steps if config.max_steps > 0 else int(config.num_train_epochs * per_epoch)
     say(f"batch: {world} ranks * {batch} per device * {accumulation} accumulation / {G} generations"
@@ -148,14 +139,12 @@ def read_rows(config):
                 rows += [json.loads(line)] if line.strip() else []
         else:
             from datasets import load_dataset
-
             is_file = path.suffix in (".json", ".parquet")
             rows = (load_dataset(path.suffix[1:], data_files=name, split="train") if is_file else
                     load_dataset(name, config.dataset_config, split=config.dataset_split))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{name}, line {number}: broken JSON, {error}") from None
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"dataset_name={name} cannot be read: {error}") from None
+        where = f", line {number}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"dataset_name={name}{where} cannot be read: {error}") from None
     need(len(rows), f"dataset_name={name} has no rows")
     return list(rows)
 
@@ -240,9 +229,9 @@ class Row:
     behaviour_logp: list  # (T,)
     policy_weight: list  # (T,)
     likelihood_weight: list  # (T,)
+    is_on_context: list  # (T,) scored under what it was sampled from: mismatch can be measured
     advantage: float
     tokens: int  # that count in E6, 0 when masked as truncated
-    is_on_context: bool  # scored under the prompt it was sampled from: mismatch can be measured
     scale: float = 0.0  # E6
 
 def make_rows(groups, prompts, config):
@@ -252,12 +241,13 @@ def make_rows(groups, prompts, config):
         plain = prompts.ids(group.problem)[0]
         for completion, advantage in zip(group.completions, advantages(group, config)):
             context, targets, *weights = hints.loss_view(completion, plain, config)
-            taken_over = [0.0] * (len(targets) - len(completion.token_ids))
+            input_ids, length = [*context, *targets], len(completion.token_ids)
+            taken_over = [0.0] * (len(targets) - length)  # from the prompt
+            is_same = input_ids == [*completion.prompt_ids, *completion.token_ids]
             is_masked = config.mask_truncated_completions and completion.finish_reason == "length"
-            tokens, input_ids = len(completion.token_ids) * (not is_masked), [*context, *targets]
             rows.append(Row(input_ids, len(context), taken_over + completion.behaviour_logp,
-                            *weights, float(advantage), tokens,
-                            input_ids == [*completion.prompt_ids, *completion.token_ids]))
+                            *weights, taken_over + [float(is_same)] * length, float(advantage),
+                            0 if is_masked else length))
             group_N.append(number)
     tokens_N, group_N = np.array([r.tokens for r in rows], int), np.array(group_N, int)
     counts = {"groups": len(groups), "rows": len(rows), "tokens": int(tokens_N.sum())}
@@ -269,15 +259,13 @@ def make_rows(groups, prompts, config):
 def token_scales(tokens_N, group_N, counts, config):
     """E6: what each token of a row weighs in the objective of the whole step; counts: groups, rows
     and tokens of all ranks, rows without advantage included."""
-    if config.loss_type == "bnpo":  # mean over groups of the group's token mean
-        scale_N = 1 / (counts["groups"] * np.maximum(np.bincount(group_N, tokens_N)[group_N], 1))
-    elif config.loss_type == "dapo":  # mean over all tokens
-        scale_N = np.full(len(tokens_N), 1 / max(counts["tokens"], 1))
-    elif config.loss_type == "grpo":  # mean over rows of the row's token mean
-        scale_N = 1 / (counts["rows"] * np.maximum(tokens_N, 1))
-    else:  # dr_grpo: sum over a constant
-        scale_N = np.full(len(tokens_N), 1 / (counts["rows"] * config.max_completion_length))
-    return scale_N * (tokens_N > 0)  # E6
+    ones_N, group_tokens_N = np.ones(len(tokens_N)), np.bincount(group_N, tokens_N)[group_N]
+    scale_N = {  # E6: means over tokens,
+        "bnpo": 1 / np.maximum(counts["groups"] * group_tokens_N, 1),  # over groups, of theirs
+        "dapo": ones_N / max(counts["tokens"], 1),  # over all
+        "grpo": 1 / np.maximum(counts["rows"] * tokens_N, 1),  # over rows, of theirs
+        "dr_grpo": ones_N / max(counts["rows"] * config.max_completion_length, 1)}
+    return scale_N[config.loss_type] * (tokens_N > 0)
 
 def token_loss(logp, old_logp, ref_logp, batch, config):
     """E4, E5, E7: (loss, ratio, clipped ratio) of each token, (M,). ref_logp: None if beta is 0."""
@@ -305,10 +293,9 @@ class Policy(nn.Module):
         self.model = model
 
     def forward(self, ids=None, positions=None, predict=None, target=None, heat=1.0, generate=None):
-        """logp and entropy (M,) of the tokens target (M,) predicted at the flat positions predict
-        (M,) of ids (B, T), logits over the temperature heat; rows are padded on the right, or
-        packed with positions restarted. generate: arguments of the model's generate, run instead.
-        """
+        """logp and entropy (M,) of the tokens target (M,) predicted at flat positions predict (M,)
+        of ids (B, T), padded on the right or packed with positions restarted, at temperature heat.
+        generate: arguments of the model's generate, which runs instead."""
         if generate:
             return self.model.generate(**generate)
         # No mask: causal attention never looks right. No cache: only then do restarted positions
@@ -330,45 +317,39 @@ class Policy(nn.Module):
         return logp_MV.gather(-1, target[:, None]).squeeze(-1), entropy_M
 
 def micro_batches(rows, budget, is_packed):
-    """Rows in lists of at most `budget` tokens, longest first; 3 % of them padding, none if packed.
-
-    Up to 512 tokens more padding is let in: to split further would cost more than it saves.
-    """
+    """Rows in lists of at most `budget` tokens (padding counted unless packed), longest first."""
     batches = []
     for row in sorted(rows, key=lambda r: -len(r.input_ids)):
-        batch = batches[-1] if batches else []
-        tokens = sum(len(r.input_ids) for r in batch) + len(row.input_ids)
-        size = tokens if is_packed else (len(batch) + 1) * len((batch or [row])[0].input_ids)
-        if batch and size <= budget and (tokens >= 0.97 * size or size <= 512):
-            batch.append(row)
+        batch = [*batches[-1], row] if batches else []
+        lengths = [len(r.input_ids) for r in batch]
+        if batch and (sum(lengths) if is_packed else len(batch) * lengths[0]) <= budget:
+            batches[-1] = batch
         else:
             batches.append([row])
     return batches
 
 def collate(rows, is_packed, device, dtype):
     """(arguments of Policy.forward, per-token tensors of the loss, each (M,)) for some rows."""
-    lengths = [len(r.input_ids) for r in rows]
+    lengths = [len(row.input_ids) for row in rows]
     width = sum(lengths) if is_packed else max(lengths)
     ids = np.zeros((1 if is_packed else len(rows), width), dtype=np.int64)
     positions = np.zeros_like(ids) + np.arange(width)
     starts = np.cumsum([0, *lengths]) if is_packed else np.arange(len(rows)) * width
-    predict = []
     for row, start, length in zip(rows, starts, lengths):
         ids.flat[start : start + length] = row.input_ids
         positions.flat[start : start + length] = np.arange(length)
-        predict.append(start + np.arange(row.context, length) - 1)
-    predict = np.concatenate(predict)
-    inputs = {"ids": ids, "positions": positions, "predict": predict,
-              "target": ids.flat[predict + 1]}
+    target = np.concatenate([start + np.arange(row.context, length)
+                             for row, start, length in zip(rows, starts, lengths)])
+    inputs = {"ids": ids, "positions": positions, "predict": target - 1, "target": ids.flat[target]}
     batch = {key: np.concatenate([getattr(row, key) for row in rows])
-             for key in ("behaviour_logp", "policy_weight", "likelihood_weight")}
+             for key in ("behaviour_logp", "policy_weight", "likelihood_weight", "is_on_context")}
     repeats = [length - row.context for row, length in zip(rows, lengths)]
-    for key in ("advantage", "scale", "is_on_context"):
+    for key in ("advantage", "scale"):
         batch[key] = np.repeat([getattr(row, key) for row in rows], repeats)
     return ({key: torch.from_numpy(value).to(device) for key, value in inputs.items()},
             {key: torch.from_numpy(value).to(device, dtype) for key, value in batch.items()})
 
-FILLER = Row([0, 0], 1, [0.0], [0.0], [0.0], 0.0, 0, False)  # runs, and weighs nothing
+FILLER = Row([0, 0], 1, [0.0], [0.0], [0.0], [0.0], 0.0, 0)  # runs, and weighs nothing
 
 def optimize(run, rows, lr):
     """Loss and optimizer steps on the rows of all ranks; returns metrics.
@@ -414,9 +395,8 @@ def optimize(run, rows, lr):
         run.optimizer.zero_grad()
     names = ("loss", "tokens", "entropy", "clipped", "compared", "mismatch_k3", "capped")
     total = fsdp_utils.all_reduce_scalars(dict(zip(names, torch.stack(parts).sum(0).tolist())))
-    for key, of in zip(("entropy", "clipped", "mismatch_k3", "capped"),
-                       ("tokens", "tokens", "compared", "compared")):
-        total[key] /= max(total[of], 1)
+    total |= {key: total[key] / max(total["tokens"], 1) for key in ("entropy", "clipped")}
+    total |= {key: total[key] / max(total["compared"], 1) for key in ("mismatch_k3", "capped")}
     largest = {"mismatch_max": float(torch.stack(largest).max())}
     return {**total, **fsdp_utils.all_reduce_scalars(largest, "max"), "grad_norm": norm, "lr": lr}
 
@@ -465,17 +445,14 @@ def train(run):
         need(step > run.first_step + 2 or metrics["mismatch_k3"] <= limit,
              f"sampler and trainer disagree, mean k3 {metrics['mismatch_k3']:.2g} > {limit:g}: "
              "stale weights, another dtype, or top_p and top_k in use?")
-        if c.eval_strategy == "steps" and is_due(run, c.eval_steps):
+        is_last = state["step"] == plan.steps
+        if c.eval_strategy == "steps" and (is_last or state["step"] % c.eval_steps == 0):
             evaluate(run)
-        every = {"steps": c.save_steps, "epoch": plan.per_epoch, "no": plan.steps}
-        if is_due(run, every[c.save_strategy]):
+        every = {"steps": c.save_steps, "epoch": plan.per_epoch, "no": plan.steps}[c.save_strategy]
+        if is_last or state["step"] % every == 0:
             fsdp_utils.save_checkpoint(
                 run.folder, step + 1, run.policy, run.optimizer, state, c.save_total_limit or 0,
                 lambda folder: export(run, folder / "model"))
-
-def is_due(run, every):
-    """Every so many steps, and at the last."""
-    return run.state["step"] % every == 0 or run.state["step"] == run.plan.steps
 
 def sample(run, blank, next_request, clock):
     """Blank groups to final ones, with the current weights; notes the time around sampling."""
@@ -577,7 +554,7 @@ def write_metrics(run, metrics):
         file.write(json.dumps({"step": run.state["step"], **metrics}) + "\n")
     if run.wandb:
         run.wandb.log(metrics, step=run.state["step"])
-    if "loss" not in metrics or is_due(run, run.config.logging_steps):
+    if "loss" not in metrics or run.state["step"] % run.config.logging_steps == 0:
         keys = "accuracy_without|hard_|reward/|grad_norm|mismatch_k3|eval/(?!.*stderr)"
         say(f"step {run.state['step']}: " + ", ".join(
             f"{key} {value:.3g}" for key, value in metrics.items() if re.match(keys, key)))
@@ -612,7 +589,6 @@ def setup(config):
     columns = {name: i for i, name in enumerate(config.reward_funcs)}
     run.judge = rollout.Judge(pool, run.prompts.tokenizer, columns.get(config.hint_trigger, 0),
                               columns.get("accuracy", 0))
-
     run.compute_dtype = getattr(torch, config.torch_dtype)
     run.master_dtype = torch.promote_types(run.compute_dtype, torch.float32)
     transformers_logging.disable_progress_bar()
@@ -623,24 +599,22 @@ def setup(config):
     run.optimizer = torch.optim.AdamW(
         run.policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
         betas=(config.adam_beta1, config.adam_beta2), fused=run.dist.device.type == "cuda")
-    total = run.plan.steps
-    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total)
-    rate = get_scheduler(config.lr_scheduler_type, run.optimizer, warmup, total).lr_lambdas[0]
+    steps = run.plan.steps
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
+    rate = get_scheduler(config.lr_scheduler_type, run.optimizer, warmup, steps).lr_lambdas[0]
     # differs from reference: warm-up begins above 0, for a step at rate 0 is a step lost
     run.learning_rate = lambda step: config.learning_rate * rate(step + (step < warmup))
     open_folder(run)
-
-    ends = run.policy.model.generation_config.eos_token_id
-    ends = {run.prompts.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    ends, tokenizer = run.policy.model.generation_config.eos_token_id, run.prompts.tokenizer
+    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     length = max(config.max_completion_length, config.eval_max_completion_length or 0)
     if config.engine == "hf":
         run.engine = rollout.HfEngine(
-            run.policy, ends - {None}, run.prompts.tokenizer.pad_token_id,
-            partial(fsdp_utils.unshard, run.policy), partial(fsdp_utils.reshard, run.policy))
+            run.policy, ends, tokenizer.pad_token_id, partial(fsdp_utils.unshard, run.policy),
+            partial(fsdp_utils.reshard, run.policy))
     else:
         engine = {"vllm": rollout.VllmEngine, "server": rollout.ServerEngine}[config.engine]
-        length += config.max_prompt_length
-        run.engine = engine(config, ends - {None}, length, run.dist.device)
+        run.engine = engine(config, ends, config.max_prompt_length + length, run.dist.device)
     return run
 
 def load_policy(run):
@@ -661,7 +635,7 @@ def startup_pass(run):
     """Forward and backward at maximum length: out-of-memory comes in minute one, not hour ten."""
     c, T = run.config, run.config.max_completion_length
     width, zeros = c.max_prompt_length + T, [0.0] * T
-    row = Row([0] * width, c.max_prompt_length, zeros, zeros, zeros, 0.0, 0, False)
+    row = Row([0] * width, c.max_prompt_length, zeros, zeros, zeros, zeros, 0.0, 0)
     rows = [row] * max(1, c.micro_batch_tokens // width)
     run.engine.sleep()
     moments = [torch.empty_like(p) for p in run.policy.parameters() for _ in range(2)]
@@ -687,8 +661,9 @@ def open_folder(run):
     if latest:
         run.state = fsdp_utils.load_checkpoint(latest, run.policy, run.optimizer)
         run.state["history"] = {int(key): value for key, value in run.state["history"].items()}
-        need(run.state["prompts"] == run.plan.prompts, f"{latest}: {run.state['prompts']} prompts a "
-             f"step, now it would be {run.plan.prompts}: change gradient_accumulation_steps")
+        before = run.state["prompts"]
+        need(before == run.plan.prompts, f"{latest} had {before} prompts a step: change "
+             "gradient_accumulation_steps")
         say(f"resuming {latest}")
     run.first_step = run.state["step"]
     if run.rank:

@@ -16,14 +16,14 @@ import numpy as np
 HINT_SENTENCE = ("\n The following text is the beginning part of the answer, "
                  "which you can refer to for solving the problem:\n")
 ASSISTANT_OPENING = "<think>\n"  # what stands before the hint when hint_where is assistant
-MARKER = re.compile(r"\\f?boxed|####|answer is|<answer>", re.IGNORECASE)
+MARKER = re.compile(r"\\boxed|\\fbox|####|answer is|<answer>", re.IGNORECASE)
 ENVIRONMENT = re.compile(r"(\\begin\{|\\\[|\\\(|\[asy\])|(\\end\{[^}]*\}|\\\]|\\\)|\[/asy\])")
 # Inline maths by pandoc's rule, so that "$5 and $10" is money: no space inside the dollars and no
 # digit after them, or a space on both sides ("$ x $").
 DOLLARS = re.compile(
     r"(?<!\\)(?:\$\$.*?\$\$|\$(?=[^\s$])(?:\\.|[^$\\])*?(?<=\S)\$(?!\d)|\$ (?:\\.|[^$\\])*? \$)",
     re.DOTALL)
-SENTENCE_END = re.compile(r"\n|(?<![\s.])[.!?][\"')\]]*(?=\s)")
+SENTENCE_END = re.compile(r"\n|(?<![\s.])[.!?][\"')\]$]*(?=\s)")
 ENUMERATOR = re.compile(r"\s*\(?\w{1,2}[.)]\s*")  # "2." opens a list item, ends no sentence
 
 @dataclass(frozen=True)
@@ -162,17 +162,13 @@ def step_ends(trace):
     return [end for end in ends if not inside[end]]
 
 def answer_start(trace, gold, ends):
-    """Where a hint stops at the latest: before the last step ahead of the first answer marker (an
-    end without marker counts as one), and before the step with the last occurrence of the gold.
-
-    The marker's own step is the last step if it derives something (a digit or = before the marker).
-    """
+    """Where a hint stops at the latest: before the last step that derives something ahead of the
+    first answer marker (an end without marker counts as one), and before the step with the last
+    occurrence of the gold."""
     starts = [0, *ends]
     found = MARKER.search(trace)
     marker = found.start() if found else len(trace)
-    own = max(start for start in starts if start <= marker and (start < len(trace) or not trace))
-    if not re.search(r"[\d=]", trace[own:marker]):
-        own = max((start for start in starts if start < own), default=0)
+    own = max((s for s in starts if re.search(r"[\d=]", trace[s:marker])), default=0)
     gold = gold.strip().strip("$").strip()
     places = list(re.finditer(rf"(?<![\w.]){re.escape(gold)}(?!\w)", trace)) if gold else []
     last = places[-1].start() if places else len(trace)

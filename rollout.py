@@ -9,7 +9,7 @@ cannot tell the engines apart:
     wake() / sleep()        before and after sampling
     busy, deterministic     is anything unfinished; do the same requests give the same bits
 
-A forker adds an engine as one more class with these names, and its line in `make_engine` of ghpo.py.
+A forker adds an engine as one more class with these names, and its name in `setup` of ghpo.py.
 """
 
 import http.client
@@ -174,7 +174,8 @@ class HfEngine:
     def poll(self):
         """Answers waiting requests, as many as max_rows sequences take."""
         taken, rows = [], []
-        while self.waiting and (not rows or len(rows) + len(self.waiting[0].prompts) <= self.max_rows):
+        while self.waiting and len(rows) + len(self.waiting[0].prompts) <= max(
+                self.max_rows, len(self.waiting[0].prompts)):
             request = self.waiting.pop(0)
             taken.append(request)
             rows += [(request, j) for j in range(len(request.prompts))]
@@ -187,7 +188,8 @@ class HfEngine:
         output = self.policy(generate={
             "inputs": ids, "attention_mask": mask, "max_new_tokens": sampling.max_tokens,
             "do_sample": False, "logits_processor": [picks], "eos_token_id": self.eos_ids,
-            "pad_token_id": self.pad_id, "use_cache": True})[:, ids.shape[1] :].tolist()
+            "pad_token_id": self.pad_id, "use_cache": True,
+            "synced_gpus": False})[:, ids.shape[1] :].tolist()  # no collective at every token
         logp = torch.stack(picks.logp, dim=1).tolist()
         completions = []
         for (request, j), tokens, numbers in zip(rows, output, logp):
