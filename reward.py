@@ -230,8 +230,9 @@ def joined(kind: str, left, right, token: str = ""):
         words = token.strip('"').split()
         names = (UNITS.get(word, word[:3] + word[3:].rstrip("s")) for word in words)
         return (kind, left, " ".join(names))
-    if len(left) > MAX_ITEMS and kind not in ("+", "-", "product"):
-        raise Unreadable("too many items")
+    is_long = len(left) > MAX_ITEMS and kind not in ("+", "-", "product")
+    if is_long or kind == "product" and left[0] == "unit":
+        raise Unreadable("too many items, or 5 cm 3")
     if kind == "rel":
         signs, *sides = left[1:] if left[0] == "rel" else ("", left)
         return ("rel", signs + token, *sides, right)
