@@ -186,13 +186,16 @@ class Main:
         self.alone, self.patch, self.capsys = alone, patch, capsys
 
     def __call__(self, folder, *flags, **changes):
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        output = changes.setdefault("output_dir", str(folder / "out"))
-        path = folder / "config.yaml"
+        """Runs a config of `settings`, written to folder."""
+        changes.setdefault("output_dir", str(Path(folder) / "out"))
+        path = Path(folder) / "config.json"
         path.write_text(json.dumps(settings(**changes)))  # JSON is YAML
+        return self.command("--config", str(path), *flags, folder=changes["output_dir"])
+
+    def command(self, *arguments, folder=None):
+        """Runs a command line."""
         self.patch.setattr(fsdp_utils, "setup_distributed", lambda *a: self.alone)
-        self.patch.setattr(sys, "argv", ["ghpo.py", "--config", str(path), *flags])
+        self.patch.setattr(sys, "argv", ["ghpo.py", *arguments])
         self.patch.setattr(ghpo.os, "_exit", sys.exit)
         self.capsys.readouterr()
         status = 0
@@ -201,7 +204,7 @@ class Main:
         except SystemExit as end:
             status = end.code
         out, err = self.capsys.readouterr()
-        return SimpleNamespace(status=status, out=out, err=err, folder=Path(output))
+        return SimpleNamespace(status=status, out=out, err=err, folder=folder and Path(folder))
 
 
 @pytest.fixture

@@ -1,0 +1,604 @@
+"""The program as a user meets it: bad input, the reference's config, real data, equal runs."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import (
+    BASE, DATA, ROOT, SHARED, ScriptedJudge, make_config, read_jsonl, settings, write_jsonl)
+
+import ghpo
+import hints
+
+MODULES = ("ghpo", "rollout", "hints", "reward", "fsdp_utils")
+
+
+# ---- bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"hint_ratios": [0.5]}, "unknown key 'hint_ratios', not hint_ratio"),
+    ({"learning_rat": 1e-6}, "unknown key 'learning_rat', not learning_rate"),
+    ({"xyzzy_42": 1}, "unknown key 'xyzzy_42'"),
+    ({"max_steps": "many"}, "max_steps='many' must be of type int"),
+    ({"max_steps": 2.5}, "max_steps=2.5 must be of type int"),
+    ({"num_generations": True}, "num_generations=True must be of type int"),
+    ({"learning_rate": "fast"}, "learning_rate='fast' must be of type float"),
+    ({"learning_rate": None}, "learning_rate=None must be of type float"),
+    ({"learning_rate": "nan"}, "learning_rate=.?nan.? must be of type float"),
+    ({"gradient_checkpointing": "yes"}, "gradient_checkpointing='yes' must be of type bool"),
+    ({"dataset_name": 5}, "dataset_name=5 must be of type str"),
+    ({"reward_weights": ["much", 1]}, "reward_weights=.* must be of type float"),
+    ({"eval_datasets": "x.jsonl"}, "eval_datasets='x.jsonl' must be of type dict"),
+    ({"loss_type": "ppo"}, "loss_type='ppo' must be one of .*dapo"),
+    ({"engine": "sglang"}, "engine='sglang' must be one of .*vllm"),
+    ({"hint_ratio": [0.5, 1.5]}, r"hint_ratio=\\[0.5, 1.5\\] must .*\\[0, 1\\]"),
+    ({"hint_ratio": -0.25}, r"hint_ratio=\\[-0.25\\] must .*\\[0, 1\\]"),
+    ({"hint_ratio": [0.75, 0.25]}, "hint_ratio=.* must ascend"),
+    ({"reward_weights": [1.0]}, "reward_weights"),
+    ({"reward_funcs": ["accuracy", "fromat"]}, "no reward 'fromat'"),
+    ({"hint_trigger": "format", "reward_funcs": "accuracy", "reward_weights": 1}, "hint_trigger=format"),
+    ({"engine": "hf", "use_vllm": True}, "engine.* and use_vllm.* disagree"),
+    ({"engine": "vllm", "use_vllm": False}, "engine.* and use_vllm.* disagree"),
+    ({"bf16": True}, "bf16.* and torch_dtype.* disagree"),
+    ({"num_generations": 1}, "num_generations=1 must be .* 2"),
+    ({"temperature": 0.0}, "temperature=0.0 must be"),
+    ({"save_steps": 0}, "save_steps=0 must be .* 1"),
+    ({"model_name_or_path": ""}, "model_name_or_path"),
+    ({"dataset_name": ""}, "dataset_name"),
+])  # fmt: skip
+def test_bad_settings(changes, message):
+    with pytest.raises(ghpo.UserError, match=message.replace("\\\\", "\\")):
+        make_config(**changes)
+
+
+def test_settings_are_cast():
+    config = make_config(learning_rate="1e-6", hint_ratio=0.5, max_steps="7", reward_funcs="accuracy",
+                         reward_weights=2, eval_strategy=False, save_strategy="no")  # fmt: skip
+    assert (config.learning_rate, config.max_steps, config.hint_ratio) == (1e-6, 7, [0.5])
+    assert (config.reward_funcs, config.reward_weights) == (["accuracy"], [2.0])
+    assert config.eval_strategy == "no" and isinstance(config.reward_weights[0], float)
+
+
+ROW = {"problem": "4a3b5?", "solution": "(7,2)", "solution_hint": "a37\nb52\nend"}
+
+
+def data_file(lines):
+    """A config change that makes the data set a file with these lines."""
+    def change(folder):
+        path = folder / "rows.jsonl"
+        path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line)
+                                  for line in lines))  # fmt: skip
+        return {"dataset_name": str(path)}
+
+    return change
+
+
+def tokenizer_without(key):
+    """A config change that makes the model one whose tokenizer lacks something."""
+    def change(folder):
+        model = folder / "model"
+        shutil.copytree(BASE, model)
+        settings_path = model / "tokenizer_config.json"
+        kept = json.loads(settings_path.read_text())
+        kept.pop(key, None)
+        settings_path.write_text(json.dumps(kept))
+        if key == "chat_template":
+            (model / "chat_template.jinja").unlink()
+        return {"model_name_or_path": str(model)}
+
+    return change
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda folder: {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2},
+     "3 .* 2 = 6 is not divisible by num_generations 4"),
+    (data_file([{"problem": "4a3b5?", "answer": "(7,2)"}] * 9), "no column 'solution' .*answer"),
+    (data_file([{k: ROW[k] for k in ("problem", "solution")}] * 9), "no column 'solution_hint'"),
+    (data_file([]), "has no rows"),
+    (data_file([ROW, ROW, '{"problem": "4a'] + [ROW] * 9), "rows.jsonl, line 3.*Unterminated"),
+    (data_file([ROW, ROW, "[1, 2]"] + [ROW] * 9), "rows.jsonl, line 3"),
+    (data_file([ROW] * 3), "3 usable problems, a step takes 4"),
+    (data_file([ROW | {"solution": None}] * 9), "0 usable problems"),
+    (lambda folder: {"dataset_name": str(folder / "none.jsonl")}, "none.jsonl"),
+    (lambda folder: {"dataset_name": str(folder / "none.parquet")}, "none.parquet"),
+    (tokenizer_without("pad_token"), "no pad token"),
+    (tokenizer_without("chat_template"), "no chat template"),
+    (lambda folder: {"model_name_or_path": str(folder / "no_model")}, "no_model"),
+])  # fmt: skip
+def test_bad_input_ends_with_one_message(change, message, main, tmp_path):
+    done = main(tmp_path, "--dry_run", **change(tmp_path))
+    assert done.status == 2
+    errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and re.search(message, done.err)
+    assert "Traceback" not in done.err
+
+
+def test_bad_command_lines(main, tmp_path):
+    good = tmp_path / "good.yaml"
+    good.write_text(yaml.safe_dump(settings()))
+    (tmp_path / "broken.yaml").write_text("a: [1\nb")
+    (tmp_path / "list.yaml").write_text("- a\n- b\n")
+    for arguments, message in [
+        (["--config", str(tmp_path / "none.yaml")], "none.yaml"),
+        (["--config", str(tmp_path / "broken.yaml")], "broken.yaml"),
+        (["--config", str(tmp_path / "list.yaml")], "list.yaml"),
+        (["--config", str(good), "max_steps"], "key=value"),
+        (["--config", str(good), "max_stepz=3"], "not max_steps"),
+        (["--config", str(good), "hint_ratio=[0.5"], "hint_ratio"),
+    ]:
+        done = main.command(*arguments, "--dry_run")
+        assert done.status == 2 and message in done.err, arguments
+        assert done.err.count("error: ") == 1 and "Traceback" not in done.err
+
+
+def test_output_folder_of_another_run(main, tmp_path):
+    first = main(tmp_path, max_steps=1)
+    assert first.status == 0 and (first.folder / "model" / "config.json").is_file()
+    again = main(tmp_path, max_steps=1)  # the same run: resumed, nothing left to do
+    assert again.status == 0 and "resuming" in again.err
+    other = main(tmp_path, max_steps=1, learning_rate=0.5)
+    assert other.status == 2 and "Traceback" not in other.err
+    assert re.search("error: output_dir=.* holds another run .*learning_rate.*", other.err)
+    lines = read_jsonl(first.folder / "metrics.jsonl")
+    moved = main(tmp_path, max_steps=1, learning_rate=0.5, overwrite_output_dir=True)
+    assert moved.status == 0
+    old = [p for p in tmp_path.iterdir() if p.is_dir() and p != moved.folder]
+    assert [read_jsonl(p / "metrics.jsonl") for p in old] == [lines]
+
+
+def test_exit_status_of_the_process(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(settings(hint_ratio=[0.5, 1.5], output_dir=str(tmp_path / "out"))))
+    done = subprocess.run([sys.executable, "ghpo.py", "--config", str(config)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: config: hint_ratio=[0.5, 1.5]")
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stdout == ""
+
+
+# ---- the reference's config, dry run -----------------------------------------------------------
+
+REFERENCE = """
+model_name_or_path: Qwen/Qwen2.5-Math-7B
+model_revision: main
+torch_dtype: bfloat16
+attn_implementation: flash_attention_2
+dataset_name: hkgc/math3to5_olympiads_aime
+dataset_prompt_column: problem
+system_prompt: "You are a helpful AI Assistant. <think>\\n...\\n</think>"
+beta: 0.0
+bf16: true
+use_vllm: true
+vllm_device: auto
+vllm_gpu_memory_utilization: 0.75
+do_eval: true
+eval_strategy: no
+eval_steps: 1
+gradient_accumulation_steps: 28
+gradient_checkpointing: true
+gradient_checkpointing_kwargs:
+  use_reentrant: false
+hub_model_id: Qwen2.5-Math-7B-ghpo
+hub_strategy: every_save
+learning_rate: 1.0e-06
+log_completions: true
+log_level: info
+logging_first_step: true
+logging_steps: 5
+logging_strategy: steps
+lr_scheduler_type: cosine
+max_prompt_length: 2048
+max_completion_length: 2048
+max_steps: -1
+num_generations: 8
+num_train_epochs: 5
+output_dir: Qwen2.5-Math-7B-ghpo
+overwrite_output_dir: true
+per_device_eval_batch_size: 8
+per_device_train_batch_size: 8
+push_to_hub: true
+report_to:
+- wandb
+reward_funcs:
+- accuracy
+- format
+reward_weights:
+- 1.0
+- 0.5
+scale_rewards: true
+rl_type: "ghpo"
+hint_ratio: 0.5
+start_hint_step: 0
+save_strategy: "epoch"
+seed: 42
+warmup_ratio: 0.1
+save_total_limit: 6
+temperature: 1.0
+"""
+
+
+@pytest.mark.parametrize("source", ["copy", "shared"])
+def test_the_references_config_loads_unchanged(source, tmp_path, capsys):
+    path = SHARED / "config_ghpo.yaml" if source == "shared" else tmp_path / "reference.yaml"
+    if source == "copy":
+        path.write_text(REFERENCE)
+    elif not path.exists():
+        pytest.skip("no shared data")
+    config = ghpo.load_config(path)
+    warnings = capsys.readouterr().err
+    for key in ("vllm_device", "do_eval", "hub_strategy", "log_completions", "logging_strategy"):
+        assert len(re.findall(rf"\b{key}\b", warnings)) == 1
+    assert (config.hint_ratio, config.learning_rate, config.eval_strategy) == ([0.5], 1e-6, "no")
+    assert (config.warmup_ratio, config.save_strategy, config.loss_type) == (0.1, "epoch", "bnpo")
+    assert ghpo.engine_name(config) == "vllm" and config.max_steps == -1
+    # processes x 8 x 28 / 8: the reference's 7 make 196, the paper's 112 need 4, one makes 28
+    for world, prompts in ((7, 196), (4, 112), (1, 28)):
+        plan = ghpo.make_plan(config, world, 8890)
+        assert plan.prompts == prompts and plan.per_epoch == 8890 // prompts
+        assert plan.steps == 5 * (8890 // prompts)
+        assert f"= {prompts} prompts a step" in capsys.readouterr().err
+
+
+def test_plan_prefers_max_steps():
+    assert ghpo.make_plan(make_config(max_steps=3), 1, 100).steps == 3
+    assert ghpo.make_plan(make_config(max_steps=-1, num_train_epochs=0.5), 1, 100).steps == 12
+
+
+def test_dry_run_shows_every_stage(main, tmp_path):
+    rows = read_jsonl(DATA / "eval_hard.jsonl")[:9]
+    done = main(tmp_path, "--dry_run", dataset_name=write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert done.status == 0 and not done.folder.exists()
+    assert "4 prompts a step" in done.err and "9 of 9 rows usable" in done.err
+    printed = yaml.safe_load(done.out.split("\n----")[0])
+    assert printed["num_generations"] == 4 and printed["hint_ratio"] == [0.25, 0.5, 0.75]
+    trace = rows[0]["solution_hint"]
+    head = f"<|user|>{rows[0]['problem']}"
+    tail = "<|end|><|assistant|>\n"
+    assert head + tail in done.out
+    for end in (7, 15, 23):  # 2, 4 and 6 steps
+        assert f"{head}{hints.HINT_SENTENCE}{trace[:end]}{tail}" in done.out
+    for omega in ("0", "0.25", "0.5", "0.75"):
+        assert f"omega {omega}, " in done.out
+    assert "bytes per GPU" in done.out
+
+
+# ---- data --------------------------------------------------------------------------------------
+
+
+def test_unusable_rows_are_dropped_counted_and_named(tmp_path, capsys):
+    rows = [
+        ROW,
+        ROW | {"problem": ""},
+        ROW | {"solution": None},
+        ROW | {"solution": "  "},
+        ROW | {"solution": 0, "level": "Level 5"},
+        ROW | {"problem": "4a3b5?" * 50},
+        ROW | {"problem": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "?"},
+                           {"role": "user", "content": "4a3b5?"}]},
+        ROW | {"solution_hint": None, "level": 3},
+    ]  # fmt: skip
+    config = make_config(dataset_name=write_jsonl(tmp_path / "rows.jsonl", rows), system_prompt="S")
+    problems = ghpo.load_problems(config, ghpo.Prompts(config), True)
+    told = capsys.readouterr().err
+    assert [p.id for p in problems] == [0, 4, 6, 7]
+    assert [p.level for p in problems] == [0.0, 5.0, 0.0, 3.0]
+    assert problems[1].answer == "0"
+    assert problems[0].messages == [{"role": "system", "content": "S"},
+                                    {"role": "user", "content": "4a3b5?"}]  # fmt: skip
+    assert [m["role"] for m in problems[2].messages] == ["system", "user", "assistant", "user"]
+    assert "4 of 8 rows usable" in told
+    assert re.search("dropped 1, no problem text: rows 1", told)
+    assert re.search("dropped 2, no answer: rows 2, 3", told)
+    assert re.search("dropped 1, prompt over max_prompt_length=128 tokens: rows 5", told)
+    assert re.search("usable, 1 without a solution", told)
+
+
+def test_parquet_and_json_give_the_same_problems(tmp_path):
+    import datasets
+
+    rows = read_jsonl(DATA / "train.jsonl")[:7]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    found = []
+    for kind in ("jsonl", "json", "parquet"):
+        config = make_config(dataset_name=str(tmp_path / f"rows.{kind}"))
+        found.append(ghpo.load_problems(config, ghpo.Prompts(config), True))
+    assert found[0] == found[1] == found[2] and len(found[0]) == 7
+
+
+# ---- real data: acceptance 3 -------------------------------------------------------------------
+
+
+def acceptance_arguments(name, folder):
+    return [
+        "--config", str(SHARED / "config_ghpo.yaml"), "hint_ratio=[0.25,0.5,0.75]",
+        f"model_name_or_path={BASE}", f"dataset_name={SHARED / name}.jsonl", "max_steps=2",
+        "use_vllm=false", "bf16=false", "torch_dtype=float32", "attn_implementation=sdpa",
+        "push_to_hub=false", "report_to=[]", "gradient_accumulation_steps=4",
+        "max_completion_length=32", f"output_dir={folder}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gsm8k_train", "math500_dev"])
+def test_real_problems(name, main, tmp_path):
+    if not (SHARED / f"{name}.jsonl").exists():
+        pytest.skip("no shared data")
+    arguments = acceptance_arguments(name, tmp_path / "out")
+    if name == "gsm8k_train":
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "ghpo.py"]
+        done = subprocess.run([sys.executable, *command, *arguments], cwd=ROOT, capture_output=True,
+                              text=True, timeout=180)  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+    else:
+        assert main.command(*arguments).status == 0
+    source = read_jsonl(SHARED / f"{name}.jsonl")
+    metrics = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2]
+    stages = set()
+    for step, told in zip((1, 2), metrics):
+        lines = read_jsonl(tmp_path / "out" / "rollouts" / f"step_{step:06d}.jsonl")
+        assert len(lines) == 4 and len({line["id"] for line in lines}) == 4
+        for line in lines:
+            row = source[line["id"]]
+            check_line(line, row)
+            stages.add(line["hint_ratio"])
+        tries = [t for line in lines for t in line["tries"]]
+        assert told["tokens/generated"] == sum(t["tokens"] for t in tries)
+        assert told["hint/skipped"] == sum(t["skipped"] for t in tries)
+        assert told["hint/trimmed"] == sum(t["trimmed"] for t in tries)
+        for omega in ("0", "0.25", "0.5", "0.75"):
+            at = [t for t in tries if max(t["ratios"]) == float(omega) and not t["skipped"]]
+            assert told.get(f"hint/tried@{omega}", 0) == len(at)
+            assert told.get(f"hint/solved@{omega}", 0) == sum(t["pass_rate"] > 0 for t in at)
+            assert told.get(f"tokens/generated@{omega}", 0) == sum(t["tokens"] for t in at)
+        plain = [line["tries"][0]["pass_rate"] for line in lines]
+        assert told["accuracy_without_hint"] == sum(plain) / 4
+        assert told["hard_fraction"] == sum(p == 0 for p in plain) / 4
+        assert told["hint/unsolved"] == sum(line["tries"][-1]["pass_rate"] == 0 for line in lines)
+        for phase in ("generate", "train"):
+            assert told[f"seconds/{phase}"] > 0
+        assert told["mismatch_k3"] < 1e-4
+    assert len(stages) > 1  # the ladder shows
+
+
+def check_line(line, row):
+    """One group of a rollouts file against its row of the data set."""
+    assert line["problem"] == row["problem"] and row["problem"] in line["prompt"]
+    assert len(line["completions"]) == 8
+    for sample in line["completions"]:
+        assert set(sample) >= {"text", "accuracy", "format", "finish_reason"}
+        assert sample["accuracy"] in (0, 1) and sample["format"] in (0, 1)
+        assert sample["finish_reason"] in ("stop", "length")
+    hint, trace = line["hint"], row["solution_hint"].rstrip()
+    assert (line["hint_ratio"] > 0) == bool(hint)
+    assert trace.startswith(hint) and len(hint) <= line["hint_ratio"] * len(trace) + 1
+    if hint:
+        assert line["prompt"].count(hints.HINT_SENTENCE + hint) == 1
+        markers = [m for m in ("\\boxed", "####", "answer is", "<answer>") if m in trace.lower()]
+        assert not any(m in hint.lower() for m in markers)
+    else:
+        assert hints.HINT_SENTENCE not in line["prompt"]
+    ratios = [max(t["ratios"]) for t in line["tries"]]
+    assert ratios == sorted(ratios) and ratios[0] == 0
+    if line["tries"][-1]["pass_rate"] == 0:
+        assert ratios == [0, 0.25, 0.5, 0.75]
+    last = [t for t in line["tries"] if not t["skipped"]][-1]
+    assert last["hints"] == [hint] * 8 and max(last["ratios"]) == line["hint_ratio"]
+
+
+# ---- equal runs --------------------------------------------------------------------------------
+
+
+def timeless(path):
+    return [{k: v for k, v in line.items() if not k.startswith("seconds/")} for line in read_jsonl(path)]
+
+
+def test_two_runs_with_one_seed_are_bit_identical(main, tmp_path):
+    """One in this process, one in its own, where strings hash differently."""
+    rows = read_jsonl(DATA / "eval_hard.jsonl")[:30] + read_jsonl(DATA / "eval_easy.jsonl")[:30]
+    changes = dict(dataset_name=write_jsonl(tmp_path / "rows.jsonl", rows), max_steps=3, beta=0.01,
+                   temperature=1.3, learning_rate=1e-2, num_iterations=2)  # fmt: skip
+    here = main(tmp_path, **changes)
+    assert here.status == 0
+    there = tmp_path / "there"
+    done = subprocess.run(
+        [sys.executable, "ghpo.py", "--config", str(tmp_path / "config.json"), f"output_dir={there}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=180,
+        env=os.environ | {"PYTHONHASHSEED": "7"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert timeless(here.folder / "metrics.jsonl") == timeless(there / "metrics.jsonl")
+    for step in (1, 2, 3):
+        name = f"rollouts/step_{step:06d}.jsonl"
+        assert (here.folder / name).read_text() == (there / name).read_text()
+    name = "model/model.safetensors"
+    assert (here.folder / name).read_bytes() == (there / name).read_bytes()
+    assert (here.folder / name).read_bytes() != (BASE / "model.safetensors").read_bytes()
+    other = main(tmp_path, **changes, seed=1, output_dir=str(tmp_path / "other"))
+    names = [line["id"] for line in read_jsonl(other.folder / "rollouts" / "step_000001.jsonl")]
+    assert names != [line["id"] for line in read_jsonl(there / "rollouts" / "step_000001.jsonl")]
+
+
+def test_first_groups_are_the_same_on_two_ranks(two_ranks, main, tmp_path):
+    ours = main(tmp_path, max_steps=1)
+    by_id = []
+    for folder in (ours.folder, two_ranks / "run"):
+        lines = read_jsonl(folder / "rollouts" / "step_000001.jsonl")
+        by_id.append({line["id"]: line for line in lines})
+    assert len(by_id[0]) == 4 and by_id[0] == by_id[1]
+    one, two = (timeless(f / "metrics.jsonl")[0] for f in (ours.folder, two_ranks / "run"))
+    assert set(one) == set(two)
+    for key in one:
+        assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-4), key
+
+
+# ---- the loop ----------------------------------------------------------------------------------
+
+
+def hard_rows(n=12):
+    return read_jsonl(DATA / "eval_hard.jsonl")[:n]
+
+
+def metrics_of(run):
+    return read_jsonl(run.folder / "metrics.jsonl")
+
+
+def test_deferred_hints_come_in_the_next_step(scripted_training):
+    run, seen, steps = scripted_training(
+        lambda step, slot: 1, hard_rows(), hint_timing="deferred", max_steps=3,
+        max_completion_length=8)  # fmt: skip
+    ratios = [[line["hint_ratio"] for line in lines] for lines in steps]
+    # all fail without a hint and pass with one; returning problems take half of the places
+    assert ratios == [[0] * 4, [0.25, 0.25, 0, 0], [0.25, 0.25, 0, 0]]
+    assert [[len(line["tries"]) for line in lines] for lines in steps] == [
+        [1] * 4, [2, 2, 1, 1], [2, 2, 1, 1]]  # fmt: skip
+    ids = [[line["id"] for line in lines] for lines in steps]
+    assert ids[1][:2] + ids[2][:2] == ids[0]  # in the order of the queue
+    assert len({*ids[0], *ids[1][2:], *ids[2][2:]}) == 8
+    metrics = metrics_of(run)
+    assert [line["queue"] for line in metrics] == [4, 4, 4]
+    assert [i for i, _ in run.state["queue"]] == ids[1][2:] + ids[2][2:]
+    # of the fresh problems only; the samples' mean has a passing sample in 2 of 4 groups
+    assert [line["accuracy_without_hint"] for line in metrics] == [0, 0, 0]
+    assert [line["hard_fraction"] for line in metrics] == [1, 1, 1]
+    assert [line["reward/accuracy"] for line in metrics] == [0, 0.125, 0.125]
+    for groups, rows in seen:  # a failed group is trained on as it is; one generation a step
+        assert len(groups) == 4 and len(rows) == 16
+    generated = [len(c.token_ids) for groups, _ in seen for g in groups for c in g.completions]
+    assert sum(generated) == sum(sum(t["tokens"] for t in line["tries"]) for line in steps[0]) + sum(
+        line["tries"][-1]["tokens"] for lines in steps[1:] for line in lines)
+
+
+def test_generated_tokens_count_every_sample_once(scripted_training):
+    for timing in ("inline", "deferred"):
+        run, seen, _ = scripted_training(
+            lambda step, slot: 1, hard_rows(), hint_timing=timing, max_steps=2,
+            max_completion_length=8, learning_rate=0.0)  # fmt: skip
+        # all 8 tokens are used: 4 groups x 4 samples x 8 tokens, twice when inline
+        expected = 128 * (2 if timing == "inline" else 1)
+        assert [line["tokens/generated"] for line in metrics_of(run)] == [expected] * 2
+
+
+def test_curriculum_goes_from_easy_to_hard(scripted_training):
+    rows = [row | {"level": f"Level {(7 * i) % 12}"} for i, row in enumerate(hard_rows())]
+    for curriculum in (True, False):
+        run, _, steps = scripted_training(
+            lambda step, slot: 0, rows, rl_type="grpo", curriculum=curriculum, max_steps=3,
+            max_completion_length=4)  # fmt: skip
+        levels = [(7 * line["id"]) % 12 for lines in steps for line in lines]
+        assert sorted(levels) == list(range(12))
+        assert (levels == list(range(12))) == curriculum
+
+
+@pytest.mark.parametrize("changes, kept", [
+    ({"hint_exhausted": "drop"}, [0, 2]),
+    ({"hint_exhausted": "keep"}, [0, 1, 2, 3]),
+    ({"hint_exhausted": "drop", "rl_type": "grpo"}, [0, 1, 2, 3]),
+    ({"hint_exhausted": "drop", "start_hint_step": 1}, [0, 1, 2, 3]),
+    ({"hint_exhausted": "drop", "hint_ratio": []}, [0, 2]),  # detection only
+])  # fmt: skip
+def test_groups_that_fail_the_last_stage(changes, kept, scripted_training):
+    """Slots 1 and 3 fail everything."""
+    run, seen, lines = scripted_training(
+        lambda step, slot: 9 * (slot % 2), hard_rows(), max_steps=1, max_completion_length=4,
+        loss_type="grpo", **changes)  # fmt: skip
+    groups, rows = seen[0]
+    assert [g.request.slot for g in groups] == kept
+    assert [row.scale for row in rows] == [1 / (4 * len(kept)) / 4] * 4 * len(kept)  # counts of the kept
+    assert len(lines[0]) == 4 and metrics_of(run)[0]["hint/unsolved"] == 2
+
+
+def test_an_epoch_meets_every_problem_once_and_no_step_has_one_twice(scripted_training):
+    run, _, steps = scripted_training(
+        lambda step, slot: 0, hard_rows(10), rl_type="grpo", max_steps=6, max_completion_length=2)
+    ids = [[line["id"] for line in lines] for lines in steps]
+    assert all(len(set(step)) == 4 for step in ids)
+    for epoch in (0, 2, 4):  # two whole steps of ten problems; the rest of an epoch is left out
+        assert len({*ids[epoch], *ids[epoch + 1]}) == 8
+    assert ids[:2] != ids[2:4]
+
+
+def test_evaluation_is_in_the_metrics(main, tmp_path):
+    sets = {}
+    for tier in ("easy", "hard"):
+        sets[tier] = write_jsonl(tmp_path / f"{tier}.jsonl", read_jsonl(DATA / f"eval_{tier}.jsonl")[:3])
+    sets["short"] = {"dataset_name": sets["easy"], "max_completion_length": 3, "eval_samples": 1}
+    done = main(tmp_path, eval_strategy="steps", eval_steps=2, eval_samples=2, eval_temperature=1.0,
+                eval_datasets=sets, max_steps=3, max_completion_length=70)  # fmt: skip
+    assert done.status == 0
+    lines = read_jsonl(done.folder / "metrics.jsonl")
+    tested = [line for line in lines if "eval/easy" in line]
+    assert [line["step"] for line in tested] == [0, 2, 3]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+    first = tested[0]
+    assert (first["eval/easy"], first["eval/hard"], first["eval/short"]) == (1.0, 0.0, 0.0)
+    assert first["eval/easy_pass@2"] == 1.0 and first["eval/hard_pass@2"] == 0.0
+    assert first["eval/easy_stderr"] == first["eval/hard_stderr"] == 0.0
+    assert not any(key.startswith("eval/short_pass") for key in first)
+    only = main(tmp_path, "--eval", eval_datasets=sets, max_completion_length=70,
+                output_dir=str(tmp_path / "only"))  # fmt: skip
+    lines = read_jsonl(only.folder / "metrics.jsonl")
+    assert only.status == 0 and len(lines) == 1 and lines[0]["eval/easy"] == 1.0
+
+
+def test_evaluation_numbers_by_hand(setup, prompts):
+    """Verdicts of 4 samples: 1, 0, 2, 4 right of 4."""
+    rights = [1, 0, 2, 4]
+
+    class Verdicts(ScriptedJudge):
+        def submit(self, request, completions):
+            assert len(completions) == 4 and request.shown.hints == [""] * 4
+            right = rights[request.slot]
+            self.waiting.append((0, request.slot, [[float(j < right), 0.0] for j in range(4)]))
+
+    run = setup(eval_datasets={"x": str(DATA / "eval_easy.jsonl")}, eval_samples=4,
+                eval_max_completion_length=3)  # fmt: skip
+    pool = run.judge.pool
+    run.eval_sets["x"] = run.eval_sets["x"][0], run.eval_sets["x"][1][:4]
+    run.judge = Verdicts(prompts.tokenizer, None)
+    ghpo.evaluate(run)
+    run.judge.pool = pool
+    told = metrics_of(run)[0]
+    assert told["eval/x"] == 7 / 16
+    # means .25 0 .5 1: deviations from .4375 squared sum to .546875; / 3 / 4
+    assert told["eval/x_stderr"] == pytest.approx((0.546875 / 12) ** 0.5)
+    # one of 2: 1 - C(3,2)/C(4,2) = .5; 0; 1 - C(2,2)/6 = 5/6; 1
+    assert told["eval/x_pass@2"] == pytest.approx((0.5 + 0 + 5 / 6 + 1) / 4)
+
+
+# ---- the equations in the code -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("equation", [f"E{i}" for i in range(1, 9)])
+def test_every_equation_has_its_anchor(equation):
+    texts = [(ROOT / f"{name}.py").read_text().splitlines() for name in MODULES]
+    anchors = [line for text in texts for line in text
+               if re.search(rf"#.*\b{equation}\b", line)]  # fmt: skip
+    assert anchors
+
+
+def test_the_readmes_table_points_at_the_equations():
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("no README yet")
+    found = {}
+    for line in readme.read_text().splitlines():
+        row = re.match(r"\|\s*(E\d)\s*\|", line)
+        for file, number in re.findall(r"\(([\w/]+\.py)#L(\d+)\)", line) if row else []:
+            found.setdefault(row[1], []).append((file, int(number)))
+            text = (ROOT / file).read_text().splitlines()[int(number) - 1]
+            assert re.search(rf"\b{row[1]}\b", text), f"{row[1]} is not in {file}:{number}: {text}"
+    assert sorted(found) == [f"E{i}" for i in range(1, 9)]
+
+
+def test_the_modules_are_small():
+    sizes = [len((ROOT / f"{name}.py").read_text().splitlines()) for name in MODULES]
+    assert sum(sizes) <= 1600
+    for name in ("hints", "reward"):
+        assert not re.search(r"^\s*(import|from) (torch|vllm)", (Path(ROOT) / f"{name}.py").read_text(), re.M)
