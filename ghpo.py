@@ -61,6 +61,7 @@ def load_config(path, overrides=()):
     """YAML file and key=value strings to a checked Config; UserError names key and remedy."""
     try:
         values = yaml.safe_load(Path(path).read_text()) or {}
+        need(isinstance(values, dict), f"--config {path}: needs lines of the form key: value")
         for override in overrides:
             key, equals, value = override.partition("=")
             need(equals, f"{override!r}: overrides are written key=value")
@@ -137,14 +138,15 @@ def read_rows(config):
         if path.suffix == ".jsonl":
             for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
                 rows += [json.loads(line)] if line.strip() else []
+                need(not rows or isinstance(rows[-1], dict), f"{path.name}, line {number}: no object")
         else:
             from datasets import load_dataset
             is_file = path.suffix in (".json", ".parquet")
             rows = (load_dataset(path.suffix[1:], data_files=name, split="train") if is_file else
                     load_dataset(name, config.dataset_config, split=config.dataset_split))
     except (OSError, ValueError, ImportError) as error:
-        where = f", line {number}" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(f"dataset_name={name}{where} cannot be read: {error}") from None
+        where = f", line {number}: broken JSON" * isinstance(error, json.JSONDecodeError)
+        raise UserError(f"dataset_name={name}{where}: {error}") from None
     need(len(rows), f"dataset_name={name} has no rows")
     return list(rows)
 
