@@ -138,7 +138,7 @@ def read_rows(config):
         if path.suffix == ".jsonl":
             for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
                 rows += [json.loads(line)] if line.strip() else []
-                need(not rows or isinstance(rows[-1], dict), f"{path.name}, line {number}: no object")
+                need(not rows or isinstance(rows[-1], dict), f"{name}, line {number}: no object")
         else:
             from datasets import load_dataset
             is_file = path.suffix in (".json", ".parquet")
@@ -354,11 +354,8 @@ def collate(rows, is_packed, device, dtype):
 FILLER = Row([0, 0], 1, [0.0], [0.0], [0.0], [0.0], 0.0, 0)  # runs, and weighs nothing
 
 def optimize(run, rows, lr):
-    """Loss and optimizer steps on the rows of all ranks; returns metrics.
-
-    Every rank runs the same number of micro-batches; gradients are summed over them and the ranks,
-    for the objective is divided by the counts of the whole step beforehand.
-    """
+    """Loss and optimizer steps on the rows of all ranks; returns metrics. Every rank runs the same
+    number of micro-batches; gradients are summed, for E6 has divided by the step's counts."""
     c, policy, device = run.config, run.policy, run.dist.device
     # A row without advantage gives no gradient, but it has been counted.
     used = [row for row in rows if row.advantage or c.beta or any(row.likelihood_weight)]
@@ -439,9 +436,10 @@ def train(run):
         clock.append(time.perf_counter())
         state["step"] = step + 1
         names = ("seconds/sync", "seconds/generate", "seconds/record", "seconds/train")
-        metrics |= dict(zip(names, np.diff(clock).tolist()))
-        metrics["seconds/verify"], run.judge.seconds = run.judge.seconds, 0.0
-        metrics |= {f"verifier/{name}": count for name, count in run.judge.pool.stats.items()}
+        metrics |= dict(zip(names, np.diff(clock).tolist())) | {"seconds/verify": run.judge.seconds}
+        stats = {f"verifier/{name}": count for name, count in run.judge.pool.stats.items()}
+        metrics |= fsdp_utils.all_reduce_scalars(stats)
+        run.judge.seconds = 0.0
         write_metrics(run, metrics)
         limit = 1e-2 if c.torch_dtype == "bfloat16" else 1e-4
         need(step > run.first_step + 2 or metrics["mismatch_k3"] <= limit,
@@ -640,7 +638,8 @@ def startup_pass(run):
     row = Row([0] * width, c.max_prompt_length, zeros, zeros, zeros, zeros, 0.0, 0)
     rows = [row] * max(1, c.micro_batch_tokens // width)
     run.engine.sleep()
-    moments = [torch.empty_like(p) for p in run.policy.parameters() for _ in range(2)]
+    needed = 0 if run.optimizer.state else 2  # Adam's moments, where not there yet
+    moments = [torch.empty_like(p) for p in run.policy.parameters() for _ in range(needed)]
     inputs, _ = collate(rows, run.is_packed, run.dist.device, run.master_dtype)
     (run.policy(**inputs, heat=c.temperature)[0].sum() * 0).backward()
     run.optimizer.zero_grad()
@@ -663,9 +662,8 @@ def open_folder(run):
     if latest:
         run.state = fsdp_utils.load_checkpoint(latest, run.policy, run.optimizer)
         run.state["history"] = {int(key): value for key, value in run.state["history"].items()}
-        before = run.state["prompts"]
-        need(before == run.plan.prompts, f"{latest} had {before} prompts a step: change "
-             "gradient_accumulation_steps")
+        need(run.state["prompts"] == run.plan.prompts, f"{latest} had {run.state['prompts']} "
+             "prompts a step: change gradient_accumulation_steps")
         say(f"resuming {latest}")
     run.first_step = run.state["step"]
     if run.rank:
