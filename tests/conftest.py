@@ -60,7 +60,7 @@ def group_of_one():
         hook = sys.excepthook
         fsdp_utils.setup_distributed()
         sys.excepthook = hook
-    return fsdp_utils.Dist(0, 0, 1, torch.device("cpu"))
+    return SimpleNamespace(rank=0, local_rank=0, world=1, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")
