@@ -9,11 +9,10 @@ import json
 import os
 import shutil
 import sys
-import traceback
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -26,41 +25,32 @@ from torch.distributed.tensor import DTensor
 
 _now = {"phase": "start", "timeout": timedelta(seconds=600)}
 
+def setup_distributed(timeout_s=600):
+    """Join torchrun's group, or a group of one: a record of rank, world and device.
 
-class Dist(NamedTuple):
-    """This process among `world`; local_rank counts on its node."""
-
-    rank: int
-    local_rank: int
-    world: int
-    device: torch.device
-
-
-def setup_distributed(timeout_s: float = 600) -> Dist:
-    """Join torchrun's group, or a group of one; collectives fail after timeout_s seconds."""
-    cuda = torch.cuda.is_available()
+    Collectives fail after timeout_s seconds; an uncaught error names rank and phase.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     _now["timeout"] = timedelta(seconds=timeout_s)
     store = None if "RANK" in os.environ else dist.HashStore()  # one process needs no port
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(
         backend, timeout=_now["timeout"], store=store, rank=rank, world_size=world)
     faulthandler.enable()  # NCCL's watchdog aborts the process: show where it stood
 
     def report(kind, error, trace):
-        lines = "".join(traceback.format_exception(kind, error, trace))
-        print(f"{lines}[rank {rank} of {world}] failed in phase '{_now['phase']}': {error}",
-              file=sys.stderr, flush=True)
+        sys.__excepthook__(kind, error, trace)
+        place = f"[rank {rank} of {world}] failed in phase '{_now['phase']}'"
+        print(f"{place}: {error}", file=sys.stderr, flush=True)
         if world > 1:
             os._exit(1)  # no clean-up that waits for peers: torchrun then ends them
 
     sys.excepthook = report
-    return Dist(rank, local_rank, world, device)
-
+    return SimpleNamespace(rank=rank, world=world, device=device)
 
 @contextmanager
 def phase(name: str):
@@ -69,20 +59,17 @@ def phase(name: str):
     yield
     _now["phase"] = before  # not reached on an error, which is then reported under `name`
 
-
-def all_reduce_scalars(values: dict[str, float], op: str = "sum") -> dict[str, float]:
-    """Sum or max over ranks of each value, in float64 on the CPU; same keys on every rank."""
+def all_reduce_scalars(values, op="sum"):
+    """Sum or max over ranks of each value of a dict, in float64; same keys on every rank."""
     total = torch.tensor(list(values.values()), dtype=torch.float64)
     dist.all_reduce(total, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
     return dict(zip(values, total.tolist()))
 
-
-def gather_objects(item) -> list:
+def gather_objects(item):
     """The item of every rank, in rank order, on every rank; also serves as a CPU barrier."""
     items = [None] * dist.get_world_size()
     dist.all_gather_object(items, item)
     return items
-
 
 def shard(module, blocks, sharding="zero3", dtype=None, replicate=1, cpu_offload=False):
     """Shard each block and the root in place; `dtype` is the compute type, masters stay fp32.
@@ -121,12 +108,10 @@ def shard(module, blocks, sharding="zero3", dtype=None, replicate=1, cpu_offload
         part.set_force_sum_reduction_for_comms(True)  # else a premultiplied sum: not in gloo
     return module
 
-
 def last_micro_batch(module, is_last: bool) -> None:
     """Leave the all-reduce over replicas (HSDP, ddp) to the step's last backward."""
     for part in _fsdp_parts(module):
         part.set_requires_all_reduce(is_last, recurse=False)
-
 
 def unshard(module) -> None:
     """Gather all weights and keep them: forwards (without gradients) then need no collective."""
@@ -134,17 +119,14 @@ def unshard(module) -> None:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
 
-
 def reshard(module) -> None:
     """Back to the sharded state and the setting of `shard`."""
     for part in _fsdp_parts(module):
         part.set_reshard_after_forward(part.frees_after_forward, recurse=False)
         part.reshard()
 
-
 def _fsdp_parts(module):
     return [m for m in module.modules() if isinstance(m, FSDPModule)]
-
 
 def full_tensors(module, dtype=None):
     """Yield (name, whole tensor) one at a time, same order on all ranks, tied weights once.
@@ -158,14 +140,12 @@ def full_tensors(module, dtype=None):
         p = p.detach().to(dtype or p.dtype)
         yield name, p.to(p.device_mesh.device_type).full_tensor() if is_sharded else p
 
-
 def clip_grad_norm(params, max_norm: float) -> torch.Tensor:
     """Clip in place by the norm over all ranks and return that norm; max_norm 0 only measures."""
     norm = torch.nn.utils.clip_grad_norm_(list(params), max_norm or float("inf"))
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-
-def save_checkpoint(folder, step, model, optimizer, state: dict, keep=0, export=None) -> Path:
+def save_checkpoint(folder, step, model, optimizer, state, keep=0, export=None):
     """Write checkpoint-<step> beside, then rename it; keep the newest `keep` (0: all).
 
     state: JSON, the same on all ranks. folder: shared by all nodes. export(path) runs on all ranks
@@ -198,22 +178,17 @@ def save_checkpoint(folder, step, model, optimizer, state: dict, keep=0, export=
             for old in _checkpoints(folder)[:-keep] if keep else []:
                 _discard(old)
         gather_objects(None)
-    return final
 
-
-def _discard(path: Path) -> None:
-    # renamed first, so that a kill never leaves half a checkpoint under a good name
-    shutil.rmtree(path.rename(path.with_suffix(".old.tmp")))
-
-
-def _checkpoints(folder) -> list[Path]:
+def _checkpoints(folder):
     return sorted(path for path in Path(folder).glob("checkpoint-*") if path.suffix != ".tmp")
 
+def _discard(path):
+    """Renamed first: a kill never leaves half a checkpoint under a good name."""
+    shutil.rmtree(path.rename(path.with_suffix(".old.tmp")))
 
-def latest_checkpoint(folder) -> Path | None:
-    """The newest checkpoint: only complete ones have a name without .tmp."""
+def latest_checkpoint(folder):
+    """Path of the newest checkpoint, or None; only complete ones have a name without .tmp."""
     return (_checkpoints(folder) or [None])[-1]
-
 
 def load_checkpoint(path, model, optimizer) -> dict:
     """Fill weights and optimizer in place, on any number of ranks; return the saved state."""

@@ -221,11 +221,11 @@ def check_exact_resume(folder):
         optimizer = adam(root, fused)
         train(root, optimizer, range(2))
         state = {"step": 2, "lr": 0.1 + 0.2, "queue": [[7, 0.25]]}
-        path = fu.save_checkpoint(here, 2, root, optimizer, state)
+        fu.save_checkpoint(here, 2, root, optimizer, state)
         train(root, optimizer, range(2, 4))
         fresh = sharded(mode, tiny(torch.float32, seed=5))
         again = adam(fresh, fused)
-        assert fu.load_checkpoint(path, fresh, again) == state
+        assert fu.load_checkpoint(fu.latest_checkpoint(here), fresh, again) == state
         assert again.param_groups[0]["lr"] == 0.005  # as it was after two steps
         train(fresh, again, range(2, 4))
         assert_close(everything(fresh, again), everything(root, optimizer), 0.0)
@@ -364,7 +364,7 @@ def test_failed_rank_is_named_and_ends_the_others_at_once(tmp_path):
     done = run_this_file(tmp_path, "fail_on_rank_1", torchrun=True)
     assert done.returncode != 0
     assert "[rank 1 of 2] failed in phase 'train step 7': no more tea" in done.stderr
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 200  # and not the ten minutes of a timeout
 
 
 def test_collective_timeout_names_rank_and_phase(tmp_path):

@@ -150,6 +150,15 @@ def test_two_ranks_continue_on_one_with_the_same_data_order(folder):
         assert len(set(problems(reference, step))) == 8
 
 
+def test_first_step_samples_the_same_on_any_number_of_ranks(folder):
+    """Same problems, seeds and texts; order and rounding (of the trainer) may differ."""
+    one, two = (
+        {line["id"]: line for line in map(json.loads, path.read_text().splitlines())}
+        for path in (folder / f"whole-{kind}" / "rollouts" / "step_000001.jsonl"
+                     for kind in ("1-inline", "2-deferred")))
+    assert one == two
+
+
 def test_export_loads_in_transformers_with_the_same_greedy_text(folder):
     trained = folder / "whole-2-deferred"
     run_ranks(1, folder / "export", lambda: compare_export(trained, folder / "greedy.json"))
