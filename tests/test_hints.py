@@ -398,3 +398,24 @@ def test_uft_learns_the_hint_by_likelihood(scripted_training, monkeypatch):
     metrics = read_jsonl(run.folder / "metrics.jsonl")
     assert all(line["grad_norm"] > 0 and line["loss"] > 0 for line in metrics)
     assert all(line["mismatch_max"] < 1e-4 for line in metrics)  # only what was sampled is compared
+
+
+def test_hints_that_do_not_fit_are_skipped_and_end(scripted_training, prompts):
+    """A hard problem near max_prompt_length: no stage is sampled twice with the same prompt."""
+    rows = hard_rows()
+    plain = len(prompts.ids(problem(question=rows[0]["problem"]))[0])
+    sentence = len(prompts.ids(problem(question=rows[0]["problem"]), "a")[0]) - plain - 1
+    for room, shown in ((0, [""]), (sentence + 2, [""]), (sentence + 9, ["", rows[0]["solution_hint"][:7]])):
+        script = iter(range(40))  # ends a ladder that never ends
+
+        def fails(step, slot):
+            next(script)
+            return 99
+
+        _, _, lines = scripted_training(
+            fails, rows, max_prompt_length=plain + room, max_steps=1, max_completion_length=4)
+        for line in lines[0]:
+            ratios = [max(t["ratios"]) for t in line["tries"]]
+            assert ratios == [0, 0.25, 0.5, 0.75]
+            sampled = [t["hints"][0] for t in line["tries"] if not t["skipped"]]
+            assert [len(text) for text in sampled] == [len(text) for text in shown]
