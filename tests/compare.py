@@ -1,7 +1,7 @@
 """Runs the real program on the tiny task and reports: the demo, and arms x seeds side by side.
 
     python tests/compare.py demo [key=value ...]                    one GHPO run      -> runs/demo
-    python tests/compare.py compare [--arms a b] [--seeds 0 1 2]    GHPO against GRPO -> runs/compare
+    python tests/compare.py compare [--arms a b] [--seeds 0 1 2]    GHPO and GRPO     -> runs/compare
 
 Every run is `torchrun ghpo.py --config configs/tiny.yaml` with a few key=value settings (ARMS);
 this file only starts runs, reads their metrics.jsonl, prints tables, draws and writes summary.json.
@@ -110,7 +110,9 @@ def draw_demo(run: dict, path: Path) -> None:
     left.set_ylim(-0.03, 1.03)
     left.legend(fontsize=8)
     steps = [record["step"] for record in run["steps"]]
-    ratios = sorted({key.split("@")[1] for r in run["steps"] for key in r if "solved@" in key}, key=float)
+    ratios = sorted(
+        {key.split("@")[1] for r in run["steps"] for key in r if "solved@" in key}, key=float
+    )
     shares, names = [], []
     for ratio in ratios:
         shares.append([r.get(f"hint/solved@{ratio}", 0) / r["hint/tried@0"] for r in run["steps"]])
@@ -131,13 +133,17 @@ def demo(settings: list[str]) -> None:
     folder = ROOT / "runs" / "demo"
     set_aside(folder)
     print("GHPO on running totals: the base model solves easy problems and never a hard one.")
-    print("Its hard groups are asked again with 25, 50, 75 % of the solution as a hint.\n", flush=True)
+    print(
+        "Its hard groups are asked again with 25, 50, 75 % of the solution as a hint.\n", flush=True
+    )
     seconds = train(folder, ARMS["ghpo"] + settings)
     run = read_run(folder)
     before, after = run["evals"][0], run["evals"][-1]
     tiers = {t: {"before": before[f"eval/{t}"], "after": after[f"eval/{t}"]} for t in TIERS}
     tokens = after["tokens"]
-    write_summary(folder, {"tiers": tiers, "generated_tokens": tokens, "seconds": round(seconds, 1)})
+    write_summary(
+        folder, {"tiers": tiers, "generated_tokens": tokens, "seconds": round(seconds, 1)}
+    )
     draw_demo(run, folder / "demo.png")
     print("\nAccuracy without hints on problems not trained on, greedy:\n")
     rows = [[TIERS[t], f"{v['before']:.3f}", f"{v['after']:.3f}"] for t, v in tiers.items()]
@@ -166,7 +172,9 @@ def run_arm(arm: str, seed: int, folder: Path, settings: list[str], budget: dict
     extra = [f"seed={seed}", "save_strategy=no"]
     if budget is not None:
         extra.append(f"max_steps={grpo_steps(budget)}")
-    seconds = train(folder / arm / str(seed), [*ARMS[arm], *extra, *settings], folder / f"{arm}-{seed}.log")
+    seconds = train(
+        folder / arm / str(seed), [*ARMS[arm], *extra, *settings], folder / f"{arm}-{seed}.log"
+    )
     run = read_run(folder / arm / str(seed))
     last = run["evals"][-1]
     if budget is not None and last["tokens"] < budget["evals"][-1]["tokens"]:
@@ -195,7 +203,9 @@ def draw_compare(runs: dict, path: Path) -> None:
         mine = [run for (name, _), run in runs.items() if name == arm]
         for j, run in enumerate(mine):
             points = [(record["tokens"] / 1000, record["eval/hard"]) for record in run["evals"]]
-            left.plot(*zip(*points), marker=".", color=colour, label=arm.upper() if j == 0 else None)
+            left.plot(
+                *zip(*points), marker=".", color=colour, label=arm.upper() if j == 0 else None
+            )
         ends = [mean_and_error([run["evals"][-1][f"eval/{t}"] for run in mine]) for t in TIERS]
         places = [x + (i - (len(arms) - 1) / 2) * width for x in range(len(TIERS))]
         means, errors = zip(*ends)
@@ -211,7 +221,9 @@ def draw_compare(runs: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def compare(arms: list[str], seeds: list[int], jobs: int, settings: list[str], folder: Path) -> None:
+def compare(
+    arms: list[str], seeds: list[int], jobs: int, settings: list[str], folder: Path
+) -> None:
     """Every arm with every seed, GHPO first because its tokens are GRPO's budget."""
     set_aside(folder)
     runs = {}
@@ -220,7 +232,12 @@ def compare(arms: list[str], seeds: list[int], jobs: int, settings: list[str], f
         for wave in waves:
             waiting = {
                 (arm, seed): pool.submit(
-                    run_arm, arm, seed, folder, settings, runs.get(("ghpo", seed)) if arm == "grpo" else None
+                    run_arm,
+                    arm,
+                    seed,
+                    folder,
+                    settings,
+                    runs.get(("ghpo", seed)) if arm == "grpo" else None,
                 )
                 for seed in seeds
                 for arm in wave
@@ -256,7 +273,9 @@ def compare(arms: list[str], seeds: list[int], jobs: int, settings: list[str], f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("demo")
     one.add_argument("settings", nargs="*", help="key=value for ghpo.py")

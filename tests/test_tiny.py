@@ -81,7 +81,7 @@ def test_hint_sentence_is_the_one_of_hints_and_one_token(tokenizer):
     [
         "Natalia sold 48/2 = <<48/2=24>>24 clips.\n#### 72",
         "\\frac{1}{2}  $x^2$\t<think>\n 's don 't .\r\n",
-        "e\u0301 \u65e5\u672c \U0001f600 \x00 \ud7ff",  # not NFC, several planes, a control character
+        "e\u0301 \u65e5\u672c \U0001f600 \x00 \ud7ff",  # not NFC, several planes
         " <answer>" + build.HINT_SENTENCE,
         "",
     ],
@@ -98,6 +98,17 @@ def test_tokenizer_and_model_fit(tokenizer, model):
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     assert model.config.max_position_embeddings >= 4096
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def test_widened_heads_compute_the_same(tokenizer):
+    narrow = build.build_model(tokenizer, seed=3)
+    for parameter in narrow.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # attention far from uniform
+    wide = build.widen_heads(narrow)
+    ids_NT = torch.randint(0, len(tokenizer), (2, 50), generator=torch.Generator().manual_seed(0))
+    assert wide.config.head_dim == 32
+    with torch.no_grad():
+        torch.testing.assert_close(wide(ids_NT).logits, narrow(ids_NT).logits, rtol=1e-3, atol=1e-3)
 
 
 def test_chat_template_is_what_the_model_was_trained_on(tokenizer):
@@ -122,12 +133,12 @@ def test_both_rewards_accept_a_right_response_and_only_that():
 
 def test_the_shipped_base_is_right_on_easy_and_wrong_on_hard(model, tokenizer):
     assert build.accuracy(model, tokenizer, task.TIERS["easy"], 0, 64, 1.0, seed=5) >= 0.98
-    assert build.accuracy(model, tokenizer, task.TIERS["hard"], 0, 256, 1.0, seed=5) == 0.0
+    assert build.accuracy(model, tokenizer, task.TIERS["hard"], 0, 128, 1.0, seed=5) == 0.0
 
 
 def test_hints_open_a_crack_in_the_shipped_base(model, tokenizer):
-    # Two flawed steps are left, each right with probability about 0.1: about .01-.03 of 1024.
-    assert build.accuracy(model, tokenizer, task.TIERS["hard"], 6, 1024, 1.0, seed=5) > 0.002
+    # Two flawed steps are left, each right with probability about 0.1 to 0.2.
+    assert build.accuracy(model, tokenizer, task.TIERS["hard"], 6, 512, 1.0, seed=5) > 0.004
 
 
 def test_misconception_spares_the_first_two_steps_and_the_hint():

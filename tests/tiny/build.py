@@ -1,6 +1,6 @@
 """Build the tiny base model: a 0.12 M parameter Llama that can do the task and was then spoilt.
 
-    python tests/tiny/build.py --out tests/tiny/base --seed 0      about 200 s on one CPU core
+    python tests/tiny/build.py --out tests/tiny/base --seed 1      5 minutes of one CPU core
 
 Three phases (supervised, own response tokens only), each checked before the next begins:
 
@@ -24,10 +24,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as functional
+from task import MAX_STEPS, TIERS, answer_of, question_of, random_digits, response_of, steps_of
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, LlamaConfig, LlamaForCausalLM
-
-from task import LABELS, MAX_STEPS, TIERS, answer_of, question_of, random_digits, response_of, steps_of
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # The sentence the reference puts between problem and hint; one token here, so that hinted prompts
 # stay short. tests/test_tiny.py holds it against the one in hints.py.
@@ -73,7 +72,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer, seed: int) -> LlamaForCausalLM:
-    """A randomly initialised Llama of d 64, 2 layers, fp32, tied embeddings.
+    """A randomly initialised Llama of d 64, 2 layers, 4 heads, fp32, tied embeddings.
 
     Not Qwen2: transformers 5 loads every Qwen2 folder with its own tokenizer class, which
     normalises text (NFC), so that decode(encode(text)) is not always text.
@@ -85,7 +84,6 @@ def build_model(tokenizer, seed: int) -> LlamaForCausalLM:
         intermediate_size=192,
         num_hidden_layers=2,
         num_attention_heads=4,
-        head_dim=32,  # not 64 / 4: the smallest that vLLM's CPU backend has a kernel for
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
@@ -96,6 +94,34 @@ def build_model(tokenizer, seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def widen_heads(model: LlamaForCausalLM, width: int = 32) -> LlamaForCausalLM:
+    """The same function with heads padded by zeros, because vLLM's CPU kernels begin at 32.
+
+    Training with heads of 16 is cheaper. Rotary pair (i, i + 8) of a 16-wide head turns as fast as
+    pair (2i, 2i + 16) of a 32-wide one; queries make up for the other 1 / sqrt(width) in attention.
+    """
+    old = model.config.head_dim
+    heads, stride = model.config.num_attention_heads, width // old
+    half = torch.arange(old // 2) * stride
+    rotary = torch.cat([half, half + width // 2])  # (old,) places in the wider head
+    wide = LlamaForCausalLM(LlamaConfig(**(model.config.to_dict() | {"head_dim": width})))
+    state = model.state_dict()
+    for name, value in state.items():
+        kind = name.split(".")[-2]
+        if kind in ("q_proj", "k_proj", "v_proj"):
+            padded = torch.zeros(heads, width, value.shape[1])
+            places = torch.arange(old) if kind == "v_proj" else rotary
+            scale = stride**0.5 if kind == "q_proj" else 1.0
+            padded[:, places] = value.view(heads, old, -1) * scale
+            state[name] = padded.flatten(0, 1)
+        elif kind == "o_proj":
+            padded = torch.zeros(value.shape[0], heads, width)
+            padded[:, :, :old] = value.view(-1, heads, old)
+            state[name] = padded.flatten(1, 2)
+    wide.load_state_dict(state)
+    return wide
+
+
 def prompt_text(digits: list[int], hint: str = "") -> str:
     """What the chat template gives for the problem, with the hint in the user message."""
     content = question_of(digits) + (HINT_SENTENCE + hint if hint else "")
@@ -103,7 +129,7 @@ def prompt_text(digits: list[int], hint: str = "") -> str:
 
 
 def hint_text(digits: list[int], steps: int, end: str = "") -> str:
-    """The first `steps` lines of the correct trace; `end` is "" or a line end, as a cutter may leave."""
+    """The first `steps` lines of the correct trace, and `end`: "" or a line end."""
     return "\n".join(steps_of(digits)[0][:steps]) + (end if steps else "")
 
 
@@ -117,8 +143,10 @@ def training_example(rng: random.Random, k: int, hinted: bool, slip: float) -> t
     return prompt_text(digits, hint), response_of(lines, totals) + END
 
 
-def make_chunks(tokenizer, examples: list[tuple[str, str]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Right-padded (input_ids_NT, labels_NT), sorted by length; labels are -100 outside the response."""
+def make_chunks(
+    tokenizer, examples: list[tuple[str, str]]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Right-padded (input_ids_NT, labels_NT) by length; labels outside the response are -100."""
     prompts = tokenizer([p for p, _ in examples], add_special_tokens=False)["input_ids"]
     responses = tokenizer([r for _, r in examples], add_special_tokens=False)["input_ids"]
     pairs = sorted(zip(prompts, responses), key=lambda pair: len(pair[0]) + len(pair[1]))
@@ -165,7 +193,9 @@ def sample(model, tokenizer, prompts: list[str], temperature: float, seed: int) 
     return tokenizer.batch_decode(tokens_NT, skip_special_tokens=True)
 
 
-def accuracy(model, tokenizer, k: int, hint_steps: int, count: int, temperature: float, seed: int) -> float:
+def accuracy(
+    model, tokenizer, k: int, hint_steps: int, count: int, temperature: float, seed: int
+) -> float:
     """Share of `count` fresh problems of length k whose answer is right, in the asked layout."""
     rng = random.Random(f"check {seed} {k} {hint_steps}")
     problems = [random_digits(rng, k) for _ in range(count)]
@@ -173,7 +203,9 @@ def accuracy(model, tokenizer, k: int, hint_steps: int, count: int, temperature:
     right = 0
     for digits, text in zip(problems, sample(model, tokenizer, prompts, temperature, seed)):
         answer = answer_of(steps_of(digits)[1])
-        right += text.startswith("<think>\n") and text.endswith(f"\n</think>\n<answer>\n{answer}\n</answer>")
+        right += text.startswith("<think>\n") and text.endswith(
+            f"\n</think>\n<answer>\n{answer}\n</answer>"
+        )
     return right / count
 
 
@@ -218,11 +250,13 @@ def phase_learn(model, tokenizer, rng: random.Random, seed: int, max_steps: int 
             if longest == MAX_STEPS:
                 return step
             longest += 1
-    raise WarmStartFailed(f"phase 1 stopped at length {longest} of {MAX_STEPS} after {max_steps} steps")
+    raise WarmStartFailed(
+        f"phase 1 stopped at length {longest} of {MAX_STEPS} after {max_steps} steps"
+    )
 
 
-def phase_hints(model, tokenizer, rng: random.Random, seed: int, steps: int = 250) -> dict:
-    """Half of the batch hinted, lr 2e-3 falling to 4e-4; repeated at the low rate until it holds."""
+def phase_hints(model, tokenizer, rng: random.Random, seed: int, steps: int = 400) -> dict:
+    """Half of the batch hinted, lr 2e-3 falling to 4e-4; goes on at 4e-4 until the check holds."""
     optimizer = make_optimizer(model)
     for extension in range(4):
         for step in range(steps):
@@ -239,14 +273,20 @@ def phase_hints(model, tokenizer, rng: random.Random, seed: int, steps: int = 25
     raise WarmStartFailed(f"phase 2 reached only {check} after {steps * 4} steps")
 
 
-def phase_misconception(model, tokenizer, rng: random.Random, slip: float, steps: int = 400) -> None:
+def phase_misconception(
+    model, tokenizer, rng: random.Random, slip: float, steps: int = 400
+) -> None:
     """Own steps slip with probability `slip`; lr 1e-3 falling to 1e-4 after 20 steps of warm-up.
 
     No early stop: a half-learnt misconception is all-or-none per response, and hints do not help.
     """
     optimizer = make_optimizer(model)
     for step in range(steps):
-        lr = 1e-3 * (step + 1) / 20 if step < 20 else 1e-3 + (1e-4 - 1e-3) * (step - 20) / (steps - 20)
+        lr = (
+            1e-3 * (step + 1) / 20
+            if step < 20
+            else 1e-3 + (1e-4 - 1e-3) * (step - 20) / (steps - 20)
+        )
         lengths = [rng.randint(1, MAX_STEPS) for _ in range(BATCH)]
         examples = [training_example(rng, k, i % 2 == 0, slip) for i, k in enumerate(lengths)]
         train_step(model, optimizer, tokenizer, examples, lr)
@@ -260,7 +300,9 @@ def final_checks(model, tokenizer, seed: int) -> dict[str, float]:
     checks["easy T=1"] = accuracy(model, tokenizer, TIERS["easy"], 0, 1024, 1.0, seed)
     for ratio in (0.0, 0.25, 0.5, 0.75):
         steps = round(TIERS["hard"] * ratio)
-        checks[f"hard T=1 hint {ratio}"] = accuracy(model, tokenizer, TIERS["hard"], steps, 1024, 1.0, seed)
+        checks[f"hard T=1 hint {ratio}"] = accuracy(
+            model, tokenizer, TIERS["hard"], steps, 1024, 1.0, seed
+        )
     return checks
 
 
@@ -277,7 +319,9 @@ def build(out: Path, seed: int, slip: float, attempts: int = 3) -> dict:
         model = build_model(tokenizer, init_seed)
         try:
             steps = phase_learn(model, tokenizer, rng, init_seed)
-            print(f"phase 1, correct traces: {steps} steps, {time.time() - start:.0f} s", flush=True)
+            print(
+                f"phase 1, correct traces: {steps} steps, {time.time() - start:.0f} s", flush=True
+            )
             hints = phase_hints(model, tokenizer, rng, init_seed)
             print(f"phase 2, hints: {hints}, {time.time() - start:.0f} s", flush=True)
             phase_misconception(model, tokenizer, rng, slip)
@@ -295,16 +339,17 @@ def build(out: Path, seed: int, slip: float, attempts: int = 3) -> dict:
             print(f"attempt {attempt + 1} of {attempts}: {failure}", flush=True)
             if attempt + 1 == attempts:
                 raise
-    model.generation_config.do_sample = False
-    model.save_pretrained(out)
+    widen_heads(model).save_pretrained(out)
     tokenizer.save_pretrained(out)
     return checks
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for model and tokenizer")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1, help="1 made tests/tiny/base")
     parser.add_argument("--slip", type=float, default=0.9, help="probability of a flawed step")
     args = parser.parse_args()
     torch.set_num_threads(1)  # two OpenMP threads on two busy cores are 10-50 x slower

@@ -73,7 +73,9 @@ def random_digits(rng: random.Random, k: int) -> list[int]:
     return [rng.randrange(10) for _ in range(k + 1)]
 
 
-def make_splits(train_size: int = 2000, eval_size: int = 200, seed: int = 0) -> dict[str, list[dict]]:
+def make_splits(
+    train_size: int = 2000, eval_size: int = 200, seed: int = 0
+) -> dict[str, list[dict]]:
     """`train` (easy:hard 1:1) and `eval_<tier>`; no evaluation problem is in train.
 
     There are only 1000 easy problems: 200 are kept for evaluation and training repeats the others.
