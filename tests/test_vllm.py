@@ -234,8 +234,9 @@ def tiny_run(folder, *overrides, processes=1):
 
 def test_two_ranks_with_an_engine_each(tmp_path):
     """Sharded training, weights streamed to both engines: the mismatch shows that they arrive."""
-    run = tiny_run(tmp_path / "run", "engine=vllm", "max_steps=3", "save_strategy=no", processes=2)
-    output, _ = run.communicate(timeout=300)
+    run = tiny_run(tmp_path / "run", "engine=vllm", "max_steps=3",
+                   "gradient_accumulation_steps=4", processes=2)  # fmt: skip
+    output, _ = run.communicate(timeout=600)
     assert run.returncode == 0, output[-4000:]
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
