@@ -1,7 +1,7 @@
 """Runs the real program on the tiny task and reports: the demo, and arms x seeds side by side.
 
-    python tests/compare.py demo [key=value ...]                    one GHPO run      -> runs/demo
-    python tests/compare.py compare [--arms a b] [--seeds 0 1 2]    GHPO and GRPO     -> runs/compare
+    python tests/compare.py demo [key=value ...]                    one GHPO run   -> runs/demo
+    python tests/compare.py compare [--arms a b] [--seeds 0 1 2]    GHPO and GRPO  -> runs/compare
 
 Every run is `torchrun ghpo.py --config configs/tiny.yaml` with a few key=value settings (ARMS);
 this file only starts runs, reads their metrics.jsonl, prints tables, draws and writes summary.json.

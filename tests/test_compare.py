@@ -1,0 +1,71 @@
+"""The reports of compare.py, on a made-up run."""
+
+import json
+
+import compare
+import pytest
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    records = [
+        {"step": 0, "eval/easy": 1.0, "eval/transfer": 0.0, "eval/hard": 0.0},
+        *[
+            {
+                "step": step,
+                "tokens/generated": 300,
+                "tokens/generated@0": 100,
+                "hint/tried@0": 4,
+                "hint/solved@0": step,
+                "hint/solved@0.5": 1,
+                "hint/unsolved": 3 - step,
+            }
+            for step in (1, 2)
+        ],
+        {"step": 2, "eval/easy": 1.0, "eval/transfer": 0.5, "eval/hard": 0.75},
+    ]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    return tmp_path
+
+
+def test_tokens_are_summed_up_to_each_record(run_folder):
+    run = compare.read_run(run_folder)
+    assert [record["tokens"] for record in run["steps"]] == [300, 600]
+    assert [(record["step"], record["tokens"]) for record in run["evals"]] == [(0, 0), (2, 600)]
+
+
+def test_grpo_gets_at_least_the_tokens_of_ghpo(run_folder):
+    # 600 tokens, 100 a plain step, 10 % on top: 6.6, so 7 steps.
+    assert compare.grpo_steps(compare.read_run(run_folder)) == 7
+
+
+def test_mean_and_standard_error():
+    assert compare.mean_and_error([0.25]) == (0.25, 0.0)
+    mean, error = compare.mean_and_error([1.0, 2.0, 3.0])
+    assert (mean, error) == (2.0, pytest.approx(1 / 3**0.5))
+
+
+def test_pictures_are_drawn(run_folder):
+    run = compare.read_run(run_folder)
+    compare.draw_demo(run, run_folder / "demo.png")
+    compare.draw_compare({("ghpo", 0): run, ("ghpo", 1): run}, run_folder / "compare.png")
+    assert (run_folder / "demo.png").stat().st_size > 5000
+    assert (run_folder / "compare.png").stat().st_size > 5000
+
+
+def test_an_earlier_folder_is_kept_aside_once(tmp_path):
+    folder = tmp_path / "demo"
+    for text in ("first", "second", "third"):
+        compare.set_aside(folder)
+        (folder / "summary.json").write_text(text)
+    assert (folder / "summary.json").read_text() == "third"
+    assert (tmp_path / "demo.previous" / "summary.json").read_text() == "second"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_every_arm_is_a_config_that_loads():
+    import ghpo
+
+    for settings in compare.ARMS.values():
+        ghpo.load_config(compare.ROOT / compare.CONFIG, settings)
