@@ -94,6 +94,7 @@ def compare_export(folder, out_file):
     from rollout import Request, Sampling
 
     saved = ghpo.yaml.safe_load((Path(folder) / "config.yaml").read_text())
+    saved["per_device_train_batch_size"] *= 2  # one rank instead of two: as many prompts a step
     run = ghpo.setup(ghpo.make_config(saved))
     model = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32).eval()
     texts = []
