@@ -192,25 +192,24 @@ class Prompts:
         need(self.tokenizer.chat_template, f"{name}: its tokenizer has no chat template")
         need(self.tokenizer.pad_token_id is not None, f"{name}: its tokenizer has no pad token")
 
-    def ids(self, problem, hint="", ratio=0.0):
-        """(token ids, text the assistant's turn starts with, hint): the hint, never the problem,
-        is shortened until the prompt fits max_prompt_length."""
-        while True:
-            messages, prefix = hints.render(problem, hint, self.config)
-            text = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False)
-            ids = self.tokenizer(text + prefix, add_special_tokens=False).input_ids
-            if not hint or len(ids) <= self.config.max_prompt_length:
-                return ids, prefix, hint
+    def ids(self, problem, hint=""):
+        """(token ids, text the assistant's turn starts with)."""
+        messages, prefix = hints.render(problem, hint, self.config)
+        text = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False)
+        return self.tokenizer(text + prefix, add_special_tokens=False).input_ids, prefix
+
+    def fit(self, problem, ratio):
+        """make_hint, shortened (the hint, never the problem) until max_prompt_length holds."""
+        hint, is_trimmed = hints.make_hint(problem, ratio)
+        while hint and len(self.ids(problem, hint)[0]) > self.config.max_prompt_length:
             hint, _ = hints.make_hint(problem, ratio, limit=len(hint) - 1)
+        return hint, is_trimmed
 
     def request(self, group, shown, sampling, slot, step):
         """The Request for a Try; its seed: a hash of run, step, problem and stage, not rank."""
-        pairs = list(zip(shown.hints, shown.ratios))
-        fitted = {pair: self.ids(group.problem, *pair) for pair in set(pairs)}
-        ids, prefixes, texts = zip(*(fitted[pair] for pair in pairs))
-        ratios = [omega * bool(text) for omega, text in zip(shown.ratios, texts)]
-        shown = replace(shown, ratios=ratios, hints=list(texts))
+        rendered = {hint: self.ids(group.problem, hint) for hint in set(shown.hints)}
+        ids, prefixes = zip(*(rendered[hint] for hint in shown.hints))
         key = repr((self.config.seed, step, group.problem.id, len(group.tries))).encode()
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 2  # 62 bits
         return Request(group.problem, ids, shown, group.tries, prefixes, seed, sampling, slot)
@@ -411,7 +410,7 @@ def train(run):
 
         # 1. Roll out G samples a problem; 2. hint: a group that fails is asked again (E2).
         def next_request(group, slot, step=step):
-            shown, tries = hints.plan_try(group, c, state["history"], step)
+            shown, tries = hints.plan_try(group, c, state["history"], step, run.prompts.fit)
             if group.completions and (shown is None or c.hint_timing == "deferred"):
                 return None
             shown = shown or hints.unhinted(c.num_generations)
@@ -419,7 +418,8 @@ def train(run):
 
         blank = next_groups(run)[run.rank :: run.world]
         groups = sample(run, blank, next_request, clock)
-        planned = [hints.plan_try(group, c, state["history"], step) for group in groups]
+        planned = [hints.plan_try(group, c, state["history"], step, run.prompts.fit)
+                   for group in groups]
         metrics = record(run, groups, blank, planned)
         if c.hint_exhausted == "drop" and c.rl_type == "ghpo" and step >= c.start_hint_step:
             groups = [group for group, (shown, _) in zip(groups, planned)
@@ -696,8 +696,8 @@ def dry_run(config):
     make_plan(config, world, len(problems))
     problem = max(problems, key=lambda p: bool(p.trace))
     for omega in [0.0, *config.hint_ratio]:
-        hint, is_trimmed = hints.make_hint(problem, omega)
-        ids, _, hint = prompts.ids(problem, hint, omega)
+        hint, is_trimmed = prompts.fit(problem, omega)
+        ids, _ = prompts.ids(problem, hint)
         print(f"---- row {problem.id}, omega {omega:g}, {len(ids)} tokens, trimmed: {is_trimmed}")
         print(prompts.tokenizer.decode(ids))
     print(f"---- bytes per GPU, activations excluded: {bytes_per_gpu(config, world)}")

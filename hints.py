@@ -115,20 +115,20 @@ def unhinted(size):
     """A Try of `size` samples that shows nothing."""
     return Try([0.0] * size, [""] * size)
 
-def plan_try(group, config, history, step):
+def plan_try(group, config, history, step, fit=make_hint):
     """(The next Try at a group or None when it is final, its tries so far). A stage whose text is
-    empty or that of the stage before joins the tries as skipped, unsampled."""
+    empty or that of the stage before joins the tries as skipped, unsampled. fit: as make_hint."""
     tries = group.tries
     while True:
         ratio = next_ratio(group.problem, tries, config, history, step)
         if ratio is None:
             return None, tries
         wanted = list(ratio) if np.ndim(ratio) else [float(ratio)] * config.num_generations
-        cuts = [make_hint(group.problem, omega) for omega in wanted]
-        texts = [text for text, _ in cuts]
-        ratios = [omega * bool(text) for omega, text in zip(wanted, texts)]
+        cuts = {omega: fit(group.problem, omega) for omega in set(wanted)}
+        texts = [cuts[omega][0] for omega in wanted]
         if not tries or (any(texts) and texts != tries[-1].hints):
-            return Try(ratios, texts, trimmed=any(trimmed for _, trimmed in cuts)), tries
+            ratios = [omega * bool(text) for omega, text in zip(wanted, texts)]
+            return Try(ratios, texts, trimmed=any(cut[1] for cut in cuts.values())), tries
         tries = [*tries, replace(tries[-1], ratios=wanted, tokens=0, trimmed=False, skipped=True)]
 
 def remember(history, problem_id, tries):

@@ -277,7 +277,8 @@ def test_long_hints_are_shortened_and_problems_never(prompts):
     for room in (99, 23, 22, 15, 12, 9, 6, 2, 0):
         prompts.config = make_config(max_prompt_length=whole + room)
         hint, _ = hints.make_hint(one, 0.75)
-        shown = hints.Try([0.75] * 2, [hint] * 2)
+        fitting, _ = prompts.fit(one, 0.75)
+        shown = hints.Try([0.75 * bool(fitting)] * 2, [fitting] * 2)
         asked = prompts.request(Group(one), shown, Sampling(), 0, 0)
         text = prompts.tokenizer.decode(asked.prompts[0])
         assert len(asked.prompts[0]) <= whole + room and one.messages[0]["content"] in text
