@@ -318,12 +318,14 @@ class Policy(nn.Module):
         return logp_MV.gather(-1, target[:, None]).squeeze(-1), entropy_M
 
 def micro_batches(rows, budget, is_packed):
-    """Rows in lists of at most `budget` tokens (padding counted unless packed), longest first."""
+    """Rows in lists of at most `budget` tokens, longest first; 3 % padding, or none if packed."""
     batches = []
     for row in sorted(rows, key=lambda r: -len(r.input_ids)):
         batch = [*batches[-1], row] if batches else []
-        lengths = [len(r.input_ids) for r in batch]
-        if batch and (sum(lengths) if is_packed else len(batch) * lengths[0]) <= budget:
+        tokens = sum(len(r.input_ids) for r in batch)
+        size = tokens if is_packed or not batch else len(batch) * len(batch[0].input_ids)
+        # up to 512 tokens more padding is let in: splitting further costs more than it saves
+        if batch and size <= budget and (tokens >= 0.97 * size or size <= 512):
             batches[-1] = batch
         else:
             batches.append([row])
