@@ -131,7 +131,7 @@ def test_bad_command_lines(main, tmp_path):
         (["--config", str(tmp_path / "list.yaml")], "list.yaml"),
         (["--config", str(good), "max_steps"], "key=value"),
         (["--config", str(good), "max_stepz=3"], "not max_steps"),
-        (["--config", str(good), "hint_ratio=[0.5"], "hint_ratio"),
+        (["--config", str(good), "hint_ratio=[0.5"], "[0.5"),
     ]:
         done = main.command(*arguments, "--dry_run")
         assert done.status == 2 and message in done.err, arguments
@@ -317,10 +317,10 @@ def test_parquet_and_json_give_the_same_problems(tmp_path):
 # ---- real data: acceptance 3 -------------------------------------------------------------------
 
 
-def acceptance_arguments(name, folder):
+def acceptance_arguments(data, folder):
     return [
         "--config", str(SHARED / "config_ghpo.yaml"), "hint_ratio=[0.25,0.5,0.75]",
-        f"model_name_or_path={BASE}", f"dataset_name={SHARED / name}.jsonl", "max_steps=2",
+        f"model_name_or_path={BASE}", f"dataset_name={data}", "max_steps=2",
         "use_vllm=false", "bf16=false", "torch_dtype=float32", "attn_implementation=sdpa",
         "push_to_hub=false", "report_to=[]", "gradient_accumulation_steps=4",
         "max_completion_length=32", f"output_dir={folder}"]  # fmt: skip
@@ -330,7 +330,8 @@ def acceptance_arguments(name, folder):
 def test_real_problems(name, main, tmp_path):
     if not (SHARED / f"{name}.jsonl").exists():
         pytest.skip("no shared data")
-    arguments = acceptance_arguments(name, tmp_path / "out")
+    source = read_jsonl(SHARED / f"{name}.jsonl")[:60]
+    arguments = acceptance_arguments(write_jsonl(tmp_path / "data.jsonl", source), tmp_path / "out")
     if name == "gsm8k_train":
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "ghpo.py"]
         done = subprocess.run([sys.executable, *command, *arguments], cwd=ROOT, capture_output=True,
@@ -338,7 +339,6 @@ def test_real_problems(name, main, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
     else:
         assert main.command(*arguments).status == 0
-    source = read_jsonl(SHARED / f"{name}.jsonl")
     metrics = read_jsonl(tmp_path / "out" / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [1, 2]
     stages = set()
@@ -450,24 +450,24 @@ def metrics_of(run):
 
 
 def test_deferred_hints_come_in_the_next_step(scripted_training):
+    """Slot 3 passes at once, the others with their first hint."""
     run, seen, steps = scripted_training(
-        lambda step, slot: 1, hard_rows(), hint_timing="deferred", max_steps=3,
+        lambda step, slot: int(slot < 3), hard_rows(), hint_timing="deferred", max_steps=3,
         max_completion_length=8)  # fmt: skip
     ratios = [[line["hint_ratio"] for line in lines] for lines in steps]
-    # all fail without a hint and pass with one; returning problems take half of the places
-    assert ratios == [[0] * 4, [0.25, 0.25, 0, 0], [0.25, 0.25, 0, 0]]
+    assert ratios == [[0] * 4, [0.25, 0.25, 0, 0], [0.25, 0.25, 0, 0]]  # half the places return
     assert [[len(line["tries"]) for line in lines] for lines in steps] == [
         [1] * 4, [2, 2, 1, 1], [2, 2, 1, 1]]  # fmt: skip
     ids = [[line["id"] for line in lines] for lines in steps]
-    assert ids[1][:2] + ids[2][:2] == ids[0]  # in the order of the queue
+    assert ids[1][:2] == ids[0][:2] and ids[2][:2] == [ids[0][2], ids[1][2]]  # first in, first out
     assert len({*ids[0], *ids[1][2:], *ids[2][2:]}) == 8
     metrics = metrics_of(run)
-    assert [line["queue"] for line in metrics] == [4, 4, 4]
-    assert [i for i, _ in run.state["queue"]] == ids[1][2:] + ids[2][2:]
-    # of the fresh problems only; the samples' mean has a passing sample in 2 of 4 groups
-    assert [line["accuracy_without_hint"] for line in metrics] == [0, 0, 0]
-    assert [line["hard_fraction"] for line in metrics] == [1, 1, 1]
-    assert [line["reward/accuracy"] for line in metrics] == [0, 0.125, 0.125]
+    assert [line["queue"] for line in metrics] == [3, 2, 1]
+    assert [i for i, _ in run.state["queue"]] == [ids[2][2]]
+    # a group that passes has one right sample of 4; returning problems are left out of two lines
+    assert [line["accuracy_without_hint"] for line in metrics] == [0.25 / 4, 0.25 / 2, 0.25 / 2]
+    assert [line["hard_fraction"] for line in metrics] == [0.75, 0.5, 0.5]
+    assert [line["reward/accuracy"] for line in metrics] == [1 / 16, 3 / 16, 3 / 16]
     for groups, rows in seen:  # a failed group is trained on as it is; one generation a step
         assert len(groups) == 4 and len(rows) == 16
     generated = [len(c.token_ids) for groups, _ in seen for g in groups for c in g.completions]
