@@ -323,14 +323,16 @@ def acceptance_arguments(data, folder):
         f"model_name_or_path={BASE}", f"dataset_name={data}", "max_steps=2",
         "use_vllm=false", "bf16=false", "torch_dtype=float32", "attn_implementation=sdpa",
         "push_to_hub=false", "report_to=[]", "gradient_accumulation_steps=4",
-        "max_completion_length=32", f"output_dir={folder}"]  # fmt: skip
+        "max_completion_length=32", f"output_dir={folder}", "num_generations=4",
+        "per_device_train_batch_size=4"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["gsm8k_train", "math500_dev"])
 def test_real_problems(name, main, tmp_path):
     if not (SHARED / f"{name}.jsonl").exists():
         pytest.skip("no shared data")
-    source = read_jsonl(SHARED / f"{name}.jsonl")[:60]
+    source = read_jsonl(SHARED / f"{name}.jsonl")  # shorter ones: this model reads bytes
+    source = [r for r in source if len(r["problem"]) + len(r["solution_hint"]) < 700][:60]
     arguments = acceptance_arguments(write_jsonl(tmp_path / "data.jsonl", source), tmp_path / "out")
     if name == "gsm8k_train":
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "ghpo.py"]
@@ -348,7 +350,7 @@ def test_real_problems(name, main, tmp_path):
         for line in lines:
             row = source[line["id"]]
             check_line(line, row)
-            stages.add(line["hint_ratio"])
+            stages |= {max(t["ratios"]) for t in line["tries"] if not t["skipped"]}
         tries = [t for line in lines for t in line["tries"]]
         assert told["tokens/generated"] == sum(t["tokens"] for t in tries)
         assert told["hint/skipped"] == sum(t["skipped"] for t in tries)
@@ -371,7 +373,7 @@ def test_real_problems(name, main, tmp_path):
 def check_line(line, row):
     """One group of a rollouts file against its row of the data set."""
     assert line["problem"] == row["problem"] and row["problem"] in line["prompt"]
-    assert len(line["completions"]) == 8
+    assert len(line["completions"]) == 4
     for sample in line["completions"]:
         assert set(sample) >= {"text", "accuracy", "format", "finish_reason"}
         assert sample["accuracy"] in (0, 1) and sample["format"] in (0, 1)
@@ -390,7 +392,7 @@ def check_line(line, row):
     if line["tries"][-1]["pass_rate"] == 0:
         assert ratios == [0, 0.25, 0.5, 0.75]
     last = [t for t in line["tries"] if not t["skipped"]][-1]
-    assert last["hints"] == [hint] * 8 and max(last["ratios"]) == line["hint_ratio"]
+    assert last["hints"] == [hint] * 4 and max(last["ratios"]) == line["hint_ratio"]
 
 
 # ---- equal runs --------------------------------------------------------------------------------
