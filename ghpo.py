@@ -145,7 +145,7 @@ def read_rows(config):
             rows = (load_dataset(path.suffix[1:], data_files=name, split="train") if is_file else
                     load_dataset(name, config.dataset_config, split=config.dataset_split))
     except (OSError, ValueError, ImportError) as error:
-        where = f", line {number}: broken JSON" * isinstance(error, json.JSONDecodeError)
+        where = f", line {number}" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(f"dataset_name={name}{where}: {error}") from None
     need(len(rows), f"dataset_name={name} has no rows")
     return list(rows)
