@@ -4,141 +4,75 @@ A recursive-descent reader turns model text into trees of exact numbers; nothing
 eval, sympify or parse_expr. Structure (set, tuple, interval, equation, matrix) is compared before
 value: Fractions while they can be, then 100-digit mpmath numbers; expressions are equal when they
 agree at fixed sample points. Sizes are checked before any arithmetic; what cannot be read is
-compared as text; in doubt the reward is 0. A forker adds to REWARDS, or names a function
-f(response, gold) -> float in the config as "path/to/file.py:function".
+compared as text; in doubt the reward is 0. A forker adds notation to configs/verifier.yaml, adds to
+REWARDS, or names f(response, gold) -> float in the config as "path/to/file.py:function".
 """
+import contextlib
 import functools
-import importlib.util
+import itertools
 import json
 import math
+import operator
 import os
+import pkgutil
 import queue
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import threading
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
 
+import yaml
 from mpmath.ctx_mp import MPContext
 
-MAX_CHARS, MAX_DEPTH, MAX_ITEMS = 3000, 60, 60  # beyond: compared as strings only
-MAX_BITS, MAX_POWER, MAX_ARGUMENT = 60_000, 4000, 10**5  # exact powers; mpmath's arguments
+MAX_CHARS, MAX_ITEMS = 3000, 60  # beyond: compared as strings only
+MAX_BITS, MAX_ARGUMENT = 60_000, 10**5  # of exact powers; of mpmath's functions
 
-def table(rows: str) -> dict[str, str]:
-    """{word: first word of its row} for rows "new word word; new word"."""
-    return {word: row.split()[0] for row in rows.split(";") for word in row.split()[1:]}
-
-SUPER, SUB = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉"
-SMALL = str.maketrans(SUPER + SUB, "0123456789+-n0123456789")
-UNICODE = str.maketrans(dict(zip("−–—·×⋅∗÷′’‘⟨⟩≦≧", "---****/'''()≤≥"))
-                        | {"√": r"\sqrt ", "ℝ": r"\mathbb{R}", "ℤ": r"\mathbb{Z}"}
-                        | {char: f" {char}" for char in "½⅓⅔¼¾⅕⅛"})
-GREEK = (
-    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau phi chi"
-    " psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar pi infty infinity")
-SYNONYMS = dict(zip(GREEK.split(), "αβγδεζηθικλμνξρστφχψωΓΔΘΛΞΣΦΨΩℓℏπ∞∞")) | table(
-    r"\frac dfrac tfrac cfrac; ≤ le leq leqslant leqq; ≥ ge geq geqslant geqq; < lt; > gt; ≠ ne"
-    r" neq; ∈ in; ∪ cup bigcup; ∩ cap; ∖ setminus backslash; * cdot times ast; / div; ± pm; ∓ mp;"
-    r" ≈ approx simeq; : colon; | mid vert lvert rvert; \{ lbrace; \} rbrace; ( langle; ) rangle;"
-    r' ∅ emptyset varnothing; ° degree; "and" land; "or" lor; \ln log; \binom dbinom tbinom; \fabs'
-    r" abs; \asin arcsin; \acos arccos; \atan arctan; \asec arcsec; \acsc arccsc; \acot arccot;"
-    r" … ldots dots cdots; ε varepsilon; φ varphi") | dict.fromkeys(
-    ("left right middle big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits quad"
-     " qquad mathbf boldsymbol bm mathit mathcal mathsf rm bf it angle triangle").split(), "")
-UNITS = table(
-    "% percent percents pct; ° degrees degree deg; $ dollars dollar usd; cent cents; mm mm; ft ft"
-    " feet foot; cm cm centimeters centimetres centimeter; m meters metres meter; km km kilometers;"
-    " in in inches inch; kg kg; hour hours hrs hr; minute minutes min mins; second seconds sec;"
-    " unit units; day day days; mile miles mi; pound pounds lbs")
-FUNCTIONS = set("sin cos tan sec csc cot sinh cosh tanh asin acos atan asec acsc acot ln exp"
-                " fabs".split())
-PLAIN = FUNCTIONS | set("sqrt log pi abs infty infinity arcsin arccos arctan".split())
-
-def quote(run: re.Match, always: bool = False) -> str:
-    """A run of letters: a function or constant, a word in quotes, or letters to be multiplied."""
-    word, before = run[0], run.string[:run.start()].rstrip()[-1:]
-    is_unit = word.lower() in UNITS and before and before in '0123456789})"'
-    if word in PLAIN:
-        return f"\\{word} "
-    is_word = len(word) > 3 or word in ("or", "and", "to", "not", "the", "for", "no", "No")
-    return f' "{word.lower()}" ' if always or is_unit or is_word else word
-
-def quote_text(group: re.Match) -> str:
-    r"""The inside of a \text{}: words in quotes; a lone letter after a number is a unit."""
-    content = WORD.sub(functools.partial(quote, always=True), group[1]).strip()
-    before = group.string[:group.start()].rstrip()[-1:]
-    is_unit = re.fullmatch("[A-Za-df-hj-z](/[a-z]+)?", content)
-    return f' "{content}" ' if is_unit and before and before in "0123456789})" else f" {content} "
-
-WORD = re.compile(r"""(?<![\\A-Za-z"])[A-Za-z]{2,}""")
-REWRITES = tuple((re.compile(pattern), new) for pattern, new in (
-    (r"(?<!\\)\\[()\[\]]|(?<!\\)\$|\*\*(?=[A-Z])|(?<!\\)\\$", " "),
-    (r"-?\s*\\\$", lambda run: ' "$" ' + run[0][:-2]), (r"[€£]", ' "€" '), (r"\b(?:np|math)\.", ""),
-    (r"^\s*(?:=|≈|\\approx)", ""), (r"\*\*", "^"), (r"<=|=<", "≤"), (r">=", "≥"),
-    (r"(?<!\d)(\d+)⁄(\d+)", r"\\frac{\1}{\2}"),
-    (r"(?<=\d)\s*(?:\\[,!]\s*)+(?=\d)", ""),  # 5\,040, then 5{,}040 and 5,\!040
-    (r"(?<=\d)\s*(?:\{\s*,\s*\}|,\s*\\!)\s*(?=\d{3}(?!\d))", ""),
-    (r"(?<!\\)\\[,;:!\s]|~", " "), (r"[\s.,;]+$", ""),
-    (r"\\?%", ' "%" '), (r"\^\s*\{?\s*\\circ\s*\}?", "°"),
-    (r"\^\s*\{?\s*\\prime\s*\}?", "'"), (r"\\mathbb\s*\{?\s*([A-Z])\s*\}?", r" \\bb\1 "),
-    (r"\\begin\s*\{(?:[pb]|small)?(?:matrix|array)\}\s*(?:\{[clr|\s]*\})?", " ⟦ "),
-    (r"(?:\\\\\s*)?\\end\s*\{(?:[pb]|small)?(?:matrix|array)\}", " ⟧ "),
-    (r"\\operatorname\*?\s*\{\s*([a-z]+)\s*\}", r"\\\1 "), (r"\b([ap])\.\s?m\b\.?", r'"\1m"'),
-    (r"(?:(?<=1)st|(?<=2)nd|(?<=3)rd|(?<=\d)th)\b|\^\s*\{\s*\\\w+\{(?:st|nd|rd|th)\}\s*\}", ""),
-    (r"(?<=\d)[eE]([-+]?\d+)\b", r"*10^{\1}"), (r"(\\[dtc]?frac)\s*(\d)", r"\1{\2}"),
-    (r"(\\[dtc]?frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
-    (r"(?<![\d.}^_/])(\d+)\s*(\\[dtc]?frac\s*\{\d+\}\s*\{\d+\})", r"(\1+\2)"),  # mixed numbers
-    (r"(?<![\d.}^_/])(\d+)\s+(\d+)\s*/\s*(\d+)", r"(\1+\2/\3)"),
-    (r"(?<!\d)(\d+)\.(\d*)\\(?:overline|bar|dot)\s*\{(\d+)\}", lambda run: "(%s)" % (
-        Fraction(int(run[3]), 10 ** len(run[2]) * (10 ** len(run[3]) - 1))
-        + Fraction(f"{run[1]}.{run[2]}0"))),
-    (r"(?<![_^]\d)(?<=\d)\s+(?=[\d.])", " ␣ "),
-    (r"\\(?:text(?:bf|it|rm|normal|tt|sf|up)?|mathrm|mbox|emph)\s*\{([^{}]*)\}", quote_text),
-    (WORD.pattern, quote), (r"\\([A-Za-z]+)", lambda run: SYNONYMS.get(run[1], run[0] + " ")),
-    (r'"(?:only|option|choice|answer|is|the|approximately|about|exactly)"', " "),
-    (r'"(?:for|where|if|when|with)"[^,;]*?(?=,|;|"and"|$)', " "), (r',\s*"and"', ' "and"'),
-    (r'"([a-z]+)"\s*\^\s*\{?\s*(\d)\s*\}?', r'"\1\2"'), (r'(?<=[a-z\d])(?<!"or)(?<!"and)(?<!"to)'
-     r'"\s*(/?)\s*"(?!or"|and"|to")(?=[a-z])', r" \1")))
+NOTATION = yaml.safe_load((Path(__file__).parent / "configs/verifier.yaml").read_text("utf-8"))
+COMMANDS, UNITS = ({word: sign for sign, words in NOTATION[table].items() for word in words.split()}
+                   for table in ("commands", "units"))
+INFIX = {sign: (strength, kind) for strength, kind, signs in NOTATION["operators"]
+         for sign in signs.split()}
+FUNCTIONS = set(NOTATION["functions"].split())
+BRACKETS = {opening: (closing.split(), kind) for opening, closing, kind in NOTATION["brackets"]}
+ENDS = {"", *(token for closing, _ in BRACKETS.values() for token in closing)} - {"|"}
 OPAQUE = (r"\\(?:bb[A-Z]|(?:d?dot|vec|bar|hat|tilde|overline)\b\s*(?:\{[^{}]*\}|\w)"
           r"|(?:sum|prod|int|lim)(?![a-z])(?:\s*[_^]\s*(?:\{[^{}]*\}|\w))*)")
 TOKEN = re.compile(r'"[^"]*"|' + OPAQUE + r"|\\[A-Za-z]+|\\.|(?:\d+(?:\.\d*)?|\.\d+|[^\W\d_])"
                    r"(?:\s*_\s*(?:\{[^{}]*\}|\d+|[^\W\d_]))?'*|\S")
-INFIX = {token: (strength, kind) for strength, kind, *tokens in (
-    (1, "row", r"\\"), (2, "cell", "&"), (3, "or", '"or"'), (4, "and", '"and"'), (5, ";", ";"),
-    (6, "list", ","), (8, "/", r"\over"), (8, "binomial", r"\choose"), (9, "rel", *"=<>≤≥≠∈≈"),
-    *((10, sign, sign) for sign in "∪∩∖"), (11, ":", ":", '"to"'), (14, "*", "*"), (14, "/", "/"),
-    *((13, sign, sign) for sign in "+-±∓"), (16, "power", "^"), (17, "fac", "!"), (17, "deg", "°"))
-    for token in tokens}
-CLOSING = {"(": ")]", "[": ")]", "{": "}", r"\{": r"\}", "⟦": "⟧", "|": "|",
-           r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
-WRAPS = {"|": "fabs", r"\lfloor": "floor", r"\lceil": "ceil", "⟦": "matrix"}
-ENDS = {"", *")]}⟧", r"\}", r"\rfloor", r"\rceil"}
+
+def quote(run: re.Match) -> str:
+    return f' "{run[1].lower()}" '
+
+HOOKS = {"call:quote": quote, "call:command": lambda run: COMMANDS.get(run[1], run[0] + " "),
+         "call:quote_all": lambda run: " %s " % re.sub(r"(?<!\\)\b([A-Za-z]{2,})", quote, run[1])}
+REWRITES = [(re.compile(pattern), HOOKS.get(new, new)) for pattern, new in NOTATION["rewrites"]]
 
 def tokenise(text: str) -> list[str]:
-    for mark, run in (("^", SUPER), ("_", SUB)):
-        text = re.sub(f"[{run}]+", lambda small: mark + "{%s}" % small[0].translate(SMALL), text)
-    text = unicodedata.normalize("NFKC", text.strip().translate(UNICODE))
+    for pattern, new in () if text.isascii() else NOTATION["unicode"]:
+        text = re.sub(pattern, new, text)
+    text = unicodedata.normalize("NFKC", text.strip())
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
     return TOKEN.findall(text)
 
-class Unreadable(Exception):
-    """The text is not mathematics that the reader knows, or goes over one of the limits."""
+CHAINS = {"+", "product", "list", ";", "and", "or", "row", "cell", ":", "rel"}
+ONE, TWO = ("num", Fraction(1)), ("num", Fraction(2))
+SIGN = {"+": ONE, "-": ("num", Fraction(-1))}
+REALS = ("tuple", "()", ("product", SIGN["-"], ("∞",)), ("∞",))
+X = ("var", "")  # what an interval is about
 
 class Reader:
     """Precedence climbing over tokens. A tree is (kind, *parts), its leaves ("num", Fraction)."""
 
     def __init__(self, tokens: list[str]):
         self.tokens, self.brackets = ["", *reversed(tokens)], [""]
-
-    def take(self, wanted: str = "") -> str:
-        token = self.tokens.pop()
-        if not token or token not in (wanted or token):
-            raise Unreadable(f"{wanted or 'more'} expected")
-        return token
 
     def infix(self) -> tuple[int, str]:
         """(strength, kind) of the next token as an operator; two factors in a row are a product."""
@@ -154,200 +88,146 @@ class Reader:
 
     def tree(self, level: int = 1):
         left = self.prefix(level)
-        while self.infix()[0] >= level:
-            strength, kind = self.infix()
-            token = "" if kind == "product" else self.take()
-            right = kind not in ("unit", "fac", "deg") and self.tree(strength + (kind != "power"))
-            left = joined(kind, left, right, token)
+        while (infix := self.infix())[0] >= level:
+            strength, kind = infix
+            token = "" if kind == "product" else self.tokens.pop()
+            if kind in ("unit", "fac", "deg"):
+                names = (UNITS.get(word, word.rstrip("s")) for word in token.strip('"').split())
+                left = (kind, left, " ".join(names))
+                continue
+            right = self.tree(strength + (kind != "power"))
+            if kind == "-" and right[0] == "set":
+                kind = "∖"
+            link = (token, right) if kind == "rel" else (right,)
+            left = (*left, *link) if kind == left[0] and kind in CHAINS else (kind, left, *link)
         return left
 
     def prefix(self, level: int = 16):
-        token = self.take()
-        if token in "+-±∓":
+        token = self.tokens.pop()
+        if token in ("+", "-"):
             tree = self.tree(max(level, 14))
-            return {"+": tree, "-": negative(tree)}.get(token, (token, ZERO, tree))
-        if token in CLOSING:
+            if tree[0] == "deg":
+                return ("deg", ("product", SIGN[token], tree[1]), tree[2])
+            return ("product", SIGN[token], tree)
+        if token in BRACKETS:
             return self.bracket(token)
         if token in (r"\frac", r"\binom"):
-            return joined("/" if token == r"\frac" else "binomial", self.prefix(), self.prefix())
+            return ("/" if token == r"\frac" else "binomial", self.prefix(), self.prefix())
         if token == r"\sqrt":
-            index = self.bracket(self.take()) if self.tokens[-1] == "[" else TWO
-            return ("power", self.prefix(), ("inv", index))
+            index = self.bracket(self.tokens.pop()) if self.tokens[-1] == "[" else TWO
+            return ("power", self.prefix(), ("/", ONE, index))
         if token[1:] in FUNCTIONS:
             return self.function(token[1:])
-        if token in ('"$"', '"€"'):
-            return joined("unit", self.tree(13), None, token)
-        if token in "fghFGHPT" and self.tokens[-1] == "(":
-            return ("call", ("var", token), self.bracket(self.take()))
+        if token and token in "fghFGHPT" and self.tokens[-1] == "(":
+            return ("call", ("var", token), self.bracket(self.tokens.pop()))
         if token.replace(".", "", 1).isdecimal():
             return ("num", Fraction(token))
-        if token in CONSTANTS or token[0] == '"' and token[1].isalpha():
-            return (token,) if token in CONSTANTS else ("text", token)
-        if not (token[0].isalnum() or token == "∅" or re.match(OPAQUE, token)):
-            raise Unreadable(token)
+        if token in CONSTANTS:
+            return (token,)
+        if re.match('"[a-z]', token):
+            return ("text", token)
+        if not re.match(r"[^\W_]|∅|" + OPAQUE, token):
+            raise ValueError(token)
         return ("var", re.sub('[{}" ]', "", token))  # a name, with its subscript or its base
 
     def bracket(self, opening: str):
         self.brackets.append(opening)
-        if len(self.brackets) > MAX_DEPTH:
-            raise Unreadable("too deep")
         inner = self.tree() if self.tokens[-1] not in ENDS else ("list",)
         self.brackets.pop()
-        closing = self.take(CLOSING[opening])
+        closings, kind = BRACKETS[opening]
+        closing = self.tokens.pop()
+        if closing not in closings:
+            raise ValueError(f"{opening} is closed by {closing}")
         if inner[0] == "builder" and (is_name(inner[1]) or inner[1][-1] == REALS):
             return inner[2]
         if opening in "([" and inner[0] in ("list", ";"):
             return ("tuple", opening + closing, *inner[1:])
-        if opening == r"\{":
-            return ("set", *inner[1:]) if inner[0] == "list" else ("set", inner)
-        return (WRAPS[opening], inner) if opening in WRAPS else inner
+        return (kind, inner) if kind else inner
 
     def function(self, name: str):
-        """f^n_b x: without a bracket the argument is the product up to the next function."""
-        scripts = {}
-        while self.tokens[-1] in ("^", "_"):
-            mark = self.take()
-            scripts[mark] = self.prefix()
-        is_open = self.tokens[-1] not in ("(", "{")
+        """f_b^n x: without a bracket the argument is the product up to the next function."""
+        base, exponent = (self.prefix() if self.tokens[-1] == mark and self.tokens.pop() else None
+                          for mark in "_^")
         self.brackets.append("function")
-        tree = self.tree(15) if is_open else self.bracket(self.take())
+        argument = self.bracket(self.tokens.pop()) if self.tokens[-1] in "({" else self.tree(15)
         self.brackets.pop()
-        if scripts.get("^") == ("num", Fraction(-1)):
-            return ("a" + name, tree)
-        tree = joined("/", ("ln", tree), ("ln", scripts["_"])) if "_" in scripts else (name, tree)
-        return ("power", tree, scripts["^"]) if "^" in scripts else tree
+        tree = ("/", ("ln", argument), ("ln", base)) if base else (name, argument)
+        return ("power", tree, exponent) if exponent else tree
 
-ZERO, TWO, REALS = ("num", Fraction(0)), ("num", Fraction(2)), ("var", r"\bbR")
+MP, LOCK = MPContext(), threading.Lock()  # its precision is not thread-safe
+MP.dps = 100
+
+def power(base, exponent):
+    """Exact where base and exponent say so, after a look at the size of the result."""
+    if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
+        if max(map(int.bit_length, base.as_integer_ratio())) * abs(exponent) > MAX_BITS:
+            raise ValueError("power too large")
+        return base ** int(exponent)
+    if base == 0 < exponent:
+        return base
+    if abs(exponent * MP.ln(base)) > MAX_ARGUMENT:
+        raise ValueError("power too large")
+    return MP.power(base, exponent)
+
+OPERATIONS = {
+    "+": lambda *values: sum(values), "-": lambda a, b: a + -b, "/": lambda a, b: a * (1 / b),
+    "times": lambda a, b: a * b, "product": lambda *values: math.prod(values), "fabs": abs,
+    "power": power, "floor": lambda value: Fraction(math.floor(value)),
+    "ceil": lambda value: Fraction(math.ceil(value)),
+    "deg": lambda value: MP.pi / 180 * value,
+    "call": lambda name, value: MP.sin(value + name) + value**2 * name,
+    "π": lambda: +MP.pi, "e": lambda: +MP.e, "i": lambda: MP.j, "∞": lambda: MP.inf}
 CONSTANTS = set("πei∞")
-
-def negative(tree):
-    if tree[0] in ("unit", "deg"):
-        return (tree[0], negative(tree[1]), tree[2])
-    return ("num", -tree[1]) if tree[0] == "num" else ("*", ("num", Fraction(-1)), tree)
-
-def joined(kind: str, left, right, token: str = ""):
-    if kind in ("unit", "fac", "deg"):
-        words = token.strip('"').split()
-        names = (UNITS.get(word, word[:3] + word[3:].rstrip("s")) for word in words)
-        return (kind, left, " ".join(names))
-    is_long = len(left) > MAX_ITEMS and kind not in ("+", "-", "product")
-    if is_long or kind == "product" and left[0] == "unit":
-        raise Unreadable("too many items, or 5 cm 3")
-    if kind == "rel":
-        signs, *sides = left[1:] if left[0] == "rel" else ("", left)
-        return ("rel", signs + token, *sides, right)
-    if kind == "-":
-        kind, right = ("∖", right) if right[0] == "set" else ("+", negative(right))
-    if kind in ("/", "product"):
-        kind, right = "*", ("inv", right) if kind == "/" else right
-    return (*left, right) if kind == left[0] and kind in MANY else (kind, left, right)
-
-MANY = {"+", "*", "list", ";", "and", "or", "row", "cell", ":"}
-
-class Local(threading.local):
-    """One mpmath context per thread (its precision is not thread-safe), and the size of noise."""
-
-    def __init__(self):
-        self.mp, self.scale = MPContext(), 0
-        self.mp.dps = 100
-
-LOCAL = Local()
-
-def exact_power(base: Fraction, exponent: Fraction):
-    """The power when it is rational for sure, None when mpmath has to find it."""
-    if exponent.denominator > 1 or abs(exponent) > MAX_POWER or base == 0:
-        return base if base == 0 < exponent else None
-    if max(base.numerator.bit_length(), base.denominator.bit_length()) * abs(exponent) > MAX_BITS:
-        raise Unreadable("power too large")
-    return base ** int(exponent)
-
-def real_power(base, exponent):
-    if base == 0 or abs(exponent * LOCAL.mp.ln(base)) > MAX_ARGUMENT:
-        raise Unreadable("power too large")
-    return LOCAL.mp.power(base, exponent)
-
-def whole(function):
-    """`function` for the integers 0..3000; None otherwise."""
-    return lambda *values: Fraction(function(*map(int, values))) if all(
-        value.denominator == 1 and 0 <= value <= 3000 for value in values) else None
-
-EXACT = {
-    "+": lambda *values: sum(values), "*": lambda *values: math.prod(values), "fabs": abs,
-    "inv": lambda value: 1 / value, "power": exact_power, "unit": lambda value: value,
-    "fac": whole(math.factorial), "binomial": whole(math.comb),
-    "floor": lambda value: Fraction(math.floor(value)),
-    "ceil": lambda value: Fraction(math.ceil(value))}
-INEXACT = {kind: EXACT[kind] for kind in ("+", "*", "inv", "unit")} | {
-    "power": real_power, "deg": lambda value: value * LOCAL.mp.pi / 180,
-    "call": lambda name, value: LOCAL.mp.sin(value + name) + value**2 * name,
-    "π": lambda: +LOCAL.mp.pi, "e": lambda: +LOCAL.mp.e, "i": lambda: LOCAL.mp.j,
-    "∞": lambda: LOCAL.mp.inf}
-NUMERIC = FUNCTIONS | set("fac binomial floor ceil".split())
+COUNTS, COUNTED = {"fac": math.factorial, "binomial": math.comb}, set(range(3001))
 
 @functools.lru_cache(maxsize=4096)
 def sample(name: str, point: int) -> Fraction:
     """A variable's fixed value at point 0..3: in (0, 1), in (1, 4), negative, of mixed sign."""
     seed = int.from_bytes(f"{name} {point}".encode(), "big") % 1_000_003
     share = Fraction(seed % 996 + 1, 997)
-    return (share, 1 + 3 * share, -2 * share - Fraction(1, 2),
-            (3 * share + Fraction(1, 3)) * (-1) ** seed)[point]
+    return (share, 1 + 3 * share, -2 * share - Fraction(1, 2), (share + 1) * (-1) ** seed)[point]
 
-def evaluate(tree, point: int = 0):
-    """The value at a sample point. Raises Unreadable or ArithmeticError where there is none."""
+def evaluate(tree, point=0):
+    """The value at a sample point (an int), or with all variables equal to the Fraction `point`."""
     kind, *parts = tree
-    if kind in ("num", "var"):
-        return parts[0] if kind == "num" else sample(parts[0], point)
+    if kind == "num":
+        return parts[0]
+    if kind == "var":
+        return sample(parts[0], point) if isinstance(point, int) else point
     values = [evaluate(part, point) for part in parts if isinstance(part, tuple)]
-    if kind in EXACT and all(isinstance(value, Fraction) for value in values):
-        if (result := EXACT[kind](*values)) is not None:
-            return result
-    values = [LOCAL.mp.convert(value) for value in values]
-    if kind == "+":  # what is left after a cancellation is noise of this size
-        LOCAL.scale = max(LOCAL.scale, *map(abs, values))
-    if kind in INEXACT:
-        return INEXACT[kind](*values)
-    if kind not in NUMERIC or kind != "ln" and any(abs(value) > MAX_ARGUMENT for value in values):
-        raise Unreadable(kind)
-    return getattr(LOCAL.mp, kind)(*values)
+    if kind in OPERATIONS:
+        return OPERATIONS[kind](*values)
+    if kind in COUNTS and COUNTED.issuperset(values):
+        return Fraction(COUNTS[kind](*map(int, values)))
+    if kind not in FUNCTIONS | COUNTS.keys() or kind != "ln" and any(
+            abs(value) > MAX_ARGUMENT for value in values):
+        raise ValueError(f"{kind} has no value, or too large an argument")
+    return getattr(MP, kind)(*map(MP.convert, values))
 
 def variables(tree) -> set[str]:
     return {tree[1]} if tree[0] == "var" else set().union(
         *(variables(part) for part in tree[1:] if isinstance(part, tuple)))
 
-def value_pairs(a, b) -> list[tuple]:
-    """The values of two trees in the same variables at the points where both have one."""
-    LOCAL.scale, pairs = 0, []
-    for point in range(4 if variables(a) else 1) if variables(a) == variables(b) else ():
-        try:
-            pairs.append((evaluate(a, point), evaluate(b, point)))
-        except (Unreadable, ArithmeticError):
-            continue
-    return pairs
-
 def near(a, b) -> bool:
-    """Equal: exactly for Fractions, else to 60 digits of the larger, or of the terms summed."""
+    """Equal: exactly for Fractions, else to 60 digits."""
     if a == b or isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
-    a, b = LOCAL.mp.convert(a), LOCAL.mp.convert(b)
-    error = LOCAL.mp.mpf(10) ** -60 * max(abs(a), abs(b), LOCAL.scale)
-    return abs(a - b) <= error < LOCAL.mp.inf
-
-def is_real(value) -> bool:
-    return isinstance(value, Fraction) or abs(LOCAL.mp.im(value)) <= 1e-60 * abs(value)
+    a, b = MP.convert(a), MP.convert(b)
+    return abs(a - b) <= max(abs(a), abs(b)) / 10**60 < MP.inf
 
 @functools.lru_cache(maxsize=4096)
-def equal(a, b) -> bool:
+def equal(a, b, up_to_a_factor: bool = False) -> bool:
     """Equal at every sample point where both are real, and at two of the points at least."""
-    pairs = value_pairs(a, b)
+    pairs = []
+    for point in range(4 if variables(a) else 1) if variables(a) == variables(b) else ():
+        with contextlib.suppress(ValueError, ArithmeticError):
+            pairs.append((evaluate(a, point), evaluate(b, point)))
+    if up_to_a_factor:
+        pairs = [(x, y) for x, y in pairs if x != 0 and y != 0]
+        pairs = [(x * pairs[0][1], y * pairs[0][0]) for x, y in pairs]
     agreed = [near(x, y) for x, y in pairs]
-    decisive = all(yes or not (is_real(x) and is_real(y)) for yes, (x, y) in zip(agreed, pairs))
-    return decisive and sum(agreed) >= (2 if variables(a) else 1)
-
-def ratio(a, b):
-    """c when a = c * b for one constant c != 0 at the sample points, else None."""
-    found = [evaluate(("*", ("num", x), ("inv", ("num", y)))) for x, y in value_pairs(a, b)
-             if not near(x, 0) and not near(y, 0)]
-    return found[0] if len(found) > 2 and all(near(c, found[0]) for c in found) else None
+    decisive = all(yes or MP.im(x) or MP.im(y) for yes, (x, y) in zip(agreed, pairs))
+    return decisive and sum(agreed) >= (2 if variables(a) else 1) + up_to_a_factor
 
 SETS = {"list", "set"}  # 1, 2 and {1, 2}
 REGIONS = {"rel", "∪", "∩", "∖", "tuple"}
@@ -356,17 +236,16 @@ STRUCTURES = REGIONS | {*SETS, ";", "and", "or", "row", "cell", "matrix", ":"}
 def is_name(tree) -> bool:
     """x, f(x), AB, V_1:V_2, (x, y) or words: what may stand before "= value"."""
     kind, *parts = tree
-    if kind == "*":
+    if kind == "product":
         return all(part[0] == "var" and part[1].isupper() for part in parts)
     return kind in ("var", "call", "text", "e", "i") or kind in ("tuple", ":") and all(
         is_name(part) for part in parts if isinstance(part, tuple))
 
 def settle(tree):
-    """The tree as an answer: names set apart, lists opened, ± written out."""
+    """The tree as an answer: names set apart, lists opened."""
     kind, *parts = tree
     if kind not in STRUCTURES:
-        plus, minus = signed(tree, "±"), signed(tree, "∓")
-        return tree if plus == minus else ("list", plus, minus)
+        return tree
     parts = [settle(part) if isinstance(part, tuple) else part for part in parts]
     if kind == ";":  # a=1,b=2; a=3,b=4
         parts = [("tuple", "()", *part[1:]) if part[0] == "list" else part for part in parts]
@@ -375,34 +254,27 @@ def settle(tree):
     if kind in ("list", "set", ";", "and", "or"):
         parts = [item for part in parts for item in (part[1:] if part[0] == "list" else [part])]
         if not 0 < len(parts) <= MAX_ITEMS:
-            raise Unreadable("no items, or too many")
-        return ("set" if kind == "set" else "list", *parts)
+            raise ValueError("no items, or too many")
+        return ("set" if kind == "set" else "list", *parts) if len(parts) > 1 else parts[0]
     if kind == ":" and len(parts) == 2 and is_name(parts[0]) and not is_name(parts[1]):
         return ("named", parts[0], parts[1], None)
-    return relation(*parts) if kind == "rel" else (kind, *parts)
+    return relation(parts[1::2], parts[::2]) if kind == "rel" else (kind, *parts)
 
-def signed(tree, plus: str):
-    """The tree with the signs ± and ∓ replaced, `plus` by + and the other by -."""
-    kind, *parts = tree
-    parts = [signed(part, plus) if isinstance(part, tuple) else part for part in parts]
-    if kind in "±∓":
-        return ("+", parts[0], parts[1] if kind == plus else negative(parts[1]))
-    return (kind, *parts)
-
-def relation(signs: str, *sides):
+def relation(signs: list[str], sides: list):
     """name = value, an equation (as left - right), or a chain of inequalities."""
-    name, whole = None, ("+", sides[0], negative(sides[1])) if signs == "=" else None
+    name, whole = None, ("-", *sides) if signs == ["="] else None
     while len(sides) > 1 and is_name(sides[0]) and set(signs) <= set("=∈≈"):
         name, signs, sides = sides[0], signs[1:], sides[1:]
     if "≈" in signs:
         signs, sides = signs[:signs.index("≈")], sides[:signs.index("≈") + 1]
     if set(signs) == {"="} and not any(map(variables, sides)):  # 3/4 = 0.75, but not 7 = 5
-        signs, sides = ("", sides[:1]) if all(equal(sides[0], t) for t in sides) else (signs, sides)
+        signs, sides = ([], sides[:1]) if all(equal(sides[0], t) for t in sides) else (signs, sides)
     if not signs:
         return ("named", name, sides[0], whole) if name else sides[0]
-    if signs == "=":
+    if signs == ["="]:
         return ("named", sides[1], sides[0], whole) if is_name(sides[1]) else ("equation", whole)
-    return ("rel", signs, *(("var", str(side)) if side[0] == "call" else side for side in sides))
+    sides = [("var", str(side)) if side[0] == "call" else side for side in sides]
+    return ("rel", "".join(signs), *sides)
 
 def same(a, b) -> bool:
     """Do two settled trees mean the same answer? Symmetric."""
@@ -411,17 +283,14 @@ def same(a, b) -> bool:
     kinds, x, y = {a[0], b[0]}, a[1:], b[1:]
     if kinds & {"named", "equation"}:
         wholes = [t[-1] if t[0] in ("named", "equation") else None for t in (a, b)]
-        if all(wholes) and ratio(*wholes) is not None:
+        if all(wholes) and equal(*wholes, up_to_a_factor=True):
             return True
         names = {re.sub("_.*|'", "", t[1][1]).lower() for t in (a, b) if t[0] == "named"
                  and t[1][0] in ("var", "text")}
         values = [t[2] if t[0] == "named" else t for t in (a, b)]
         return "equation" not in kinds and len(names) < 2 and same(*values)
-    for t, other in ((a, b), (b, a)):
-        if t[0] in SETS and len(t) == 2 and other[0] not in SETS:
-            return same(t[1], other)
-    if kinds & (REGIONS - {"tuple"}) or REALS in (a, b):
-        return same_chain(a, b) or same_region(a, b)
+    if kinds & (REGIONS - {"tuple"}):
+        return same_region(a, b)
     if kinds <= SETS:  # every item of the one takes its own item of the other
         rest = list(y)
         matches = (next((other for other in rest if same(item, other)), None) for item in x)
@@ -441,84 +310,55 @@ def same_value(a, b) -> bool:
     if all(units) and units[0] != units[1]:
         return False
     scale = {"%": ("num", Fraction(1, 100)), "°": ("deg", ("num", Fraction(1)), "°")}
-    scaled = [("*", t, scale[name]) if name in scale else t for t, name in zip(bare, units)]
-    if equal(*bare) or not all(units) and equal(*scaled):
-        return True
-    digits = max(t[1].denominator if t[0] == "num" else 1 for t in bare)
-    return digits > 10**13 and any(  # a float printed with 15 digits or more
-        abs(LOCAL.mp.convert(x) - LOCAL.mp.convert(y)) * digits < 1 for x, y in value_pairs(*bare))
+    scaled = [("product", t, scale[name]) if name in scale else t for t, name in zip(bare, units)]
+    return equal(*bare) or not all(units) and equal(*scaled)
 
-def same_chain(a, b) -> bool:
-    """The same sides in the same order, or one inequality that is a multiple of the other."""
-    if not a[0] == b[0] == "rel" or len(a) != len(b):
-        return False
-    if a[1] == b[1] and all(map(equal, a[2:], b[2:])):
-        return True
-    c = ratio(*(("+", t[2], negative(t[3])) for t in (a, b))) if len(a) == 4 else None
-    return c is not None and is_real(c) and b[1] == (a[1] if c > 0 else a[1].translate(FLIPPED))
-
-FLIPPED = str.maketrans("<>≤≥", "><≥≤")
-
-def number(tree):
-    """The real value of a tree without variables; raises Unreadable."""
-    value = LOCAL.mp.convert(evaluate(tree))
-    if variables(tree) or not is_real(value) or value != value:
-        raise Unreadable("not a number")
-    return value.real
-
-def ends(tree) -> list:
-    """The finite numbers in a region of the real line."""
+def region(tree) -> tuple:
+    """(ends, membership test) of a part of the real line; its inequalities are linear."""
     kind, *parts = tree
-    if kind == "tuple" and (len(parts) != 3 or number(parts[1]) >= number(parts[2])):
-        raise Unreadable("not an interval")
-    if kind in REGIONS | SETS | {"named"}:
-        return [end for part in parts if isinstance(part, tuple) for end in ends(part)]
-    return [] if is_name(tree) or abs(number(tree)) == LOCAL.mp.inf else [number(tree)]
-
-def inside(tree, x) -> bool:
-    kind, *parts = tree
+    if kind in SETS:
+        parts = [("rel", "=", X, part) for part in parts]
+        return region(functools.reduce(lambda a, b: ("∪", a, b), parts))
     if kind in "∪∩∖":
-        left, right = (inside(part, x) for part in parts)
-        return left or right if kind == "∪" else left and right == (kind == "∩")
-    if kind == "tuple":
-        signs = "".join("≤" if bracket in "[]" else "<" for bracket in parts[0])
-        kind, parts = "rel", [signs, parts[1], ("var", "x"), parts[2]]
-    if kind == "rel":
-        sides = [x if is_name(side) else number(side) for side in parts[1:]]
-        return all(map(holds, sides, sides[1:], parts[0]))
-    if kind not in SETS and tree != REALS:
-        raise Unreadable("not a region")
-    return tree == REALS or any(near(number(part), x) for part in parts)
+        (ends, left), (more, right) = map(region, parts)
+        joint = {"∪": operator.or_, "∩": operator.and_, "∖": operator.gt}[kind]
+        return ends + more, lambda x: joint(left(x), right(x))
+    if kind == "tuple" and len(parts) == 3:
+        parts = ["".join("<≤"[bracket in "[]"] for bracket in parts[0]), parts[1], X, parts[2]]
+    elif kind != "rel":
+        parts = ["=", X, ("num", evaluate(tree))]
+    signs, *sides = parts
+    ends = []
+    for left, right in zip(sides, sides[1:]):
+        u, v, w = (MP.convert(evaluate(("-", left, right), Fraction(n))) for n in range(3))
+        if not near(u + w, 2 * v):
+            raise ValueError("not linear")
+        ends += [] if near(u, v) else [u / (u - v)]
 
-def holds(left, right, sign: str) -> bool:
-    if near(left, right):
-        return sign in "=≤≥"
-    return sign == "≠" or sign != "=" and (left < right) == (sign in "<≤")
+    def inside(x) -> bool:
+        values = [MP.convert(evaluate(side, x)) for side in sides]
+        return all(sign in ("=≤≥" if near(a, b) else "<≤≠" if a < b else ">≥≠")
+                   for a, sign, b in zip(values, signs, values[1:]))
+    return ends, inside
 
 def same_region(a, b) -> bool:
-    """Do two regions of the line agree at their ends, between them and outside?"""
-    LOCAL.scale = 0
-    marks = sorted(ends(a) + ends(b)) or [0]
-    tests = [marks[0] - 1, *marks, marks[-1] + 1, *((x + y) / 2 for x, y in zip(marks, marks[1:]))]
-    return len((variables(a) | variables(b)) - {REALS[1]}) < 2 and all(
-        inside(a, x) == inside(b, x) for x in tests)
-
-def closing_brace(text: str, start: int) -> int:
-    """The index after the brace that closes text[start], or 0. Linear in the text."""
-    for pattern in (r"\\.|[{}]", r"[{}]"):  # then once more with \} taken for a bare brace
-        depth = 0
-        for match in re.compile(pattern, re.DOTALL).finditer(text, start):
-            depth += {"{": 1, "}": -1}.get(match[0], 0)
-            if depth == 0:
-                return match.end()
-    return 0
+    """Do two parts of the line agree at their ends, between them and outside?"""
+    (ends, in_a), (more, in_b) = region(a), region(b)
+    ends = sorted(ends + more) or [MP.mpf(0)]
+    tests = [ends[0] - 1, *ends, ends[-1] + 1, *((x + y) / 2 for x, y in zip(ends, ends[1:]))]
+    names = variables(a) | variables(b)
+    return len(names) < 2 and len(ends) <= MAX_ITEMS and all(in_a(x) == in_b(x) for x in tests)
 
 def boxed(text: str) -> str | None:
     """The last box; or all of the last boxes with only "," or "and" between them."""
     contents, end = [], len(text)
     while (start := text.rfind("\\boxed", 0, end)) >= 0 and len(contents) <= MAX_ITEMS:
-        opening = re.compile(r"\\boxed\s*\{").match(text, start)
-        close = closing_brace(text, opening.end() - 1) if opening else 0
+        opening, depth, close = re.compile(r"\\boxed\s*\{").match(text, start), 0, 0
+        for brace in re.compile(r"[{}]").finditer(text, start) if opening else ():
+            depth += 1 if brace[0] == "{" else -1
+            if depth == 0:
+                close = brace.end()
+                break
         between = re.sub(r"\\text|\\quad|\\[()\[\] ,;]|[${}\s.]", "", text[close:end][:80])
         if contents and between in ("or", ",or"):
             return None
@@ -552,9 +392,10 @@ def extract_answer(response: str) -> str | None:
     text = contents.pop() if contents else text
     return boxed(text) if "\\boxed" in text else stated(text) or (text if blocks else None)
 
-REFUSED = (Unreadable, RecursionError, ValueError, ArithmeticError, TypeError, LookupError)
+REFUSED = (RecursionError, ValueError, ArithmeticError, TypeError, LookupError)
 SIMPLE = re.compile(r"-?\d{1,40}(?:\.\d{1,40})?\Z")
 THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
+SIGNS = {"±": "+", "∓": "-"}, {"±": "-", "∓": "+"}
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 @functools.lru_cache(maxsize=4096)
@@ -562,20 +403,22 @@ def readings(text: str) -> tuple:
     """What an answer may stand for: its string, and settled trees (1,234 is a number or a list)."""
     if len(text) > MAX_CHARS:
         return (("text", text),)
-    tokens = tokenise(text)
-    plain = re.sub('[" ]', "", "".join(tokens))
-    has_words = any(token[0] == '"' for token in tokens) or plain.isalpha() and len(plain) > 2
+    variants = [tokenise(text)]
+    plain = re.sub('[" ]', "", "".join(variants[0]))
+    has_words = '"' in "".join(variants[0]) or plain.isalpha() and len(plain) > 2
     found = [("text", plain.lower() if has_words else plain)] if re.search(r"\w|∞", plain) else []
-    variants = [tokens]
     if THOUSANDS.search(text) and not re.search(r"[(\[]|\\\{", text):
-        variants.append(tokenise(THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)))
-    for variant in variants:
+        variants.append(tokenise(THOUSANDS.sub(lambda run: run[0].replace(",", ""), text)))
+    for tokens in variants:
+        readers = [Reader([signs.get(token, token) for token in tokens])
+                   for signs in (SIGNS if {"±", "∓"} & set(tokens) else [{}])]
         try:
-            reader = Reader(variant)
-            tree = settle(reader.tree())
-            found += [tree] if reader.tokens == [""] else []
+            trees = [settle(reader.tree()) for reader in readers]
         except REFUSED:
             continue
+        items = [t for tree in trees for t in (tree[1:] if tree[0] in SETS else [tree])]
+        if all(reader.tokens == [""] for reader in readers):
+            found.append(trees[0] if len(trees) == 1 else ("list", *dict.fromkeys(items)))
     return tuple(found)
 
 def parse_gold(gold: str) -> str | None:
@@ -583,25 +426,25 @@ def parse_gold(gold: str) -> str | None:
     if not gold.strip() or len(gold) > MAX_CHARS:
         return "empty" if not gold.strip() else f"longer than {MAX_CHARS} characters"
     is_words = re.sub(r"\\text|[${}.\s]", "", gold).isalpha()
-    return None if is_words or len(readings(gold)) > 1 else "not read as mathematics: only as text"
+    with LOCK:
+        is_read = is_words or len(readings(gold)) > 1
+    return None if is_read else "not read as mathematics: only as text"
 
 def accuracy_reward(response: str, gold: str) -> float:
     """1.0 when the final answer of `response` (see extract_answer) equals `gold`, else 0.0.
 
-    One answer has to be given: an unordered list or a set is right when it has all the elements
-    of the gold and no others, an ordered tuple when the elements agree in order; listing
-    candidates, "A or B" for a gold of B, and two different <answer> blocks earn nothing. Values
-    are compared exactly; units, degree and percent signs are ignored when one side has none.
+    A list or set is right when it has all elements of the gold and no others, a tuple when they
+    agree in order; "A or B" for a gold of B earns nothing. Values are compared exactly; units,
+    degree and percent signs are ignored when one side has none.
     """
     answer, gold = (extract_answer(response) or "").strip(), gold.strip()
     if SIMPLE.match(answer) and SIMPLE.match(gold):
         return float(Fraction(answer) == Fraction(gold))
-    for a, b in ((a, b) for a in readings(answer) for b in readings(gold)):
-        try:
-            if same(a, b):
-                return 1.0
-        except REFUSED:
-            continue
+    with LOCK:
+        for a, b in itertools.product(readings(answer), readings(gold)):
+            with contextlib.suppress(*REFUSED):
+                if same(a, b):
+                    return 1.0
     return 0.0
 
 def format_reward(response: str, gold: str = "") -> float:
@@ -613,127 +456,108 @@ def format_reward(response: str, gold: str = "") -> float:
 REWARDS = {"accuracy": accuracy_reward, "format": format_reward}
 
 def resolve_reward(name: str):
-    """The function f(response, gold) -> float that `name` stands for: a key of REWARDS,
-    "path/to/file.py:function" or "module:function". Raises ValueError when there is none."""
-    if name in REWARDS:
-        return REWARDS[name]
+    """The f(response, gold) -> float behind a key of REWARDS, "file.py:function" or "module:f"."""
     source, _, function = name.rpartition(":")
     try:
-        spec = importlib.util.find_spec(source) if not source.endswith(".py") else (
-            importlib.util.spec_from_file_location("user_reward", source))
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return getattr(module, function)
+        if source.endswith(".py"):
+            return runpy.run_path(source)[function]
+        return REWARDS[name] if name in REWARDS else pkgutil.resolve_name(name)
     except Exception as error:  # whatever the user's file does when it is imported
         raise ValueError(f"reward {name!r}: none of {', '.join(REWARDS)}; {error!r}") from error
 
-def serve(connection: Connection, timeout: float, functions: list) -> None:
-    """A worker's life: [text, gold] in, its rewards (None when a function raised) out."""
-    connection.send_bytes(b"ready")
-    while True:
-        text, gold = json.loads(connection.recv_bytes())
-        signal.alarm(math.ceil(timeout) + 5)  # ends a stuck worker whose parent is gone
+def serve(timeout: str, *names: str) -> None:
+    """A worker's life: lines of [text, gold] in, of its rewards or "crashes" out."""
+    functions = [resolve_reward(name) for name in names]
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what functions print does not mix with the replies
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        signal.alarm(math.ceil(float(timeout)) + 5)  # ends a stuck worker whose parent is gone
         try:
-            rewards = [float(function(text, gold)) for function in functions]
+            rewards = [float(function(*json.loads(line))) for function in functions]
+            reply = json.dumps(rewards, allow_nan=False)
         except Exception:  # a user's function may raise anything
-            rewards = [math.nan]
+            reply = '"crashes"'
         signal.alarm(0)
-        is_fine = all(map(math.isfinite, rewards))
-        connection.send_bytes(json.dumps(rewards if is_fine else None).encode())
+        print(reply, file=replies, flush=True)
 
 class VerifierPool:
     """Scores groups of texts in worker processes; nothing that a text does reaches the caller.
 
-    A text that takes longer than `timeout` seconds costs its worker its life and scores 0. A
-    worker that dies is replaced and its text is tried once more, then scores 0. Both are counted
-    in `stats`, as are functions that raise. Rewards are F floats per text, in the order of
-    `reward_funcs`. Raises ValueError at start when a reward cannot be found.
+    A text that takes longer than `timeout` seconds costs its worker its life and scores 0. When a
+    worker dies its text is tried once more, then scores 0. `stats` counts both, and functions that
+    raise. Rewards are F floats per text, in the order of `reward_funcs`.
     """
 
     def __init__(self, reward_funcs: list[str], workers: int, timeout: float = 5.0):
-        self.functions = [name for name in reward_funcs if resolve_reward(name)]
-        self.timeout, self.zeros = timeout, [0.0] * len(reward_funcs)
-        self.stats, self.lock = {"timeouts": 0, "crashes": 0}, threading.Lock()
-        self.pending, self.closed = 0, False  # pending: groups that poll has not returned yet
-        self.jobs, self.done = queue.SimpleQueue(), queue.SimpleQueue()
-        started = [self._start() for _ in range(max(1, workers))]
-        self.threads = [threading.Thread(target=self._run, args=(worker,), daemon=True)
-                        for worker in started]
-        for thread in self.threads:
-            thread.start()
+        self.zeros = [0.0 for name in reward_funcs if resolve_reward(name)]
+        self.command = [sys.executable, os.path.abspath(__file__), str(timeout), *reward_funcs]
+        self.timeout, self.stats = timeout, {"timeouts": 0, "crashes": 0}
+        self.groups, self.closed, self.lock = [], False, threading.Lock()
+        self.threads, self.idle = ThreadPoolExecutor(max(1, workers)), queue.SimpleQueue()
+        for _ in range(max(1, workers)):
+            self.idle.put(self._start())
+
+    @property
+    def pending(self) -> int:
+        """The number of groups that poll has not returned yet."""
+        return len(self.groups)
 
     def submit(self, key, texts: list[str], gold: str) -> None:
         """Queue the G `texts` of one problem; returns at once."""
-        self.pending += 1
-        self.jobs.put((key, list(texts), gold))
+        self.groups.append(self.threads.submit(self._score, key, texts, gold))
 
     def poll(self, wait: bool) -> list[tuple]:
         """(key, rewards_GF) of the groups that are ready; with `wait`, of all submitted ones."""
-        ready = []
-        while self.pending and (wait or not self.done.empty()):
-            ready.append(self.done.get())
-            self.pending -= 1
-        return ready
+        ready = [group for group in self.groups if wait or group.done()]
+        self.groups = [group for group in self.groups if group not in ready]
+        return [group.result() for group in ready]
 
     def close(self) -> None:
         """Stop the workers; what is still queued scores 0. Can be called twice."""
         self.closed = True
-        for _ in self.threads:
-            self.jobs.put(None)
-        while self.threads:
-            self.threads.pop().join()
+        self.threads.shutdown()
+        while not self.idle.empty():
+            stop(self.idle.get())
 
-    def _start(self) -> tuple[subprocess.Popen, Connection]:
-        ours, theirs = Pipe()
-        command = [sys.executable, os.path.abspath(__file__), str(theirs.fileno()),
-                   str(self.timeout), *self.functions]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
-        theirs.close()
-        if not ours.poll(60) or ours.recv_bytes() != b"ready":
-            process.kill()
-            raise OSError("a reward worker did not start")
-        return process, ours
+    def _start(self) -> subprocess.Popen:
+        pipe = subprocess.PIPE
+        worker = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, bufsize=0)
+        worker.stdout.readline()  # "ready": its imports are not on the clock of a text
+        return worker
 
-    def _run(self, worker) -> None:
-        for key, texts, gold in iter(self.jobs.get, None):
-            rewards = {}
-            for text in dict.fromkeys(texts):
-                rewards[text], worker = self._judge(worker, text, gold)
-            self.done.put((key, [rewards[text] for text in texts]))
+    def _score(self, key, texts: list[str], gold: str) -> tuple:
+        """In a thread: one text after the other goes to one worker."""
+        worker, rewards = self.idle.get(), dict.fromkeys(texts, self.zeros)
+        for text in () if self.closed else rewards:
+            reply, worker = self._ask(worker, [text, gold], fate="")
+            if not reply:  # killed by another, or by this text
+                reply, worker = self._ask(worker, [text, gold], fate="crashes")
+            if isinstance(reply, list):
+                rewards[text] = reply
+            else:
+                with self.lock:
+                    self.stats[reply] += 1
+        self.idle.put(worker)
+        return key, [rewards[text] for text in texts]
+
+    def _ask(self, worker: subprocess.Popen, item: list, fate: str) -> tuple:
+        """The reply, or `fate` if the worker dies; and the worker, dead or alive."""
+        try:
+            worker = worker if worker.poll() is None else self._start()
+            worker.stdin.write(json.dumps(item).encode() + b"\n")
+            if wait_for([worker.stdout], self.timeout):
+                return json.loads(worker.stdout.readline()), worker
+            fate = "timeouts"
+        except (OSError, ValueError):
+            pass
         stop(worker)
+        return fate, worker
 
-    def _judge(self, worker, text: str, gold: str) -> tuple:
-        """The rewards of one text, and the worker to go on with (None: a new one is due)."""
-        fate = "crashes"
-        for _ in range(0 if self.closed else 2):
-            try:
-                worker = worker or self._start()
-                worker[1].send_bytes(json.dumps([text, gold]).encode())
-                if worker[1].poll(self.timeout):
-                    rewards = json.loads(worker[1].recv_bytes())
-                    if rewards:
-                        return rewards, worker
-                    break
-                fate = "timeouts"
-            except (OSError, EOFError):
-                pass
-            worker = stop(worker)
-            if fate == "timeouts":
-                break
-        with self.lock:
-            self.stats[fate] += not self.closed
-        return self.zeros, worker
-
-def stop(worker) -> None:
-    if worker:
-        worker[0].kill()
-        worker[0].wait()
-        worker[1].close()
+def stop(worker: subprocess.Popen) -> None:
+    worker.kill()
+    worker.wait()
 
 if __name__ == "__main__":
     sys.path.insert(0, os.getcwd())
-    try:
-        descriptor, limit, *names = sys.argv[1:]
-        serve(Connection(int(descriptor)), float(limit), list(map(resolve_reward, names)))
-    except EOFError:  # the parent is gone
-        pass
+    serve(*sys.argv[1:])
