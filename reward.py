@@ -37,22 +37,13 @@ MAX_BITS, MAX_ARGUMENT = 60_000, 10**5  # of exact powers; of mpmath's functions
 NOTATION = yaml.safe_load((Path(__file__).parent / "configs/verifier.yaml").read_text("utf-8"))
 COMMANDS, UNITS = ({word: sign for sign, words in NOTATION[table].items() for word in words.split()}
                    for table in ("commands", "units"))
-INFIX = {sign: (strength, kind) for strength, kind, signs in NOTATION["operators"]
-         for sign in signs.split()}
-FUNCTIONS = set(NOTATION["functions"].split())
-BRACKETS = {opening: (closing.split(), kind) for opening, closing, kind in NOTATION["brackets"]}
-ENDS = {"", *(token for closing, _ in BRACKETS.values() for token in closing)} - {"|"}
+FUNCTIONS, INFIX, BRACKETS = (NOTATION[table] for table in ("functions", "operators", "brackets"))
+ENDS = {"", *(token for closings, _ in BRACKETS.values() for token in closings)} - {"|"}
+REWRITES = [(re.compile(pattern), new) for pattern, new in NOTATION["rewrites"]]
 OPAQUE = (r"\\(?:bb[A-Z]|(?:d?dot|vec|bar|hat|tilde|overline)\b\s*(?:\{[^{}]*\}|\w)"
           r"|(?:sum|prod|int|lim)(?![a-z])(?:\s*[_^]\s*(?:\{[^{}]*\}|\w))*)")
 TOKEN = re.compile(r'"[^"]*"|' + OPAQUE + r"|\\[A-Za-z]+|\\.|(?:\d+(?:\.\d*)?|\.\d+|[^\W\d_])"
                    r"(?:\s*_\s*(?:\{[^{}]*\}|\d+|[^\W\d_]))?'*|\S")
-
-def quote(run: re.Match) -> str:
-    return f' "{run[1].lower()}" '
-
-HOOKS = {"call:quote": quote, "call:command": lambda run: COMMANDS.get(run[1], run[0] + " "),
-         "call:quote_all": lambda run: " %s " % re.sub(r"(?<!\\)\b([A-Za-z]{2,})", quote, run[1])}
-REWRITES = [(re.compile(pattern), HOOKS.get(new, new)) for pattern, new in NOTATION["rewrites"]]
 
 def tokenise(text: str) -> list[str]:
     for pattern, new in () if text.isascii() else NOTATION["unicode"]:
@@ -60,7 +51,8 @@ def tokenise(text: str) -> list[str]:
     text = unicodedata.normalize("NFKC", text.strip())
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    return TOKEN.findall(text)
+    text = re.sub(r"\\([A-Za-z]+)", lambda run: COMMANDS.get(run[1], run[0] + " "), text)
+    return [token.lower() if token[0] == '"' else token for token in TOKEN.findall(text)]
 
 CHAINS = {"+", "product", "list", ";", "and", "or", "row", "cell", ":", "rel"}
 ONE, TWO = ("num", Fraction(1)), ("num", Fraction(2))
@@ -199,7 +191,7 @@ def evaluate(tree, point=0):
         return OPERATIONS[kind](*values)
     if kind in COUNTS and COUNTED.issuperset(values):
         return Fraction(COUNTS[kind](*map(int, values)))
-    if kind not in FUNCTIONS | COUNTS.keys() or kind != "ln" and any(
+    if kind not in [*FUNCTIONS, *COUNTS] or kind != "ln" and any(
             abs(value) > MAX_ARGUMENT for value in values):
         raise ValueError(f"{kind} has no value, or too large an argument")
     return getattr(MP, kind)(*map(MP.convert, values))
@@ -377,11 +369,9 @@ def stated(text: str) -> str | None:
 def extract_answer(response: str) -> str | None:
     r"""The one final answer in `response`, or None.
 
-    Only what follows the last </think> counts; a <think> that is never closed has no answer. In
-    that part: the <answer> block when there is one (two different blocks are no answer), in it
-    the last \boxed{}, else the whole block; without a block the last \boxed{}, else the usual
-    phrases. An unclosed last box is no answer. Boxes joined by "," or "and" are one set; by "or"
-    they are a hedge, which is no answer.
+    After the last </think> (a <think> never closed has no answer): in the <answer> block, if there
+    is one (two different ones are no answer), the last \boxed{} or the whole block; without it the
+    last \boxed{}, else the usual phrases. Boxes joined by "," or "and" are one set, by "or" none.
     """
     _, think, text = response.rpartition("</think>")
     blocks = [block.partition("</answer>") for block in text.split("<answer>")[1:]]
@@ -466,7 +456,7 @@ def resolve_reward(name: str):
         raise ValueError(f"reward {name!r}: none of {', '.join(REWARDS)}; {error!r}") from error
 
 def serve(timeout: str, *names: str) -> None:
-    """A worker's life: lines of [text, gold] in, of its rewards or "crashes" out."""
+    """A worker's life: lines of [text, gold] in, of its rewards or "raised" out."""
     functions = [resolve_reward(name) for name in names]
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what functions print does not mix with the replies
@@ -477,40 +467,37 @@ def serve(timeout: str, *names: str) -> None:
             rewards = [float(function(*json.loads(line))) for function in functions]
             reply = json.dumps(rewards, allow_nan=False)
         except Exception:  # a user's function may raise anything
-            reply = '"crashes"'
+            reply = '"raised"'
         signal.alarm(0)
         print(reply, file=replies, flush=True)
 
 class VerifierPool:
     """Scores groups of texts in worker processes; nothing that a text does reaches the caller.
 
-    A text that takes longer than `timeout` seconds costs its worker its life and scores 0. When a
-    worker dies its text is tried once more, then scores 0. `stats` counts both, and functions that
-    raise. Rewards are F floats per text, in the order of `reward_funcs`.
+    A text that takes longer than `timeout` seconds costs its worker its life and scores 0; when a
+    worker dies its text is tried once more. `stats` counts both, and functions that raise. Rewards
+    are F floats per text, in the order of `reward_funcs`.
     """
 
     def __init__(self, reward_funcs: list[str], workers: int, timeout: float = 5.0):
         self.zeros = [0.0 for name in reward_funcs if resolve_reward(name)]
         self.command = [sys.executable, os.path.abspath(__file__), str(timeout), *reward_funcs]
         self.timeout, self.stats = timeout, {"timeouts": 0, "crashes": 0}
-        self.groups, self.closed, self.lock = [], False, threading.Lock()
-        self.threads, self.idle = ThreadPoolExecutor(max(1, workers)), queue.SimpleQueue()
-        for _ in range(max(1, workers)):
+        self.groups, self.pending, self.closed = [], 0, False  # pending: not yet polled
+        self.threads, self.idle = ThreadPoolExecutor(workers), queue.SimpleQueue()
+        for _ in range(workers):
             self.idle.put(self._start())
-
-    @property
-    def pending(self) -> int:
-        """The number of groups that poll has not returned yet."""
-        return len(self.groups)
 
     def submit(self, key, texts: list[str], gold: str) -> None:
         """Queue the G `texts` of one problem; returns at once."""
         self.groups.append(self.threads.submit(self._score, key, texts, gold))
+        self.pending = len(self.groups)
 
     def poll(self, wait: bool) -> list[tuple]:
         """(key, rewards_GF) of the groups that are ready; with `wait`, of all submitted ones."""
         ready = [group for group in self.groups if wait or group.done()]
         self.groups = [group for group in self.groups if group not in ready]
+        self.pending = len(self.groups)
         return [group.result() for group in ready]
 
     def close(self) -> None:
@@ -530,27 +517,27 @@ class VerifierPool:
         """In a thread: one text after the other goes to one worker."""
         worker, rewards = self.idle.get(), dict.fromkeys(texts, self.zeros)
         for text in () if self.closed else rewards:
-            reply, worker = self._ask(worker, [text, gold], fate="")
-            if not reply:  # killed by another, or by this text
-                reply, worker = self._ask(worker, [text, gold], fate="crashes")
+            reply, worker = self._ask(worker, [text, gold])
+            if reply == "died":  # killed by another, or by this text
+                reply, worker = self._ask(worker, [text, gold])
             if isinstance(reply, list):
                 rewards[text] = reply
-            else:
-                with self.lock:
-                    self.stats[reply] += 1
+                continue
+            with LOCK:
+                self.stats["timeouts" if reply == "late" else "crashes"] += 1
         self.idle.put(worker)
         return key, [rewards[text] for text in texts]
 
-    def _ask(self, worker: subprocess.Popen, item: list, fate: str) -> tuple:
-        """The reply, or `fate` if the worker dies; and the worker, dead or alive."""
+    def _ask(self, worker: subprocess.Popen, item: list) -> tuple:
+        """The reply or the worker's fate; and the worker, dead or alive."""
         try:
             worker = worker if worker.poll() is None else self._start()
             worker.stdin.write(json.dumps(item).encode() + b"\n")
             if wait_for([worker.stdout], self.timeout):
                 return json.loads(worker.stdout.readline()), worker
-            fate = "timeouts"
+            fate = "late"
         except (OSError, ValueError):
-            pass
+            fate = "died"
         stop(worker)
         return fate, worker
 
