@@ -1,6 +1,6 @@
 """Build the tiny base model: a 0.12 M parameter Llama that can do the task and was then spoilt.
 
-    python tests/tiny/build.py --out tests/tiny/base --seed 1      5 minutes of one CPU core
+    python tests/tiny/build.py --out tests/tiny/base --seed 1      about 6 minutes of one CPU core
 
 Three phases (supervised, own response tokens only), each checked before the next begins:
 
