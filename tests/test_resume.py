@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -178,3 +179,20 @@ def test_hsdp_two_by_two_gives_the_gradients_of_one_process(folder):
         assert worst < 1e-9, (case, worst)
         for key in ("loss", "grad_norm", "entropy", "mismatch_k3"):
             assert metrics[key] == pytest.approx(same_metrics[key], abs=1e-9)
+
+
+TABLES = {"default.yaml", "verifier.yaml"}  # no runs
+CONFIGS = [p for p in sorted((soak_resume.ROOT / "configs").glob("*.yaml")) if p.name not in TABLES]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_load_and_their_arithmetic_is_right(path):
+    c = ghpo.load_config(path)
+    text = path.read_text().replace("\n# ", " ")
+    ranks, per_device, accumulation, generations, prompts = map(int, re.search(
+        r"(\d+) ranks? \* (\d+) per device \* (\d+) accumulation / (\d+) generations\s+= (\d+)",
+        text).groups())
+    assert (per_device, accumulation, generations) == (
+        c.per_device_train_batch_size, c.gradient_accumulation_steps, c.num_generations)
+    assert ranks * per_device * accumulation == prompts * generations
+    assert ranks % c.replicas == 0
