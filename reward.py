@@ -12,14 +12,11 @@ import functools
 import itertools
 import json
 import math
-import operator
 import os
 import pkgutil
-import queue
 import re
 import runpy
 import signal
-import subprocess
 import sys
 import threading
 import unicodedata
@@ -27,12 +24,13 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
+from subprocess import PIPE, Popen
 
 import yaml
 from mpmath.ctx_mp import MPContext
 
 MAX_CHARS, MAX_ITEMS = 3000, 60  # beyond: compared as strings only
-MAX_BITS, MAX_ARGUMENT = 60_000, 10**5  # of exact powers; of mpmath's functions
+MAX_SIZE = 60_000  # bits of an exact power, logarithm of another one, argument of a function
 
 NOTATION = yaml.safe_load((Path(__file__).parent / "configs/verifier.yaml").read_text("utf-8"))
 COMMANDS, UNITS = ({word: sign for sign, words in NOTATION[table].items() for word in words.split()}
@@ -40,10 +38,8 @@ COMMANDS, UNITS = ({word: sign for sign, words in NOTATION[table].items() for wo
 FUNCTIONS, INFIX, BRACKETS = (NOTATION[table] for table in ("functions", "operators", "brackets"))
 ENDS = {"", *(token for closings, _ in BRACKETS.values() for token in closings)} - {"|"}
 REWRITES = [(re.compile(pattern), new) for pattern, new in NOTATION["rewrites"]]
-OPAQUE = (r"\\(?:bb[A-Z]|(?:d?dot|vec|bar|hat|tilde|overline)\b\s*(?:\{[^{}]*\}|\w)"
-          r"|(?:sum|prod|int|lim)(?![a-z])(?:\s*[_^]\s*(?:\{[^{}]*\}|\w))*)")
-TOKEN = re.compile(r'"[^"]*"|' + OPAQUE + r"|\\[A-Za-z]+|\\.|(?:\d+(?:\.\d*)?|\.\d+|[^\W\d_])"
-                   r"(?:\s*_\s*(?:\{[^{}]*\}|\d+|[^\W\d_]))?'*|\S")
+NAME = r"[^\W_]|∅|" + NOTATION["tokens"]["opaque"]
+TOKEN = re.compile("|".join(NOTATION["tokens"].values()))
 
 def tokenise(text: str) -> list[str]:
     for pattern, new in () if text.isascii() else NOTATION["unicode"]:
@@ -97,10 +93,7 @@ class Reader:
     def prefix(self, level: int = 16):
         token = self.tokens.pop()
         if token in ("+", "-"):
-            tree = self.tree(max(level, 14))
-            if tree[0] == "deg":
-                return ("deg", ("product", SIGN[token], tree[1]), tree[2])
-            return ("product", SIGN[token], tree)
+            return ("product", SIGN[token], self.tree(max(level, 14)))
         if token in BRACKETS:
             return self.bracket(token)
         if token in (r"\frac", r"\binom"):
@@ -109,7 +102,14 @@ class Reader:
             index = self.bracket(self.tokens.pop()) if self.tokens[-1] == "[" else TWO
             return ("power", self.prefix(), ("/", ONE, index))
         if token[1:] in FUNCTIONS:
-            return self.function(token[1:])
+            # f_b^n x: without a bracket the argument is the product up to the next function
+            base, exponent = (self.tokens[-1] == mark and self.tokens.pop() and self.prefix()
+                              for mark in "_^")
+            self.brackets.append("function")
+            argument = self.bracket(self.tokens.pop()) if self.tokens[-1] in "({" else self.tree(15)
+            self.brackets.pop()
+            tree = ("/", ("ln", argument), ("ln", base)) if base else (token[1:], argument)
+            return ("power", tree, exponent) if exponent else tree
         if token and token in "fghFGHPT" and self.tokens[-1] == "(":
             return ("call", ("var", token), self.bracket(self.tokens.pop()))
         if token.replace(".", "", 1).isdecimal():
@@ -118,7 +118,7 @@ class Reader:
             return (token,)
         if re.match('"[a-z]', token):
             return ("text", token)
-        if not re.match(r"[^\W_]|∅|" + OPAQUE, token):
+        if not re.match(NAME, token):
             raise ValueError(token)
         return ("var", re.sub('[{}" ]', "", token))  # a name, with its subscript or its base
 
@@ -136,48 +136,34 @@ class Reader:
             return ("tuple", opening + closing, *inner[1:])
         return (kind, inner) if kind else inner
 
-    def function(self, name: str):
-        """f_b^n x: without a bracket the argument is the product up to the next function."""
-        base, exponent = (self.prefix() if self.tokens[-1] == mark and self.tokens.pop() else None
-                          for mark in "_^")
-        self.brackets.append("function")
-        argument = self.bracket(self.tokens.pop()) if self.tokens[-1] in "({" else self.tree(15)
-        self.brackets.pop()
-        tree = ("/", ("ln", argument), ("ln", base)) if base else (name, argument)
-        return ("power", tree, exponent) if exponent else tree
-
 MP, LOCK = MPContext(), threading.Lock()  # its precision is not thread-safe
 MP.dps = 100
 
 def power(base, exponent):
     """Exact where base and exponent say so, after a look at the size of the result."""
-    if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
-        if max(map(int.bit_length, base.as_integer_ratio())) * abs(exponent) > MAX_BITS:
-            raise ValueError("power too large")
-        return base ** int(exponent)
+    is_exact = isinstance(base, Fraction) and getattr(exponent, "denominator", 0) == 1
     if base == 0 < exponent:
         return base
-    if abs(exponent * MP.ln(base)) > MAX_ARGUMENT:
+    bits = is_exact and max(map(int.bit_length, base.as_integer_ratio()))
+    if abs(exponent) * (bits if is_exact else abs(MP.ln(base))) > MAX_SIZE:
         raise ValueError("power too large")
-    return MP.power(base, exponent)
+    return base ** int(exponent) if is_exact else MP.power(base, exponent)
 
 OPERATIONS = {
     "+": lambda *values: sum(values), "-": lambda a, b: a + -b, "/": lambda a, b: a * (1 / b),
-    "times": lambda a, b: a * b, "product": lambda *values: math.prod(values), "fabs": abs,
-    "power": power, "floor": lambda value: Fraction(math.floor(value)),
-    "ceil": lambda value: Fraction(math.ceil(value)),
+    "times": lambda a, b: a * b, "product": lambda *values: math.prod(values), "power": power,
     "deg": lambda value: MP.pi / 180 * value,
     "call": lambda name, value: MP.sin(value + name) + value**2 * name,
     "π": lambda: +MP.pi, "e": lambda: +MP.e, "i": lambda: MP.j, "∞": lambda: MP.inf}
-CONSTANTS = set("πei∞")
+CONSTANTS, ROUND = set("πei∞"), ("fabs", "floor", "ceil")
 COUNTS, COUNTED = {"fac": math.factorial, "binomial": math.comb}, set(range(3001))
 
 @functools.lru_cache(maxsize=4096)
 def sample(name: str, point: int) -> Fraction:
-    """A variable's fixed value at point 0..3: in (0, 1), in (1, 4), negative, of mixed sign."""
+    """A variable's fixed value at point 0, 1, 2: in (0, 1), in (1, 4), negative."""
     seed = int.from_bytes(f"{name} {point}".encode(), "big") % 1_000_003
     share = Fraction(seed % 996 + 1, 997)
-    return (share, 1 + 3 * share, -2 * share - Fraction(1, 2), (share + 1) * (-1) ** seed)[point]
+    return (share, 1 + 3 * share, -2 * share - Fraction(1, 2))[point]
 
 def evaluate(tree, point=0):
     """The value at a sample point (an int), or with all variables equal to the Fraction `point`."""
@@ -191,8 +177,8 @@ def evaluate(tree, point=0):
         return OPERATIONS[kind](*values)
     if kind in COUNTS and COUNTED.issuperset(values):
         return Fraction(COUNTS[kind](*map(int, values)))
-    if kind not in [*FUNCTIONS, *COUNTS] or kind != "ln" and any(
-            abs(value) > MAX_ARGUMENT for value in values):
+    is_large = kind not in ("ln", *ROUND) and any(abs(value) > MAX_SIZE for value in values)
+    if is_large or kind not in [*FUNCTIONS, *COUNTS, *ROUND]:
         raise ValueError(f"{kind} has no value, or too large an argument")
     return getattr(MP, kind)(*map(MP.convert, values))
 
@@ -211,7 +197,7 @@ def near(a, b) -> bool:
 def equal(a, b, up_to_a_factor: bool = False) -> bool:
     """Equal at every sample point where both are real, and at two of the points at least."""
     pairs = []
-    for point in range(4 if variables(a) else 1) if variables(a) == variables(b) else ():
+    for point in range(3 if variables(a) else 1) if variables(a) == variables(b) else ():
         with contextlib.suppress(ValueError, ArithmeticError):
             pairs.append((evaluate(a, point), evaluate(b, point)))
     if up_to_a_factor:
@@ -226,12 +212,9 @@ REGIONS = {"rel", "∪", "∩", "∖", "tuple"}
 STRUCTURES = REGIONS | {*SETS, ";", "and", "or", "row", "cell", "matrix", ":"}
 
 def is_name(tree) -> bool:
-    """x, f(x), AB, V_1:V_2, (x, y) or words: what may stand before "= value"."""
-    kind, *parts = tree
-    if kind == "product":
-        return all(part[0] == "var" and part[1].isupper() for part in parts)
-    return kind in ("var", "call", "text", "e", "i") or kind in ("tuple", ":") and all(
-        is_name(part) for part in parts if isinstance(part, tuple))
+    """x, f(x), (x, y) or a word: what may stand before "= value"."""
+    return tree[0] in ("var", "call", "text", "e", "i") or (
+        tree[0] == "tuple" and all(map(is_name, tree[2:])))
 
 def settle(tree):
     """The tree as an answer: names set apart, lists opened."""
@@ -239,17 +222,13 @@ def settle(tree):
     if kind not in STRUCTURES:
         return tree
     parts = [settle(part) if isinstance(part, tuple) else part for part in parts]
-    if kind == ";":  # a=1,b=2; a=3,b=4
-        parts = [("tuple", "()", *part[1:]) if part[0] == "list" else part for part in parts]
     if kind in ("and", "or") and all(part[0] in REGIONS - {"tuple"} for part in parts):
-        return functools.reduce(lambda a, b: ("∪" if kind == "or" else "∩", a, b), parts)
+        return ("∪" if kind == "or" else "∩", *parts)
     if kind in ("list", "set", ";", "and", "or"):
         parts = [item for part in parts for item in (part[1:] if part[0] == "list" else [part])]
         if not 0 < len(parts) <= MAX_ITEMS:
             raise ValueError("no items, or too many")
         return ("set" if kind == "set" else "list", *parts) if len(parts) > 1 else parts[0]
-    if kind == ":" and len(parts) == 2 and is_name(parts[0]) and not is_name(parts[1]):
-        return ("named", parts[0], parts[1], None)
     return relation(parts[1::2], parts[::2]) if kind == "rel" else (kind, *parts)
 
 def relation(signs: list[str], sides: list):
@@ -265,14 +244,13 @@ def relation(signs: list[str], sides: list):
         return ("named", name, sides[0], whole) if name else sides[0]
     if signs == ["="]:
         return ("named", sides[1], sides[0], whole) if is_name(sides[1]) else ("equation", whole)
-    sides = [("var", str(side)) if side[0] == "call" else side for side in sides]
     return ("rel", "".join(signs), *sides)
 
 def same(a, b) -> bool:
     """Do two settled trees mean the same answer? Symmetric."""
     if a == b or isinstance(a, str) or "text" in (a[0], b[0]):
         return a == b
-    kinds, x, y = {a[0], b[0]}, a[1:], b[1:]
+    kinds = {a[0], b[0]}
     if kinds & {"named", "equation"}:
         wholes = [t[-1] if t[0] in ("named", "equation") else None for t in (a, b)]
         if all(wholes) and equal(*wholes, up_to_a_factor=True):
@@ -284,19 +262,12 @@ def same(a, b) -> bool:
     if kinds & (REGIONS - {"tuple"}):
         return same_region(a, b)
     if kinds <= SETS:  # every item of the one takes its own item of the other
-        rest = list(y)
-        matches = (next((other for other in rest if same(item, other)), None) for item in x)
-        return len(x) == len(y) and all(match and not rest.remove(match) for match in matches)
-    if kinds == {"list", "tuple"}:  # a bare list and (..): in the same order
-        x, y = (t[1:] if t[0] == "list" else t[2:] if t[1] == "()" else () for t in (a, b))
-    elif kinds & STRUCTURES and len(kinds) > 1:
-        return False
+        rest = list(b[1:])
+        matches = (next((other for other in rest if same(item, other)), None) for item in a[1:])
+        return len(a) == len(b) and all(match and not rest.remove(match) for match in matches)
     if kinds & STRUCTURES:
-        return len(x) == len(y) and all(map(same, x, y))
-    return same_value(a, b)
-
-def same_value(a, b) -> bool:
-    """Values, with units ignored when one side has none; a % or ° may also be a factor."""
+        return a[0] == b[0] and len(a) == len(b) and all(map(same, a[1:], b[1:]))
+    # values, with units ignored when one side has none; a % or ° may also be a factor
     units = [t[2] if t[0] in ("unit", "deg") else "" for t in (a, b)]
     bare = [t[1] if name else t for t, name in zip((a, b), units)]
     if all(units) and units[0] != units[1]:
@@ -308,13 +279,10 @@ def same_value(a, b) -> bool:
 def region(tree) -> tuple:
     """(ends, membership test) of a part of the real line; its inequalities are linear."""
     kind, *parts = tree
-    if kind in SETS:
-        parts = [("rel", "=", X, part) for part in parts]
-        return region(functools.reduce(lambda a, b: ("∪", a, b), parts))
-    if kind in "∪∩∖":
-        (ends, left), (more, right) = map(region, parts)
-        joint = {"∪": operator.or_, "∩": operator.and_, "∖": operator.gt}[kind]
-        return ends + more, lambda x: joint(left(x), right(x))
+    if kind in ("∪", "∩", "∖", *SETS):
+        joint = {"∩": all, "∖": lambda truths: truths == [True, False]}.get(kind, any)
+        ends, tests = zip(*map(region, parts))
+        return sum(ends, []), lambda x: joint([test(x) for test in tests])
     if kind == "tuple" and len(parts) == 3:
         parts = ["".join("<≤"[bracket in "[]"] for bracket in parts[0]), parts[1], X, parts[2]]
     elif kind != "rel":
@@ -360,12 +328,6 @@ def boxed(text: str) -> str | None:
         end = start
     return ",".join(contents) or None
 
-def stated(text: str) -> str | None:
-    """What follows the last of the usual final-answer phrases, up to the end of its sentence."""
-    *before, last = re.split(r"(?i)####|\banswer is\b|\banswer:", text)
-    line = last[:MAX_CHARS].lstrip(" :*\n").partition("\n")[0].partition("<|")[0]
-    return re.split(r"\.\s", line + " ")[0].strip(" *") if before else None
-
 def extract_answer(response: str) -> str | None:
     r"""The one final answer in `response`, or None.
 
@@ -374,19 +336,21 @@ def extract_answer(response: str) -> str | None:
     last \boxed{}, else the usual phrases. Boxes joined by "," or "and" are one set, by "or" none.
     """
     _, think, text = response.rpartition("</think>")
-    blocks = [block.partition("</answer>") for block in text.split("<answer>")[1:]]
-    contents = {content.strip() for content, tag, _ in blocks if tag}
-    torn = len(blocks) > 1 and not all(tag for _, tag, _ in blocks)
-    if len(contents) > 1 or torn or not think and "<think>" in response:
+    blocks = {block.partition("</answer>")[0].strip() for block in text.split("<answer>")[1:]}
+    if len(blocks) > 1 or not think and "<think>" in response:
         return None
-    text = contents.pop() if contents else text
-    return boxed(text) if "\\boxed" in text else stated(text) or (text if blocks else None)
+    text = min(blocks, default=text)
+    if "\\boxed" in text:
+        return boxed(text)
+    *before, last = re.split(r"(?i)####|\banswer is\b|\banswer:", text)
+    line = last[:MAX_CHARS].lstrip(" :*\n").partition("\n")[0].partition("<|")[0]
+    sentence = re.split(r"\.\s", line + " ")[0].strip(" *")
+    return sentence if before else text if blocks else None
 
 REFUSED = (RecursionError, ValueError, ArithmeticError, TypeError, LookupError)
 SIMPLE = re.compile(r"-?\d{1,40}(?:\.\d{1,40})?\Z")
 THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
 SIGNS = {"±": "+", "∓": "-"}, {"±": "-", "∓": "+"}
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 @functools.lru_cache(maxsize=4096)
 def readings(text: str) -> tuple:
@@ -413,19 +377,15 @@ def readings(text: str) -> tuple:
 
 def parse_gold(gold: str) -> str | None:
     """Why `gold` cannot be compared as mathematics or as words, or None when it can."""
-    if not gold.strip() or len(gold) > MAX_CHARS:
-        return "empty" if not gold.strip() else f"longer than {MAX_CHARS} characters"
-    is_words = re.sub(r"\\text|[${}.\s]", "", gold).isalpha()
     with LOCK:
-        is_read = is_words or len(readings(gold)) > 1
-    return None if is_read else "not read as mathematics: only as text"
+        if re.sub(r"\\text|[${}.\s]", "", gold).isalpha() or len(readings(gold)) > 1:
+            return None
+    return f"not read, or longer than {MAX_CHARS} characters" if gold.strip() else "empty"
 
 def accuracy_reward(response: str, gold: str) -> float:
-    """1.0 when the final answer of `response` (see extract_answer) equals `gold`, else 0.0.
+    """1.0 when the answer in `response` (see extract_answer) has the value of `gold`, else 0.0.
 
-    A list or set is right when it has all elements of the gold and no others, a tuple when they
-    agree in order; "A or B" for a gold of B earns nothing. Values are compared exactly; units,
-    degree and percent signs are ignored when one side has none.
+    A list or set needs all elements of the gold and no others: naming candidates earns nothing.
     """
     answer, gold = (extract_answer(response) or "").strip(), gold.strip()
     if SIMPLE.match(answer) and SIMPLE.match(gold):
@@ -439,9 +399,9 @@ def accuracy_reward(response: str, gold: str) -> float:
 
 def format_reward(response: str, gold: str = "") -> float:
     """1.0 for exactly <think>..</think><answer>..</answer> with two non-blank bodies, else 0.0."""
-    parts = re.split("(" + "|".join(TAGS) + ")", response)
-    filled = [bool(part.strip()) for part in parts[::2]]
-    return float(parts[1::2] == list(TAGS) and filled == [False, True, False, True, False])
+    parts = re.split("(</?think>|</?answer>)", response)
+    is_filled = [bool(part.strip()) for part in parts[::2]] == [False, True, False, True, False]
+    return float(is_filled and parts[1::2] == ["<think>", "</think>", "<answer>", "</answer>"])
 
 REWARDS = {"accuracy": accuracy_reward, "format": format_reward}
 
@@ -474,9 +434,8 @@ def serve(timeout: str, *names: str) -> None:
 class VerifierPool:
     """Scores groups of texts in worker processes; nothing that a text does reaches the caller.
 
-    A text that takes longer than `timeout` seconds costs its worker its life and scores 0; when a
-    worker dies its text is tried once more. `stats` counts both, and functions that raise. Rewards
-    are F floats per text, in the order of `reward_funcs`.
+    A text that takes longer than `timeout` s costs its worker its life and scores 0; when a worker
+    dies its text is tried once more. `stats` counts both, and functions that raise.
     """
 
     def __init__(self, reward_funcs: list[str], workers: int, timeout: float = 5.0):
@@ -484,9 +443,8 @@ class VerifierPool:
         self.command = [sys.executable, os.path.abspath(__file__), str(timeout), *reward_funcs]
         self.timeout, self.stats = timeout, {"timeouts": 0, "crashes": 0}
         self.groups, self.pending, self.closed = [], 0, False  # pending: not yet polled
-        self.threads, self.idle = ThreadPoolExecutor(workers), queue.SimpleQueue()
-        for _ in range(workers):
-            self.idle.put(self._start())
+        self.threads = ThreadPoolExecutor(workers)
+        self.idle = [self._start() for _ in range(workers)]
 
     def submit(self, key, texts: list[str], gold: str) -> None:
         """Queue the G `texts` of one problem; returns at once."""
@@ -504,18 +462,17 @@ class VerifierPool:
         """Stop the workers; what is still queued scores 0. Can be called twice."""
         self.closed = True
         self.threads.shutdown()
-        while not self.idle.empty():
-            stop(self.idle.get())
+        for worker in self.idle:
+            worker.kill()
 
-    def _start(self) -> subprocess.Popen:
-        pipe = subprocess.PIPE
-        worker = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, bufsize=0)
+    def _start(self) -> Popen:
+        worker = Popen(self.command, stdin=PIPE, stdout=PIPE, bufsize=0)
         worker.stdout.readline()  # "ready": its imports are not on the clock of a text
         return worker
 
     def _score(self, key, texts: list[str], gold: str) -> tuple:
         """In a thread: one text after the other goes to one worker."""
-        worker, rewards = self.idle.get(), dict.fromkeys(texts, self.zeros)
+        worker, rewards = self.idle.pop(), dict.fromkeys(texts, self.zeros)
         for text in () if self.closed else rewards:
             reply, worker = self._ask(worker, [text, gold])
             if reply == "died":  # killed by another, or by this text
@@ -525,10 +482,10 @@ class VerifierPool:
                 continue
             with LOCK:
                 self.stats["timeouts" if reply == "late" else "crashes"] += 1
-        self.idle.put(worker)
+        self.idle.append(worker)
         return key, [rewards[text] for text in texts]
 
-    def _ask(self, worker: subprocess.Popen, item: list) -> tuple:
+    def _ask(self, worker: Popen, item: list) -> tuple:
         """The reply or the worker's fate; and the worker, dead or alive."""
         try:
             worker = worker if worker.poll() is None else self._start()
@@ -538,12 +495,9 @@ class VerifierPool:
             fate = "late"
         except (OSError, ValueError):
             fate = "died"
-        stop(worker)
+        worker.kill()
+        worker.wait()
         return fate, worker
-
-def stop(worker: subprocess.Popen) -> None:
-    worker.kill()
-    worker.wait()
 
 if __name__ == "__main__":
     sys.path.insert(0, os.getcwd())

@@ -104,7 +104,6 @@ SAME = [
     ("1 \\pm \\sqrt{2}", "1-\\sqrt2, 1+\\sqrt2"), ("5", "\\{5\\}"),
     ("(1/2, 3)", "\\left(0.5,\\ 3\\right)"),
     ("(1,2),(3,4)", "(3,4) \\text{ and } (1,2)"), ("(0;1)", "(0,1)"),
-    ("p=5,q=2;p=7,q=2", "(5,2),(7,2)"),
     ("(7,2,4)", "(7, 2, 4)"),
     ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{bmatrix} 1 \\\\ 2/1 \\\\ \\end{bmatrix}"),
     ("\\begin{pmatrix}1 & 2\\end{pmatrix}", "\\left[\\begin{array}{cc}1&2\\end{array}\\right]"),
