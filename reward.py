@@ -38,7 +38,7 @@ COMMANDS, UNITS = ({word: sign for sign, words in NOTATION[table].items() for wo
 FUNCTIONS, INFIX, BRACKETS = (NOTATION[table] for table in ("functions", "operators", "brackets"))
 ENDS = {"", *(token for closings, _ in BRACKETS.values() for token in closings)} - {"|"}
 REWRITES = [(re.compile(pattern), new) for pattern, new in NOTATION["rewrites"]]
-NAME = r"[^\W_]|∅|" + NOTATION["tokens"]["opaque"]
+NAME = r"[^\W_]|∅|∞|" + NOTATION["tokens"]["opaque"]
 TOKEN = re.compile("|".join(NOTATION["tokens"].values()))
 
 def tokenise(text: str) -> list[str]:
@@ -51,9 +51,8 @@ def tokenise(text: str) -> list[str]:
     return [token.lower() if token[0] == '"' else token for token in TOKEN.findall(text)]
 
 CHAINS = {"+", "product", "list", ";", "and", "or", "row", "cell", ":", "rel"}
-ONE, TWO = ("num", Fraction(1)), ("num", Fraction(2))
-SIGN = {"+": ONE, "-": ("num", Fraction(-1))}
-REALS = ("tuple", "()", ("product", SIGN["-"], ("∞",)), ("∞",))
+ONE, TWO, MINUS = (("num", Fraction(number)) for number in (1, 2, -1))
+REALS = ("tuple", "()", ("product", MINUS, ("∞",)), ("∞",))
 X = ("var", "")  # what an interval is about
 
 class Reader:
@@ -84,8 +83,6 @@ class Reader:
                 left = (kind, left, " ".join(names))
                 continue
             right = self.tree(strength + (kind != "power"))
-            if kind == "-" and right[0] == "set":
-                kind = "∖"
             link = (token, right) if kind == "rel" else (right,)
             left = (*left, *link) if kind == left[0] and kind in CHAINS else (kind, left, *link)
         return left
@@ -93,7 +90,7 @@ class Reader:
     def prefix(self, level: int = 16):
         token = self.tokens.pop()
         if token in ("+", "-"):
-            return ("product", SIGN[token], self.tree(max(level, 14)))
+            return ("product", MINUS if token == "-" else ONE, self.tree(max(level, 14)))
         if token in BRACKETS:
             return self.bracket(token)
         if token in (r"\frac", r"\binom"):
@@ -114,13 +111,11 @@ class Reader:
             return ("call", ("var", token), self.bracket(self.tokens.pop()))
         if token.replace(".", "", 1).isdecimal():
             return ("num", Fraction(token))
-        if token in CONSTANTS:
-            return (token,)
         if re.match('"[a-z]', token):
             return ("text", token)
         if not re.match(NAME, token):
             raise ValueError(token)
-        return ("var", re.sub('[{}" ]', "", token))  # a name, with its subscript or its base
+        return (token,) if token in CONSTANTS else ("var", re.sub('[{}" ]', "", token))
 
     def bracket(self, opening: str):
         self.brackets.append(opening)
@@ -161,8 +156,7 @@ COUNTS, COUNTED = {"fac": math.factorial, "binomial": math.comb}, set(range(3001
 @functools.lru_cache(maxsize=4096)
 def sample(name: str, point: int) -> Fraction:
     """A variable's fixed value at point 0, 1, 2: in (0, 1), in (1, 4), negative."""
-    seed = int.from_bytes(f"{name} {point}".encode(), "big") % 1_000_003
-    share = Fraction(seed % 996 + 1, 997)
+    share = Fraction(int.from_bytes(f"{name} {point}".encode(), "big") % 9973 + 1, 9974)
     return (share, 1 + 3 * share, -2 * share - Fraction(1, 2))[point]
 
 def evaluate(tree, point=0):
@@ -217,7 +211,7 @@ def is_name(tree) -> bool:
         tree[0] == "tuple" and all(map(is_name, tree[2:])))
 
 def settle(tree):
-    """The tree as an answer: names set apart, lists opened."""
+    """The tree as an answer: lists opened, names and equations set apart."""
     kind, *parts = tree
     if kind not in STRUCTURES:
         return tree
@@ -229,15 +223,13 @@ def settle(tree):
         if not 0 < len(parts) <= MAX_ITEMS:
             raise ValueError("no items, or too many")
         return ("set" if kind == "set" else "list", *parts) if len(parts) > 1 else parts[0]
-    return relation(parts[1::2], parts[::2]) if kind == "rel" else (kind, *parts)
-
-def relation(signs: list[str], sides: list):
-    """name = value, an equation (as left - right), or a chain of inequalities."""
-    name, whole = None, ("-", *sides) if signs == ["="] else None
+    if kind != "rel":
+        return (kind, *parts)
+    # name = value, an equation (as left - right), or a chain of inequalities
+    name, signs, sides = None, parts[1::2], parts[::2]
+    whole = ("-", *sides) if signs == ["="] else None
     while len(sides) > 1 and is_name(sides[0]) and set(signs) <= set("=∈≈"):
         name, signs, sides = sides[0], signs[1:], sides[1:]
-    if "≈" in signs:
-        signs, sides = signs[:signs.index("≈")], sides[:signs.index("≈") + 1]
     if set(signs) == {"="} and not any(map(variables, sides)):  # 3/4 = 0.75, but not 7 = 5
         signs, sides = ([], sides[:1]) if all(equal(sides[0], t) for t in sides) else (signs, sides)
     if not signs:
@@ -255,8 +247,7 @@ def same(a, b) -> bool:
         wholes = [t[-1] if t[0] in ("named", "equation") else None for t in (a, b)]
         if all(wholes) and equal(*wholes, up_to_a_factor=True):
             return True
-        names = {re.sub("_.*|'", "", t[1][1]).lower() for t in (a, b) if t[0] == "named"
-                 and t[1][0] in ("var", "text")}
+        names = {t[1] for t in (a, b) if t[0] == "named" and t[1][0] in ("var", "text")}
         values = [t[2] if t[0] == "named" else t for t in (a, b)]
         return "equation" not in kinds and len(names) < 2 and same(*values)
     if kinds & (REGIONS - {"tuple"}):
@@ -265,6 +256,8 @@ def same(a, b) -> bool:
         rest = list(b[1:])
         matches = (next((other for other in rest if same(item, other)), None) for item in a[1:])
         return len(a) == len(b) and all(match and not rest.remove(match) for match in matches)
+    if kinds == {"list", "tuple"}:  # x = 2, y = 3 and (2, 3)
+        a, b = (t if t[0] == "tuple" else ("tuple", "()", *t[1:]) for t in (a, b))
     if kinds & STRUCTURES:
         return a[0] == b[0] and len(a) == len(b) and all(map(same, a[1:], b[1:]))
     # values, with units ignored when one side has none; a % or ° may also be a factor
@@ -424,8 +417,7 @@ def serve(timeout: str, *names: str) -> None:
     for line in sys.stdin:
         signal.alarm(math.ceil(float(timeout)) + 5)  # ends a stuck worker whose parent is gone
         try:
-            rewards = [float(function(*json.loads(line))) for function in functions]
-            reply = json.dumps(rewards, allow_nan=False)
+            reply = json.dumps([float(f(*json.loads(line))) for f in functions], allow_nan=False)
         except Exception:  # a user's function may raise anything
             reply = '"raised"'
         signal.alarm(0)
