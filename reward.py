@@ -263,11 +263,11 @@ def same(a, b) -> bool:
     # values, with units ignored when one side has none; a % or ° may also be a factor
     units = [t[2] if t[0] in ("unit", "deg") else "" for t in (a, b)]
     bare = [t[1] if name else t for t, name in zip((a, b), units)]
-    if all(units) and units[0] != units[1]:
-        return False
+    if all(units):
+        return units[0] == units[1] and equal(*bare)
     scale = {"%": ("num", Fraction(1, 100)), "°": ("deg", ("num", Fraction(1)), "°")}
     scaled = [("product", t, scale[name]) if name in scale else t for t, name in zip(bare, units)]
-    return equal(*bare) or not all(units) and equal(*scaled)
+    return equal(*bare) or equal(*scaled)
 
 def region(tree) -> tuple:
     """(ends, membership test) of a part of the real line; its inequalities are linear."""
@@ -359,13 +359,11 @@ def readings(text: str) -> tuple:
     for tokens in variants:
         readers = [Reader([signs.get(token, token) for token in tokens])
                    for signs in (SIGNS if {"±", "∓"} & set(tokens) else [{}])]
-        try:
+        with contextlib.suppress(*REFUSED):
             trees = [settle(reader.tree()) for reader in readers]
-        except REFUSED:
-            continue
-        items = [t for tree in trees for t in (tree[1:] if tree[0] in SETS else [tree])]
-        if all(reader.tokens == [""] for reader in readers):
-            found.append(trees[0] if len(trees) == 1 else ("list", *dict.fromkeys(items)))
+            items = [t for tree in trees for t in (tree[1:] if tree[0] in SETS else [tree])]
+            if all(reader.tokens == [""] for reader in readers):
+                found.append(trees[0] if len(trees) == 1 else ("list", *dict.fromkeys(items)))
     return tuple(found)
 
 def parse_gold(gold: str) -> str | None:
