@@ -199,12 +199,11 @@ class HfEngine(Engine):
             "do_sample": False, "logits_processor": [draws], "eos_token_id": self.eos_ids,
             "pad_token_id": self.pad_id, "use_cache": True,
             "synced_gpus": False})[:, ids.shape[1] :].tolist()  # no collective at every token
-        ended = []
-        for call, tokens, logp in zip(self.calls, output, torch.stack(draws.logp, 1).tolist()):
+        logp = torch.stack(draws.logp, 1).tolist()
+        for call, tokens, logp_T in zip([*self.calls], output, logp):  # poll removes calls
             ends = [t for t, token in enumerate(tokens, 1) if token in self.eos_ids]
-            length, reason = (ends[0], "stop") if ends else (len(tokens), "length")
-            ended.append((call, tokens[:length], logp[:length], reason))
-        return ended
+            length = ends[0] if ends else len(tokens)
+            yield call, tokens[:length], logp_T[:length], "stop" if ends else "length"
 
 class SeededDraws(LogitsProcessor):
     """Makes generate's greedy choice a draw by each row's own seed alone; keeps the log-probs."""
@@ -298,8 +297,20 @@ class ServerEngine(Engine):
         self.host, self.port = config.vllm_server_host, config.vllm_server_port
         self.pool, self.next_check = ThreadPoolExecutor(512), 0.0
         self.is_sender = os.environ.get("RANK", "0") == "0"
-        if self.is_sender:
-            self._connect()
+        if not self.is_sender:
+            return
+        # The transfer group: rank 0 is ours, the server's workers are the others.
+        size = 1 + self._http("/get_world_size")["world_size"]
+        if device.type == "cuda":
+            from vllm.distributed.weight_transfer.nccl_common import trainer_init
+        else:
+            from tests.vllm_ext import trainer_init
+        with socket.create_connection((self.host, self.port), self.connect_s) as probe:
+            address = probe.getsockname()[0]  # ours, as the server can reach it
+        place = {"master_address": address, "master_port": self.port + 1, "world_size": size}
+        link = self.pool.submit(trainer_init, place)
+        self._http("/init_weight_transfer_engine", {"init_info": place | {"rank_offset": 1}})
+        self.link = link.result(self.call_s)
 
     def _start(self, prompt, fields):
         body = {"token_ids": prompt, "sampling_params": fields}
@@ -331,20 +342,6 @@ class ServerEngine(Engine):
         except (OSError, HTTPException, ValueError) as error:
             raise RuntimeError(f"vLLM server {self.host}:{self.port}{path}: {error!r}. Is it "
                                "running? ./run.sh serve CONFIG starts it") from None
-
-    def _connect(self):
-        """Opens the transfer group: rank 0 is ours, the server's workers are the others."""
-        size = 1 + self._http("/get_world_size")["world_size"]
-        if self.device.type == "cuda":
-            from vllm.distributed.weight_transfer.nccl_common import trainer_init
-        else:
-            from tests.vllm_ext import trainer_init
-        with socket.create_connection((self.host, self.port), self.connect_s) as probe:
-            address = probe.getsockname()[0]  # ours, as the server can reach it
-        place = {"master_address": address, "master_port": self.port + 1, "world_size": size}
-        link = self.pool.submit(trainer_init, place)
-        self._http("/init_weight_transfer_engine", {"init_info": place | {"rank_offset": 1}})
-        self.link = link.result(self.call_s)
 
     def update_weights(self, tensors):
         gather_objects("no rank is sampling any more")
