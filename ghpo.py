@@ -10,7 +10,6 @@ import argparse
 import difflib
 import hashlib
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -20,18 +19,16 @@ import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, make_dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import yaml
-from torch import nn
+from huggingface_hub import create_repo, upload_folder
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler, logging
 
 import fsdp_utils
 import hints
@@ -55,20 +52,16 @@ def say(message):
     if int(os.environ.get("RANK", 0)) == 0:
         tqdm.write(message, file=sys.stderr)
 
-# ---- configuration and data --------------------------------------------------------------------
-
 def load_config(path, overrides=()):
     """YAML file and key=value strings to a checked Config; UserError names key and remedy."""
+    need(all("=" in text for text in overrides), f"{overrides}: overrides are written key=value")
     try:
         values = yaml.safe_load(Path(path).read_text()) or {}
         need(isinstance(values, dict), f"--config {path}: needs lines of the form key: value")
-        for override in overrides:
-            key, equals, value = override.partition("=")
-            need(equals, f"{override!r}: overrides are written key=value")
-            values[key] = yaml.safe_load(value)
+        pairs = [text.split("=", 1) for text in overrides]
+        return make_config(values | {key: yaml.safe_load(value) for key, value in pairs})
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: {error}") from None
-    return make_config(values)
+        raise UserError(f"--config {path} {' '.join(overrides)}: {error}") from None
 
 def make_config(values):
     """A dict of settings to a checked Config; what it does not name has its default."""
@@ -77,12 +70,11 @@ def make_config(values):
         say(f"config: without meaning here, ignored: {', '.join(ignored)}")
     if isinstance(values.get("hint_ratio"), (int, float)):
         say("config: one hint_ratio is a fixed ratio here; the released trainer ignores the key")
-    known = dict(DEFAULTS)
-    for key in [key for key in values if key not in ignored]:
-        near = difflib.get_close_matches(key, DEFAULTS, n=1)
-        need(key in DEFAULTS, f"config: unknown key {key!r}" + "".join(f", not {n}?" for n in near))
-        known[key] = cast(key, values[key], KEYS["types"].get(key, type(DEFAULTS[key]).__name__))
-    c = Config(**known)
+    for key in [key for key in values if key not in DEFAULTS and key not in ignored]:
+        near = difflib.get_close_matches(str(key), DEFAULTS, n=1)
+        raise UserError(f"config: unknown key {key!r}" + "".join(f", not {n}?" for n in near))
+    types = {key: type(value).__name__ for key, value in DEFAULTS.items()} | KEYS["types"]
+    c = Config(**{key: cast(key, (DEFAULTS | values)[key], types[key]) for key in DEFAULTS})
     engine = c.engine or ("vllm" if c.use_vllm else "hf")
     triggers = c.reward_funcs + ["always"] * bool(c.hint_ratio)
     need(c.model_name_or_path and c.dataset_name, "config: set model_name_or_path and dataset_name")
@@ -103,19 +95,17 @@ def cast(key, value, kind):
     if kind.startswith("list "):
         items = value if isinstance(value, list) else [value]
         return [cast(key, item, kind.removeprefix("list ")) for item in items]
-    if value is None and key in KEYS["types"]:
+    if value is None and KEYS["types"].get(key) == kind:
         return None
-    value = "no" if kind == "str" and value is False else value  # YAML 1.1: a bare no is false,
-    try:  # and 1e-6 is text
-        if kind in ("int", "float") and not isinstance(value, bool):
-            value = int(value) if kind == "int" and float(value).is_integer() else float(value)
-    except (TypeError, ValueError, OverflowError):
-        pass  # then the type is wrong
-    need(type(value).__name__ == kind and value not in (math.inf, -math.inf) and value == value,
+    # YAML 1.1: a bare no is false, and 1e-6 is text
+    value = "no" if kind == "str" and value is False else value
+    if kind in ("int", "float") and re.fullmatch(r"[-+]?\d+\.?\d*(e[-+]?\d+)?", str(value), re.I):
+        value = int(value) if kind == "int" and float(value).is_integer() else float(value)
+    need(type(value).__name__ == kind and (kind != "float" or math.isfinite(value)),
          f"config: {key}={value!r} must be of type {kind}")
-    allowed = ALLOWED.get(key, value)
-    fits = value in allowed if isinstance(allowed, list) else kind == "dict" or value >= allowed
-    need(fits, f"config: {key}={value!r} must be {'one of' if kind == 'str' else '>='} {allowed}")
+    limit = ALLOWED.get(key)
+    fits = limit is None or (value in limit if kind == "str" else value >= limit)
+    need(fits, f"config: {key}={value!r} must be {'one of' if kind == 'str' else '>='} {limit}")
     return value
 
 def make_plan(config, world, n_problems):
@@ -133,26 +123,25 @@ def make_plan(config, world, n_problems):
 
 def read_rows(config):
     """Rows of the data set as dicts; UserError names the file and line."""
-    name, path, rows = config.dataset_name, Path(config.dataset_name), []
+    name, path, rows, where = config.dataset_name, Path(config.dataset_name), [], ""
     try:
         if path.suffix == ".jsonl":
             for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-                rows += [json.loads(line)] if line.strip() else []
-                need(not rows or isinstance(rows[-1], dict), f"{name}, line {number}: no object")
+                where = f", line {number}"
+                rows += [{**json.loads(line)}] if line.strip() else []
         else:
             from datasets import load_dataset
             is_file = path.suffix in (".json", ".parquet")
             rows = (load_dataset(path.suffix[1:], data_files=name, split="train") if is_file else
                     load_dataset(name, config.dataset_config, split=config.dataset_split))
-    except (OSError, ValueError, ImportError) as error:
-        where = f", line {number}" if isinstance(error, json.JSONDecodeError) else ""
+    except (OSError, ValueError, TypeError, ImportError) as error:
         raise UserError(f"dataset_name={name}{where}: {error}") from None
     need(len(rows), f"dataset_name={name} has no rows")
     return list(rows)
 
 def load_problems(config, prompts, with_trace):
     """Usable problems, ids = row numbers; what is dropped is counted and shown."""
-    c, rows, problems, dropped = config, read_rows(config), [], {}
+    c, rows, found = config, read_rows(config), defaultdict(list)  # why not usable: problems
     columns = [c.dataset_prompt_column, c.dataset_answer_column, c.dataset_hint_column]
     for column in columns[: 2 + with_trace]:
         need(column in rows[0], f"{c.dataset_name}: no column {column!r} in {sorted(rows[0])}: set "
@@ -162,22 +151,21 @@ def load_problems(config, prompts, with_trace):
         question, answer, trace = ("" if row.get(k) is None else row[k] for k in columns)
         if isinstance(question, str):
             question = [{"role": "user", "content": question}] if question.strip() else []
-        answer = str(answer).strip()
         level = re.search(r"\d+|$", str(row.get(c.dataset_level_column)))[0]  # "Level 5" is 5
-        problem = hints.Problem(number, system + question, answer, str(trace), float(level or 0))
-        reason = "no problem text" * (not question) or "no answer" * (not answer)
-        reason = reason or parse_gold(answer)
+        problem = hints.Problem(number, system + question, str(answer).strip(), str(trace),
+                                float(level or 0))
+        reason = "no problem text" * (not question) or "no answer" * (not problem.answer)
+        reason = reason or parse_gold(problem.answer)
         if not reason and len(prompts.ids(problem)[0]) > c.max_prompt_length:
             reason = f"prompt over max_prompt_length={c.max_prompt_length} tokens"
-        if reason:
-            dropped.setdefault(reason, []).append(number)
-        else:
-            problems.append(problem)
-    untraced = sum(not problem.trace.strip() for problem in problems) if with_trace else 0
+        found[reason].append(problem)
+    problems = found.pop(None, [])
+    untraced = sum(not problem.trace.strip() for problem in problems) * with_trace
     say(f"data: {c.dataset_name}: {len(problems)} of {len(rows)} rows usable"
         + f", {untraced} without a solution to hint from" * bool(untraced))
-    for reason, numbers in dropped.items():
-        say(f"data: dropped {len(numbers)}, {reason}: rows {str(numbers[:5])[1:-1]}")
+    for reason, dropped in found.items():
+        numbers = [problem.id for problem in dropped[:5]]
+        say(f"data: dropped {len(dropped)}, {reason}: rows {str(numbers)[1:-1]}")
     return problems
 
 class Prompts:
@@ -214,8 +202,6 @@ class Prompts:
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 2  # 62 bits
         return Request(group.problem, ids, shown, group.tries, prefixes, seed, sampling, slot)
 
-# ---- advantages, loss, policy ------------------------------------------------------------------
-
 def advantages(group, config):
     """E1 and E3: rewards (G, F) to advantages (G,), float64."""
     rewards_G = np.array(group.rewards) @ np.array(config.reward_weights)  # E1
@@ -237,9 +223,9 @@ class Row:
 
 def make_rows(groups, prompts, config):
     """Rows of the groups, with E6 taken over all ranks' groups: every rank must call it."""
-    rows, group_N = [], []
-    for number, group in enumerate(groups):
-        plain = prompts.ids(group.problem)[0]
+    groups_of_rows = []
+    for group in groups:
+        plain, rows = prompts.ids(group.problem)[0], []
         for completion, advantage in zip(group.completions, advantages(group, config)):
             context, targets, *weights = hints.loss_view(completion, plain, config)
             input_ids, length = [*context, *targets], len(completion.token_ids)
@@ -249,24 +235,18 @@ def make_rows(groups, prompts, config):
             rows.append(Row(input_ids, len(context), taken_over + completion.behaviour_logp,
                             *weights, taken_over + [float(is_same)] * length, float(advantage),
                             0 if is_masked else length))
-            group_N.append(number)
-    tokens_N, group_N = np.array([r.tokens for r in rows], int), np.array(group_N, int)
-    counts = {"groups": len(groups), "rows": len(rows), "tokens": int(tokens_N.sum())}
+        groups_of_rows.append(rows)
+    whole = sum(groups_of_rows, [])
+    counts = {"groups": len(groups), "rows": len(whole), "tokens": sum(r.tokens for r in whole)}
     counts = fsdp_utils.all_reduce_scalars(counts)
-    for row, scale in zip(rows, token_scales(tokens_N, group_N, counts, config)):
-        row.scale = float(scale)
-    return rows
-
-def token_scales(tokens_N, group_N, counts, config):
-    """E6: what each token of a row weighs in the objective of the whole step; counts: groups, rows
-    and tokens of all ranks, rows without advantage included."""
-    ones_N, group_tokens_N = np.ones(len(tokens_N)), np.bincount(group_N, tokens_N)[group_N]
-    scale_N = {  # E6: means over tokens,
-        "bnpo": 1 / np.maximum(counts["groups"] * group_tokens_N, 1),  # over groups, of theirs
-        "dapo": ones_N / max(counts["tokens"], 1),  # over all
-        "grpo": 1 / np.maximum(counts["rows"] * tokens_N, 1),  # over rows, of theirs
-        "dr_grpo": ones_N / max(counts["rows"] * config.max_completion_length, 1)}
-    return scale_N[config.loss_type] * (tokens_N > 0)
+    for rows in groups_of_rows:
+        for row in [row for row in rows if row.tokens]:
+            row.scale = 1 / {  # E6: means over tokens,
+                "bnpo": counts["groups"] * sum(r.tokens for r in rows),  # over groups, of theirs
+                "dapo": counts["tokens"],  # over all
+                "grpo": counts["rows"] * row.tokens,  # over rows, of theirs
+                "dr_grpo": counts["rows"] * config.max_completion_length}[config.loss_type]
+    return whole
 
 def token_loss(logp, old_logp, ref_logp, batch, config):
     """E4, E5, E7: (loss, ratio, clipped ratio) of each token, (M,). ref_logp: None if beta is 0."""
@@ -286,7 +266,7 @@ def pass_at_k(n, c, k):
     """The unbiased chance that one of k of n samples is right when c are."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)  # E8
 
-class Policy(nn.Module):
+class Policy(torch.nn.Module):
     """The FSDP root: transformer and LM head under one forward, for scoring and for decoding."""
 
     def __init__(self, model):
@@ -338,44 +318,42 @@ def collate(rows, is_packed, device, dtype):
     ids = np.zeros((1 if is_packed else len(rows), width), dtype=np.int64)
     positions = np.zeros_like(ids) + np.arange(width)
     starts = np.cumsum([0, *lengths]) if is_packed else np.arange(len(rows)) * width
+    places, loss_inputs = [], defaultdict(list)
     for row, start, length in zip(rows, starts, lengths):
         ids.flat[start : start + length] = row.input_ids
         positions.flat[start : start + length] = np.arange(length)
-    target = np.concatenate([start + np.arange(row.context, length)
-                             for row, start, length in zip(rows, starts, lengths)])
+        places.append(np.arange(start + row.context, start + length))
+        for key in ("behaviour_logp", "policy_weight", "likelihood_weight", "is_on_context",
+                    "advantage", "scale"):
+            loss_inputs[key].append(np.broadcast_to(getattr(row, key), len(places[-1])))
+    target = np.concatenate(places)
     inputs = {"ids": ids, "positions": positions, "predict": target - 1, "target": ids.flat[target]}
-    batch = {key: np.concatenate([getattr(row, key) for row in rows])
-             for key in ("behaviour_logp", "policy_weight", "likelihood_weight", "is_on_context")}
-    repeats = [length - row.context for row, length in zip(rows, lengths)]
-    for key in ("advantage", "scale"):
-        batch[key] = np.repeat([getattr(row, key) for row in rows], repeats)
     return ({key: torch.from_numpy(value).to(device) for key, value in inputs.items()},
-            {key: torch.from_numpy(value).to(device, dtype) for key, value in batch.items()})
-
-FILLER = Row([0, 0], 1, [0.0], [0.0], [0.0], [0.0], 0.0, 0)  # runs, and weighs nothing
+            {key: torch.from_numpy(np.concatenate(value)).to(device, dtype)
+             for key, value in loss_inputs.items()})
 
 def optimize(run, rows, lr):
     """Loss and optimizer steps on the rows of all ranks; returns metrics. Every rank runs the same
     number of micro-batches; gradients are summed, for E6 has divided by the step's counts."""
-    c, policy, device = run.config, run.policy, run.dist.device
+    c, policy, parts, largest = run.config, run.policy, [], []
     # A row without advantage gives no gradient, but it has been counted.
     used = [row for row in rows if row.advantage or c.beta or any(row.likelihood_weight)]
     batches = micro_batches(used, c.micro_batch_tokens, run.is_packed)
     most = int(fsdp_utils.all_reduce_scalars({"n": max(1, len(batches))}, "max")["n"])
-    batches += [[FILLER]] * (most - len(batches))
-    batches = [collate(batch, run.is_packed, device, run.master_dtype) for batch in batches]
+    filler = Row([0, 0], 1, 0.0, 0.0, 0.0, 0.0, 0.0, 0)  # runs, and weighs nothing
+    batches += [[filler]] * (most - len(batches))
+    batches = [collate(b, run.is_packed, run.dist.device, run.master_dtype) for b in batches]
+    with torch.no_grad():
+        ref = [run.reference(**inputs, heat=c.temperature)[0] if c.beta else None
+               for inputs, _ in batches]
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    old, ref, parts, largest = [None] * most, [None] * most, [], []
+    old = []  # from before the first update on this batch
     for iteration in range(c.num_iterations):
         for i, (inputs, batch) in enumerate(batches):
             fsdp_utils.last_micro_batch(policy, i == most - 1)
-            if c.beta and iteration == 0:
-                with torch.no_grad():
-                    ref[i], _ = run.reference(**inputs, heat=c.temperature)
             logp, entropy = policy(**inputs, heat=c.temperature)
-            if iteration == 0:
-                old[i] = logp.detach()  # before the first update on this batch
+            old += [logp.detach()] * (iteration == 0)
             loss, ratio, clipped = token_loss(logp, old[i], ref[i], batch, c)
             loss = loss * batch["scale"]  # E6
             loss.sum().backward()
@@ -400,31 +378,27 @@ def optimize(run, rows, lr):
     largest = {"mismatch_max": float(torch.stack(largest).max())}
     return {**total, **fsdp_utils.all_reduce_scalars(largest, "max"), "grad_norm": norm, "lr": lr}
 
-# ---- the loop ----------------------------------------------------------------------------------
-
 def train(run):
     """The algorithm: one pass of the loop is one rollout batch. run.state is alike on all ranks."""
     c, state, plan = run.config, run.state, run.plan
     sampling = Sampling(c.temperature, c.max_completion_length, c.top_p, c.top_k)
     steps = range(state["step"], plan.steps)
     for step in tqdm(steps, c.rl_type, plan.steps, initial=state["step"], disable=run.rank > 0):
-        clock = [time.perf_counter()]
+        clock, planned = [time.perf_counter()], {}
 
         # 1. Roll out G samples a problem; 2. hint: a group that fails is asked again (E2).
-        def next_request(group, slot, step=step):
-            shown, tries = hints.plan_try(group, c, state["history"], step, run.prompts.fit)
-            if group.completions and (shown is None or c.hint_timing == "deferred"):
-                return None
-            shown = shown or hints.unhinted(c.num_generations)
-            return run.prompts.request(replace(group, tries=tries), shown, sampling, slot, step)
+        def next_request(group, slot, step=step, planned=planned):
+            shown, tries = planned[slot] = hints.plan_try(
+                group, c, state["history"], step, run.prompts.fit)
+            if not group.completions or (shown and c.hint_timing == "inline"):
+                shown = shown or hints.unhinted(c.num_generations)
+                return run.prompts.request(replace(group, tries=tries), shown, sampling, slot, step)
 
         blank = next_groups(run)[run.rank :: run.world]
         groups = sample(run, blank, next_request, clock)
-        planned = [hints.plan_try(group, c, state["history"], step, run.prompts.fit)
-                   for group in groups]
-        metrics = record(run, groups, blank, planned)
+        metrics = record(run, groups, blank, planned.values())
         if c.hint_exhausted == "drop" and c.rl_type == "ghpo" and step >= c.start_hint_step:
-            groups = [group for group, (shown, _) in zip(groups, planned)
+            groups = [group for group, (shown, _) in zip(groups, planned.values())
                       if shown or not hints.needs_hint(group.tries, c)]
         clock.append(time.perf_counter())
 
@@ -478,8 +452,7 @@ def next_groups(run):
         epoch, start = epoch + 1, 0
     state["cursor"] = epoch * n + start + fresh
     order = np.random.default_rng([c.seed, epoch]).permutation(n)
-    if c.curriculum:
-        order = sorted(order, key=lambda i: run.problems[i].level)
+    order = sorted(order, key=lambda i: run.problems[i].level if c.curriculum else 0)  # stable
     known = {problem.id: problem for problem in run.problems}
     blank = [Group(known[i], [hints.Try(**t) for t in tries]) for i, tries in queue]
     return blank + [Group(run.problems[i]) for i in order[start : start + fresh]]
@@ -498,11 +471,11 @@ def record(run, groups, blank, planned):
             "completions": [{"text": run.judge.text(o, ""), **dict(zip(c.reward_funcs, scores)),
                              "finish_reason": o.finish_reason, "tokens": len(o.token_ids),
                              "hint_ratio": o.hint_ratio} for o, scores in scored]})
-    lines = list(itertools.chain(*fsdp_utils.gather_objects(lines)))
+    lines = sum(fsdp_utils.gather_objects(lines), [])
     if run.rank == 0:
         path = run.folder / "rollouts" / f"step_{state['step'] + 1:06d}.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    counts, means = Counter({"hint/trimmed": 0, "hint/skipped": 0}), defaultdict(list)
+    counts, means = Counter(), defaultdict(list)
     for line in lines:
         tries = [hints.Try(**t) for t in line["tries"]]
         hints.remember(state["history"], line["id"], tries)
@@ -512,18 +485,16 @@ def record(run, groups, blank, planned):
             means["accuracy_without_hint"].append(tries[0].pass_rate)
             means["hard_fraction"].append(hints.needs_hint(tries[:1], c))
         for tried in tries[line["earlier_tries"] :]:
-            kind = f"@{tried.ratio:g}"
-            counts["hint/skipped"] += tried.skipped
-            counts["hint/trimmed"] += tried.trimmed
-            counts["hint/tried" + kind] += not tried.skipped
-            counts["hint/solved" + kind] += not tried.skipped and not hints.needs_hint([tried], c)
-            counts["tokens/generated" + kind] += tried.tokens
-            counts["tokens/generated"] += tried.tokens
-        for sample in line["completions"]:
-            means["tokens/completion"].append(sample["tokens"])
-            means["truncated"].append(sample["finish_reason"] == "length")
-            for name in c.reward_funcs:
-                means[f"reward/{name}"].append(sample[name])
+            is_solved = not tried.skipped and not hints.needs_hint([tried], c)
+            for key, count in {
+                    "hint/skipped": tried.skipped, "hint/trimmed": tried.trimmed,
+                    "hint/tried@": not tried.skipped, "hint/solved@": is_solved,
+                    "tokens/generated": tried.tokens, "tokens/generated@": tried.tokens}.items():
+                counts[key + f"{tried.ratio:g}" * key.endswith("@")] += count
+    samples = [sample for line in lines for sample in line["completions"]]
+    means["tokens/completion"] = [sample["tokens"] for sample in samples]
+    means["truncated"] = [sample["finish_reason"] == "length" for sample in samples]
+    means |= {f"reward/{name}": [sample[name] for sample in samples] for name in c.reward_funcs}
     means = {key: float(np.mean(value)) for key, value in means.items()}
     return {**means, **dict(sorted(counts.items())), "queue": len(state["queue"])}
 
@@ -540,7 +511,7 @@ def evaluate(run):
 
         groups = sample(run, [Group(p) for p in problems[run.rank :: run.world]], ask, [])
         right = [[scores[run.judge.accuracy] > 0 for scores in group.rewards] for group in groups]
-        right_PK = np.array(list(itertools.chain(*fsdp_utils.gather_objects(right))))
+        right_PK = np.array(sum(fsdp_utils.gather_objects(right), []))
         error = right_PK.mean(1).std(ddof=len(right_PK) > 1) / math.sqrt(len(right_PK))
         metrics |= {f"eval/{name}": float(right_PK.mean()), f"eval/{name}_stderr": float(error)}
         for j in {k // 2, k} - {0, 1}:
@@ -550,32 +521,28 @@ def evaluate(run):
 
 def write_metrics(run, metrics):
     """One line to metrics.jsonl, a shorter one to the terminal, all of it to wandb if asked."""
-    if run.rank:
-        return
-    with open(run.folder / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": run.state["step"], **metrics}) + "\n")
+    step = run.state["step"]
+    if run.rank == 0:
+        with open(run.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
     if run.wandb:
-        run.wandb.log(metrics, step=run.state["step"])
-    if "loss" not in metrics or run.state["step"] % run.config.logging_steps == 0:
-        keys = "accuracy_without|hard_|reward/|grad_norm|mismatch_k3|eval/(?!.*stderr)"
-        say(f"step {run.state['step']}: " + ", ".join(
+        run.wandb.log(metrics, step=step)
+    if "loss" not in metrics or step % run.config.logging_steps == 0:
+        keys = "accuracy_|hard_|reward/|grad_norm|mismatch_k3|eval/(?!.*stderr)"
+        say(f"step {step}: " + ", ".join(
             f"{key} {value:.3g}" for key, value in metrics.items() if re.match(keys, key)))
 
 def export(run, folder):
     """Weights, config and tokenizer as transformers and vLLM load them; called on all ranks."""
-    weights = {}
-    for name, tensor in fsdp_utils.full_tensors(run.policy.model):
-        if run.rank == 0:
-            weights[name] = tensor.to("cpu", run.compute_dtype)
+    weights = {name: tensor.to("cpu", run.compute_dtype) for name, tensor
+               in fsdp_utils.full_tensors(run.policy.model) if run.rank == 0}
     if run.rank == 0:
         run.policy.model.save_pretrained(folder, state_dict=weights)
         run.prompts.tokenizer.save_pretrained(folder)
 
-# ---- start and end -----------------------------------------------------------------------------
-
 def setup(config):
     """What `train` needs, in the order that matters: verifiers, process group, weights, engine."""
-    run = SimpleNamespace(config=config, folder=Path(config.output_dir), wandb=None)
+    run = SimpleNamespace(config=config, folder=Path(config.output_dir), wandb=None, eval_sets={})
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     pool = VerifierPool(config.reward_funcs, max(1, min(8, cores)), config.verifier_timeout)
     run.dist = fsdp_utils.setup_distributed()
@@ -583,17 +550,16 @@ def setup(config):
     run.prompts = Prompts(config)
     run.problems = load_problems(config, run.prompts, config.rl_type == "ghpo")
     run.plan = make_plan(config, run.world, len(run.problems))
-    run.eval_sets = {}
     for name, spec in config.eval_datasets.items():
-        spec = {"dataset_name": spec} if isinstance(spec, str) else spec
-        spec = make_config(asdict(config) | spec)
+        changes = {"dataset_name": spec} if isinstance(spec, str) else spec
+        spec = make_config(asdict(config) | changes)
         run.eval_sets[name] = spec, load_problems(spec, run.prompts, False)
     columns = {name: i for i, name in enumerate(config.reward_funcs)}
     run.judge = rollout.Judge(pool, run.prompts.tokenizer, columns.get(config.hint_trigger, 0),
                               columns.get("accuracy", 0))
     run.compute_dtype = getattr(torch, config.torch_dtype)
     run.master_dtype = torch.promote_types(run.compute_dtype, torch.float32)
-    transformers_logging.disable_progress_bar()
+    logging.disable_progress_bar()
     run.policy = load_policy(run)
     run.reference = load_policy(run).requires_grad_(False).eval() if config.beta else None
     is_varlen = run.policy.model.config._attn_implementation == "flash_attention_2"
@@ -607,13 +573,13 @@ def setup(config):
     # differs from reference: warm-up begins above 0, for a step at rate 0 is a step lost
     run.learning_rate = lambda step: config.learning_rate * rate(step + (step < warmup))
     open_folder(run)
-    ends, tokenizer = run.policy.model.generation_config.eos_token_id, run.prompts.tokenizer
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    ends = np.ravel(run.policy.model.generation_config.eos_token_id).tolist()  # one, several, None
+    ends = {run.prompts.tokenizer.eos_token_id, *ends} - {None}
     length = max(config.max_completion_length, config.eval_max_completion_length or 0)
     if config.engine == "hf":
         run.engine = rollout.HfEngine(
-            run.policy, ends, tokenizer.pad_token_id, partial(fsdp_utils.unshard, run.policy),
-            partial(fsdp_utils.reshard, run.policy))
+            run.policy, ends, run.prompts.tokenizer.pad_token_id,
+            lambda: fsdp_utils.unshard(run.policy), lambda: fsdp_utils.reshard(run.policy))
     else:
         engine = {"vllm": rollout.VllmEngine, "server": rollout.ServerEngine}[config.engine]
         run.engine = engine(config, ends, config.max_prompt_length + length, run.dist.device)
@@ -635,9 +601,8 @@ def load_policy(run):
 
 def startup_pass(run):
     """Forward and backward at maximum length: out-of-memory comes in minute one, not hour ten."""
-    c, T = run.config, run.config.max_completion_length
-    width, zeros = c.max_prompt_length + T, [0.0] * T
-    row = Row([0] * width, c.max_prompt_length, zeros, zeros, zeros, zeros, 0.0, 0)
+    c, width = run.config, run.config.max_prompt_length + run.config.max_completion_length
+    row = Row([0] * width, c.max_prompt_length, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
     rows = [row] * max(1, c.micro_batch_tokens // width)
     run.engine.sleep()
     needed = 0 if run.optimizer.state else 2  # Adam's moments, where not there yet
@@ -650,7 +615,7 @@ def startup_pass(run):
 def open_folder(run):
     """Starts, resumes or refuses output_dir; what was written is moved aside, never deleted."""
     c, folder, mine = run.config, run.folder, asdict(run.config)
-    settings = folder / "config.yaml"
+    settings, path = folder / "config.yaml", folder / "metrics.jsonl"
     theirs = yaml.safe_load(settings.read_text()) if settings.is_file() else mine
     changed = [k for k in mine if k not in KEYS["resumable"] and theirs.get(k) != mine[k]]
     need(not changed or c.overwrite_output_dir, f"output_dir={folder} holds another run ("
@@ -671,7 +636,6 @@ def open_folder(run):
     if run.rank:
         return
     (folder / "rollouts").mkdir(parents=True, exist_ok=True)
-    path = folder / "metrics.jsonl"
     if path.is_file():  # lines after the checkpoint will be computed again
         lines = path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if latest and line.endswith("\n")
@@ -724,13 +688,10 @@ def main():
                 startup_pass(run)
             train(run)
             export(run, run.folder / "model")
-            waiting = len(run.state["queue"])
-            say(f"done: {run.folder}" + f", {waiting} problems still queued" * bool(waiting))
+            say(f"done: {run.folder}, {len(run.state['queue'])} problems still queued")
             if config.push_to_hub and run.rank == 0:
-                from huggingface_hub import HfApi
-
-                repo = HfApi().create_repo(config.hub_model_id or run.folder.name, exist_ok=True)
-                HfApi().upload_folder(repo_id=repo.repo_id, folder_path=run.folder / "model")
+                repo = create_repo(config.hub_model_id or run.folder.name, exist_ok=True)
+                upload_folder(repo_id=repo.repo_id, folder_path=run.folder / "model")
         fsdp_utils.gather_objects("every rank is done")
         run.engine.close()
         run.judge.pool.close()
