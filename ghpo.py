@@ -596,6 +596,7 @@ def load_policy(run):
         attn_implementation=attention)
     if c.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()  # it is loaded in eval mode, in which nothing would be checkpointed
     return fsdp_utils.shard(Policy(model), model.base_model.layers, c.sharding, run.compute_dtype,
                             c.replicas, c.cpu_offload)
 
