@@ -235,7 +235,7 @@ def make_optimizer(model) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
 
 
-def phase_learn(model, tokenizer, rng: random.Random, seed: int, max_steps: int = 3500) -> int:
+def phase_learn(model, tokenizer, rng: random.Random, seed: int, max_steps: int = 6000) -> int:
     """Correct traces, growing length, lr 2e-3. Returns the steps it took."""
     optimizer = make_optimizer(model)
     longest = 2
