@@ -413,6 +413,12 @@ def train(run):
         state["step"] = step + 1
         names = ("seconds/sync", "seconds/generate", "seconds/record", "seconds/train")
         metrics |= dict(zip(names, np.diff(clock).tolist())) | {"seconds/verify": run.judge.seconds}
+        spent = 1000 * (clock[-1] - clock[0]) / max(metrics["tokens/generated"], 1)
+        metrics |= {"seconds/1000_tokens": spent}
+        if torch.cuda.is_available():  # the engine's memory is in what is free
+            free, whole = torch.cuda.mem_get_info()
+            metrics |= {"gib/used": (whole - free) / 2**30,
+                        "gib/peak": torch.cuda.max_memory_allocated() / 2**30}
         stats = {f"verifier/{name}": count for name, count in run.judge.pool.stats.items()}
         metrics |= fsdp_utils.all_reduce_scalars(stats)
         run.judge.seconds = 0.0
