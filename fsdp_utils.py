@@ -52,6 +52,11 @@ def setup_distributed(timeout_s=600):
     sys.excepthook = report
     return SimpleNamespace(rank=rank, world=world, device=device)
 
+def leave():
+    """Ends the group, where no engine has: threads of gloo must not outlive the interpreter."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
 @contextmanager
 def phase(name: str):
     """Name what this rank does now, for the report of an uncaught error or a timeout."""

@@ -708,3 +708,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    fsdp_utils.leave()

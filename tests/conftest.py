@@ -288,3 +288,8 @@ def scripted_training(setup, monkeypatch, tmp_path):
         return run, seen, [read_jsonl(path) for path in files]
 
     return go
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that fork their ranks come first: a process with a group of its own must not fork."""
+    items.sort(key=lambda item: item.path.name not in ("test_fsdp.py", "test_resume.py"))

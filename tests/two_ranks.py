@@ -95,3 +95,4 @@ if __name__ == "__main__":
     one_step(folder)
     gradients(dist.get_rank(), folder)
     uneven_sampling(dist.get_rank(), folder)
+    fsdp_utils.leave()
