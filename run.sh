@@ -47,13 +47,12 @@ pip_install() {
 install_cpu_torch() {
     local pin
     pin="$(grep '^torch==' requirements.txt)"
-    # PyPI's Linux wheel brings 2 GB of CUDA. The CPU build comes from where pip looks anyway (a
-    # mirror, a wheel folder), else from PyTorch's own index; elsewhere PyPI's wheel is the CPU one.
-    if [ "$(uname -s)" != Linux ] || pip_install "$pin+cpu" 2>/dev/null; then
-        return
+    # The default Linux wheel brings 2 GB of CUDA. The CPU build is taken where pip finds one (a
+    # mirror, a wheel folder, PyTorch's CPU index in PIP_EXTRA_INDEX_URL); elsewhere the default.
+    if [ "$(uname -s)" = Linux ] && ! pip_install "$pin+cpu" 2>/dev/null; then
+        echo "run.sh: pip finds no CPU build of $pin, taking the default one (2 GB more);" \
+            "PIP_EXTRA_INDEX_URL can name PyTorch's CPU index" >&2
     fi
-    pip_install "$pin+cpu" --extra-index-url https://download.pytorch.org/whl/cpu \
-        || echo "run.sh: no CPU build of $pin found, taking the default one" >&2
 }
 
 # install NAME FILE COMMAND...: runs COMMAND unless it last succeeded with these same FILEs.
