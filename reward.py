@@ -8,6 +8,7 @@ compared as text; in doubt the reward is 0. A forker adds notation to configs/ve
 REWARDS, or names f(response, gold) -> float in the config as "path/to/file.py:function".
 """
 import contextlib
+import faulthandler
 import functools
 import itertools
 import json
@@ -16,18 +17,19 @@ import os
 import pkgutil
 import re
 import runpy
-import signal
 import sys
 import threading
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
-from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from subprocess import PIPE, Popen
 
 import yaml
 from mpmath.ctx_mp import MPContext
+
+class UserError(ValueError):
+    """Something the user can mend: shown as one message, without a traceback."""
 
 MAX_CHARS, MAX_ITEMS = 3000, 60  # beyond: compared as strings only
 MAX_SIZE = 60_000  # bits of an exact power, logarithm of another one, argument of a function
@@ -404,90 +406,72 @@ def resolve_reward(name: str):
             return runpy.run_path(source)[function]
         return REWARDS[name] if name in REWARDS else pkgutil.resolve_name(name)
     except Exception as error:  # whatever the user's file does when it is imported
-        raise ValueError(f"reward {name!r}: none of {', '.join(REWARDS)}; {error!r}") from error
+        raise UserError(f"reward {name!r}: none of {', '.join(REWARDS)}; {error!r}") from error
 
 def serve(timeout: str, *names: str) -> None:
-    """A worker's life: lines of [text, gold] in, of its rewards or "raised" out."""
+    """A worker's life: lines of [text, gold] in, of its rewards or null out."""
     functions = [resolve_reward(name) for name in names]
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what functions print does not mix with the replies
-    print("ready", file=replies, flush=True)
     for line in sys.stdin:
-        signal.alarm(math.ceil(float(timeout)) + 5)  # ends a stuck worker whose parent is gone
+        faulthandler.dump_traceback_later(float(timeout), exit=True)  # even out of a long C call
         try:
             reply = json.dumps([float(f(*json.loads(line))) for f in functions], allow_nan=False)
         except Exception:  # a user's function may raise anything
-            reply = '"raised"'
-        signal.alarm(0)
+            reply = "null"
+        faulthandler.cancel_dump_traceback_later()
         print(reply, file=replies, flush=True)
 
 class VerifierPool:
     """Scores groups of texts in worker processes; nothing that a text does reaches the caller.
 
     A text that takes longer than `timeout` s costs its worker its life and scores 0; when a worker
-    dies its text is tried once more. `stats` counts both, and functions that raise.
+    dies otherwise its text is tried once more. `stats` counts both, and functions that raise.
     """
 
     def __init__(self, reward_funcs: list[str], workers: int, timeout: float = 5.0):
         self.zeros = [0.0 for name in reward_funcs if resolve_reward(name)]
         self.command = [sys.executable, os.path.abspath(__file__), str(timeout), *reward_funcs]
-        self.timeout, self.stats = timeout, {"timeouts": 0, "crashes": 0}
-        self.groups, self.pending, self.closed = [], 0, False  # pending: not yet polled
+        self.stats = {"timeouts": 0, "crashes": 0}
+        self.groups = {}  # the futures of a group's texts: its key
         self.threads = ThreadPoolExecutor(workers)
-        self.idle = [self._start() for _ in range(workers)]
+        self.idle = [self._start() for _ in range(workers)]  # one worker for each thread
 
     def submit(self, key, texts: list[str], gold: str) -> None:
         """Queue the G `texts` of one problem; returns at once."""
-        self.groups.append(self.threads.submit(self._score, key, texts, gold))
-        self.pending = len(self.groups)
+        self.groups[tuple(self.threads.submit(self._ask, text, gold) for text in texts)] = key
 
     def poll(self, wait: bool) -> list[tuple]:
         """(key, rewards_GF) of the groups that are ready; with `wait`, of all submitted ones."""
-        ready = [group for group in self.groups if wait or group.done()]
-        self.groups = [group for group in self.groups if group not in ready]
-        self.pending = len(self.groups)
-        return [group.result() for group in ready]
+        ready = [texts for texts in self.groups if wait or all(text.done() for text in texts)]
+        return [(self.groups.pop(texts), [text.result() for text in texts]) for texts in ready]
 
     def close(self) -> None:
-        """Stop the workers; what is still queued scores 0. Can be called twice."""
-        self.closed = True
-        self.threads.shutdown()
+        """Drop what is still queued and stop the workers. Can be called twice."""
+        self.threads.shutdown(cancel_futures=True)
         for worker in self.idle:
             worker.kill()
 
     def _start(self) -> Popen:
-        worker = Popen(self.command, stdin=PIPE, stdout=PIPE, bufsize=0)
-        worker.stdout.readline()  # "ready": its imports are not on the clock of a text
-        return worker
+        return Popen(self.command, stdin=PIPE, stdout=PIPE, bufsize=0)
 
-    def _score(self, key, texts: list[str], gold: str) -> tuple:
-        """In a thread: one text after the other goes to one worker."""
-        worker, rewards = self.idle.pop(), dict.fromkeys(texts, self.zeros)
-        for text in () if self.closed else rewards:
-            reply, worker = self._ask(worker, [text, gold])
-            if reply == "died":  # killed by another, or by this text
-                reply, worker = self._ask(worker, [text, gold])
-            if isinstance(reply, list):
-                rewards[text] = reply
-                continue
-            with LOCK:
-                self.stats["timeouts" if reply == "late" else "crashes"] += 1
+    def _ask(self, text: str, gold: str, may_retry: bool = True) -> list[float]:
+        """In a thread: the rewards of one text."""
+        worker, fate = self.idle.pop(), "crashes"
+        with contextlib.suppress(OSError):  # it was killed while it was idle
+            worker.stdin.write(json.dumps([text, gold]).encode() + b"\n")
+        reply = worker.stdout.readline()
+        if not reply:
+            fate = "timeouts" if worker.wait() == 1 else "died"  # 1: see faulthandler
+            worker = self._start()
         self.idle.append(worker)
-        return key, [rewards[text] for text in texts]
-
-    def _ask(self, worker: Popen, item: list) -> tuple:
-        """The reply or the worker's fate; and the worker, dead or alive."""
-        try:
-            worker = worker if worker.poll() is None else self._start()
-            worker.stdin.write(json.dumps(item).encode() + b"\n")
-            if wait_for([worker.stdout], self.timeout):
-                return json.loads(worker.stdout.readline()), worker
-            fate = "late"
-        except (OSError, ValueError):
-            fate = "died"
-        worker.kill()
-        worker.wait()
-        return fate, worker
+        if fate == "died" and may_retry:
+            return self._ask(text, gold, may_retry=False)
+        rewards = json.loads(reply or "null")
+        if rewards is None:
+            with LOCK:
+                self.stats["timeouts" if fate == "timeouts" else "crashes"] += 1
+        return rewards or self.zeros
 
 if __name__ == "__main__":
     sys.path.insert(0, os.getcwd())
