@@ -14,7 +14,6 @@ import itertools
 import json
 import math
 import os
-import pkgutil
 import re
 import runpy
 import sys
@@ -38,9 +37,11 @@ NOTATION = yaml.safe_load((Path(__file__).parent / "configs/verifier.yaml").read
 COMMANDS, UNITS = ({word: sign for sign, words in NOTATION[table].items() for word in words.split()}
                    for table in ("commands", "units"))
 FUNCTIONS, INFIX, BRACKETS = (NOTATION[table] for table in ("functions", "operators", "brackets"))
-ENDS = {"", *(token for closings, _ in BRACKETS.values() for token in closings)} - {"|"}
+ENDS = {"", *(token for closings, _ in BRACKETS.values() for token in closings)}
 REWRITES = [(re.compile(pattern), new) for pattern, new in NOTATION["rewrites"]]
 NAME = r"[^\W_]|∅|∞|" + NOTATION["tokens"]["opaque"]
+ITEM = re.compile(r"\\[{}]|(?:\([^()]*\)|\\[^{}]|[^,\\])+")  # of a list
+SIGNS = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
 TOKEN = re.compile("|".join(NOTATION["tokens"].values()))
 
 def tokenise(text: str) -> list[str]:
@@ -50,39 +51,35 @@ def tokenise(text: str) -> list[str]:
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
     text = re.sub(r"\\([A-Za-z]+)", lambda run: COMMANDS.get(run[1], run[0] + " "), text)
+    if "±" in text:  # each item of a list with it is two
+        text = ITEM.sub(lambda run: ",".join(dict.fromkeys(map(run[0].translate, SIGNS))), text)
     return [token.lower() if token[0] == '"' else token for token in TOKEN.findall(text)]
 
-CHAINS = {"+", "product", "list", ";", "and", "or", "row", "cell", ":", "rel"}
+CHAINS = {"+", "product", "list", "and", "or", "row", "cell", ":", "rel"}
+ARGUMENT = 15  # the level of a function's argument without brackets
 ONE, TWO, MINUS = (("num", Fraction(number)) for number in (1, 2, -1))
-REALS = ("tuple", "()", ("product", MINUS, ("∞",)), ("∞",))
 X = ("var", "")  # what an interval is about
 
 class Reader:
     """Precedence climbing over tokens. A tree is (kind, *parts), its leaves ("num", Fraction)."""
 
     def __init__(self, tokens: list[str]):
-        self.tokens, self.brackets = ["", *reversed(tokens)], [""]
-
-    def infix(self) -> tuple[int, str]:
-        """(strength, kind) of the next token as an operator; two factors in a row are a product."""
-        token, innermost = self.tokens[-1], self.brackets[-1]
-        in_function = innermost == "function"
-        if token in ENDS or token == innermost == "|" or in_function and (
-                token in "([" or token[1:] in FUNCTIONS):
-            return 0, ""
-        if token in "|:" and innermost == r"\{":
-            return 7, "builder"
-        default = (12, "unit") if token[0] == '"' else (14 + in_function, "product")
-        return INFIX.get(token, default)
+        self.tokens = ["", *reversed(tokens)]
 
     def tree(self, level: int = 1):
+        """A prefix and all operators of at least this strength; two factors are a product."""
         left = self.prefix(level)
-        while (infix := self.infix())[0] >= level:
-            strength, kind = infix
-            token = "" if kind == "product" else self.tokens.pop()
-            if kind in ("unit", "fac", "deg"):
+        while (token := self.tokens[-1]) not in ENDS:
+            joins = level == ARGUMENT and token not in "([" and token[1:] not in FUNCTIONS
+            default = (12, "unit") if token[0] == '"' else (14 + joins, "product")
+            strength, kind = INFIX.get(token, default)
+            if strength < level:
+                break
+            if token in INFIX or kind == "unit":
+                self.tokens.pop()
+            if kind == "unit":
                 names = (UNITS.get(word, word.rstrip("s")) for word in token.strip('"').split())
-                left = (kind, left, " ".join(names))
+                left = (kind, left, (" ".join(names),))
                 continue
             right = self.tree(strength + (kind != "power"))
             link = (token, right) if kind == "rel" else (right,)
@@ -104,9 +101,8 @@ class Reader:
             # f_b^n x: without a bracket the argument is the product up to the next function
             base, exponent = (self.tokens[-1] == mark and self.tokens.pop() and self.prefix()
                               for mark in "_^")
-            self.brackets.append("function")
-            argument = self.bracket(self.tokens.pop()) if self.tokens[-1] in "({" else self.tree(15)
-            self.brackets.pop()
+            has_bracket = self.tokens[-1] in "({"
+            argument = self.bracket(self.tokens.pop()) if has_bracket else self.tree(ARGUMENT)
             tree = ("/", ("ln", argument), ("ln", base)) if base else (token[1:], argument)
             return ("power", tree, exponent) if exponent else tree
         if token and token in "fghFGHPT" and self.tokens[-1] == "(":
@@ -120,16 +116,12 @@ class Reader:
         return (token,) if token in CONSTANTS else ("var", re.sub('[{}" ]', "", token))
 
     def bracket(self, opening: str):
-        self.brackets.append(opening)
         inner = self.tree() if self.tokens[-1] not in ENDS else ("list",)
-        self.brackets.pop()
         closings, kind = BRACKETS[opening]
         closing = self.tokens.pop()
         if closing not in closings:
             raise ValueError(f"{opening} is closed by {closing}")
-        if inner[0] == "builder" and (is_name(inner[1]) or inner[1][-1] == REALS):
-            return inner[2]
-        if opening in "([" and inner[0] in ("list", ";"):
+        if opening in "([" and inner[0] == "list":
             return ("tuple", opening + closing, *inner[1:])
         return (kind, inner) if kind else inner
 
@@ -138,21 +130,21 @@ MP.dps = 100
 
 def power(base, exponent):
     """Exact where base and exponent say so, after a look at the size of the result."""
-    is_exact = isinstance(base, Fraction) and getattr(exponent, "denominator", 0) == 1
     if base == 0 < exponent:
         return base
-    bits = is_exact and max(map(int.bit_length, base.as_integer_ratio()))
-    if abs(exponent) * (bits if is_exact else abs(MP.ln(base))) > MAX_SIZE:
+    is_exact = isinstance(base, Fraction) and getattr(exponent, "denominator", 0) == 1
+    size = max(map(int.bit_length, base.as_integer_ratio())) if is_exact else abs(MP.ln(base))
+    if abs(exponent) * size > MAX_SIZE:
         raise ValueError("power too large")
     return base ** int(exponent) if is_exact else MP.power(base, exponent)
 
 OPERATIONS = {
     "+": lambda *values: sum(values), "-": lambda a, b: a + -b, "/": lambda a, b: a * (1 / b),
-    "times": lambda a, b: a * b, "product": lambda *values: math.prod(values), "power": power,
-    "deg": lambda value: MP.pi / 180 * value,
+    "product": lambda *values: math.prod(values), "power": power, "unit": lambda a, b: a * b,
+    "%": lambda: Fraction(1, 100), "°": lambda: MP.pi / 180,
     "call": lambda name, value: MP.sin(value + name) + value**2 * name,
     "π": lambda: +MP.pi, "e": lambda: +MP.e, "i": lambda: MP.j, "∞": lambda: MP.inf}
-CONSTANTS, ROUND = set("πei∞"), ("fabs", "floor", "ceil")
+CONSTANTS, UNBOUNDED = set("πei∞"), {"ln", "fabs", "floor", "ceil"}
 COUNTS, COUNTED = {"fac": math.factorial, "binomial": math.comb}, set(range(3001))
 
 @functools.lru_cache(maxsize=4096)
@@ -173,8 +165,7 @@ def evaluate(tree, point=0):
         return OPERATIONS[kind](*values)
     if kind in COUNTS and COUNTED.issuperset(values):
         return Fraction(COUNTS[kind](*map(int, values)))
-    is_large = kind not in ("ln", *ROUND) and any(abs(value) > MAX_SIZE for value in values)
-    if is_large or kind not in [*FUNCTIONS, *COUNTS, *ROUND]:
+    if kind not in FUNCTIONS or kind not in UNBOUNDED and any(abs(v) > MAX_SIZE for v in values):
         raise ValueError(f"{kind} has no value, or too large an argument")
     return getattr(MP, kind)(*map(MP.convert, values))
 
@@ -205,7 +196,7 @@ def equal(a, b, up_to_a_factor: bool = False) -> bool:
 
 SETS = {"list", "set"}  # 1, 2 and {1, 2}
 REGIONS = {"rel", "∪", "∩", "∖", "tuple"}
-STRUCTURES = REGIONS | {*SETS, ";", "and", "or", "row", "cell", "matrix", ":"}
+STRUCTURES = REGIONS | {*SETS, "and", "or", "row", "cell", "matrix", ":"}
 
 def is_name(tree) -> bool:
     """x, f(x), (x, y) or a word: what may stand before "= value"."""
@@ -220,38 +211,33 @@ def settle(tree):
     parts = [settle(part) if isinstance(part, tuple) else part for part in parts]
     if kind in ("and", "or") and all(part[0] in REGIONS - {"tuple"} for part in parts):
         return ("∪" if kind == "or" else "∩", *parts)
-    if kind in ("list", "set", ";", "and", "or"):
+    if kind in ("list", "set", "and", "or"):
         parts = [item for part in parts for item in (part[1:] if part[0] == "list" else [part])]
         if not 0 < len(parts) <= MAX_ITEMS:
             raise ValueError("no items, or too many")
         return ("set" if kind == "set" else "list", *parts) if len(parts) > 1 else parts[0]
     if kind != "rel":
         return (kind, *parts)
-    # name = value, an equation (as left - right), or a chain of inequalities
-    name, signs, sides = None, parts[1::2], parts[::2]
-    whole = ("-", *sides) if signs == ["="] else None
-    while len(sides) > 1 and is_name(sides[0]) and set(signs) <= set("=∈≈"):
-        name, signs, sides = sides[0], signs[1:], sides[1:]
-    if set(signs) == {"="} and not any(map(variables, sides)):  # 3/4 = 0.75, but not 7 = 5
-        signs, sides = ([], sides[:1]) if all(equal(sides[0], t) for t in sides) else (signs, sides)
-    if not signs:
-        return ("named", name, sides[0], whole) if name else sides[0]
-    if signs == ["="]:
-        return ("named", sides[1], sides[0], whole) if is_name(sides[1]) else ("equation", whole)
-    return ("rel", "".join(signs), *sides)
+    signs, sides = parts[1::2], parts[::2]
+    if not set(signs) <= set("=∈≈"):
+        return ("rel", "".join(signs), *sides)
+    # name = value, 3/4 = 0.75 (but not 7 = 5), or an equation
+    name = next((side for side in sides if side[0] in ("var", "text")), None)
+    values = [side for side in sides if not is_name(side)] or sides[-1:]
+    value = values[0] if all(equal(values[0], other) for other in values[1:]) else None
+    return ("equation", name, value, ("-", *sides) if signs == ["="] else None)
 
 def same(a, b) -> bool:
     """Do two settled trees mean the same answer? Symmetric."""
     if a == b or isinstance(a, str) or "text" in (a[0], b[0]):
         return a == b
     kinds = {a[0], b[0]}
-    if kinds & {"named", "equation"}:
-        wholes = [t[-1] if t[0] in ("named", "equation") else None for t in (a, b)]
+    if "equation" in kinds:
+        parts = (t[1:] if t[0] == "equation" else (None, t, None) for t in (a, b))
+        names, values, wholes = zip(*parts)
         if all(wholes) and equal(*wholes, up_to_a_factor=True):
             return True
-        names = {t[1] for t in (a, b) if t[0] == "named" and t[1][0] in ("var", "text")}
-        values = [t[2] if t[0] == "named" else t for t in (a, b)]
-        return "equation" not in kinds and len(names) < 2 and same(*values)
+        return all(values) and len({*names, None}) < 3 and same(*values)
     if kinds & (REGIONS - {"tuple"}):
         return same_region(a, b)
     if kinds <= SETS:  # every item of the one takes its own item of the other
@@ -263,29 +249,26 @@ def same(a, b) -> bool:
     if kinds & STRUCTURES:
         return a[0] == b[0] and len(a) == len(b) and all(map(same, a[1:], b[1:]))
     # values, with units ignored when one side has none; a % or ° may also be a factor
-    units = [t[2] if t[0] in ("unit", "deg") else "" for t in (a, b)]
-    bare = [t[1] if name else t for t, name in zip((a, b), units)]
-    if all(units):
-        return units[0] == units[1] and equal(*bare)
-    scale = {"%": ("num", Fraction(1, 100)), "°": ("deg", ("num", Fraction(1)), "°")}
-    scaled = [("product", t, scale[name]) if name in scale else t for t, name in zip(bare, units)]
-    return equal(*bare) or equal(*scaled)
+    units = [t[2] if t[0] == "unit" else None for t in (a, b)]
+    bare = [t[1] if t[0] == "unit" else t for t in (a, b)]
+    return equal(*bare) and units[0] == units[1] if all(units) else equal(*bare) or equal(a, b)
+
+JOINTS = {"∪": any, "list": any, "set": any, "∩": all, "∖": lambda tests: tests == [True, False]}
 
 def region(tree) -> tuple:
-    """(ends, membership test) of a part of the real line; its inequalities are linear."""
+    """(ends, membership test) of a part of the real line."""
     kind, *parts = tree
-    if kind in ("∪", "∩", "∖", *SETS):
-        joint = {"∩": all, "∖": lambda truths: truths == [True, False]}.get(kind, any)
+    if kind in JOINTS:
         ends, tests = zip(*map(region, parts))
-        return sum(ends, []), lambda x: joint([test(x) for test in tests])
+        return sum(ends, []), lambda x: JOINTS[kind]([test(x) for test in tests])
     if kind == "tuple" and len(parts) == 3:
         parts = ["".join("<≤"[bracket in "[]"] for bracket in parts[0]), parts[1], X, parts[2]]
     elif kind != "rel":
-        parts = ["=", X, ("num", evaluate(tree))]
+        parts = ["=", X, tree]
     signs, *sides = parts
     ends = []
-    for left, right in zip(sides, sides[1:]):
-        u, v, w = (MP.convert(evaluate(("-", left, right), Fraction(n))) for n in range(3))
+    for left, right in itertools.pairwise(sides):
+        u, v, w = (MP.convert(evaluate(("-", left, right), Fraction(x))) for x in range(3))
         if not near(u + w, 2 * v):
             raise ValueError("not linear")
         ends += [] if near(u, v) else [u / (u - v)]
@@ -304,24 +287,16 @@ def same_region(a, b) -> bool:
     names = variables(a) | variables(b)
     return len(names) < 2 and len(ends) <= MAX_ITEMS and all(in_a(x) == in_b(x) for x in tests)
 
+NOISE = r"(?:\\text|\\quad|\\[()\[\] ,;]|[${}\s.]){0,20}"
+JOINT = re.compile(r"\}" + NOISE + r"(?:(,|;|,?\s*and)|,?\s*or)" + NOISE + r"\\boxed\s*\{")
+
 def boxed(text: str) -> str | None:
-    """The last box; or all of the last boxes with only "," or "and" between them."""
-    contents, end = [], len(text)
-    while (start := text.rfind("\\boxed", 0, end)) >= 0 and len(contents) <= MAX_ITEMS:
-        opening, depth, close = re.compile(r"\\boxed\s*\{").match(text, start), 0, 0
-        for brace in re.compile(r"[{}]").finditer(text, start) if opening else ():
-            depth += 1 if brace[0] == "{" else -1
-            if depth == 0:
-                close = brace.end()
-                break
-        between = re.sub(r"\\text|\\quad|\\[()\[\] ,;]|[${}\s.]", "", text[close:end][:80])
-        if contents and between in ("or", ",or"):
-            return None
-        if not close or contents and between not in ("and", ",and", ",", ";"):
-            break
-        contents.insert(0, text[opening.end():close - 1].rstrip("\\"))
-        end = start
-    return ",".join(contents) or None
+    """The last box, with those that "," or "and" join to it; None when "or" does."""
+    text = JOINT.sub(lambda run: "," if run[1] else "{", text)  # a "{" that nothing closes
+    box = text.rpartition("\\boxed")[2].lstrip()
+    depths = itertools.accumulate((char == "{") - (char == "}") for char in box)
+    end = next((index for index, depth in enumerate(depths) if depth <= 0), 0)
+    return box[1:end].rstrip("\\") or None
 
 def extract_answer(response: str) -> str | None:
     r"""The one final answer in `response`, or None.
@@ -344,28 +319,24 @@ def extract_answer(response: str) -> str | None:
 
 REFUSED = (RecursionError, ValueError, ArithmeticError, TypeError, LookupError)
 SIMPLE = re.compile(r"-?\d{1,40}(?:\.\d{1,40})?\Z")
-THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])")
-SIGNS = {"±": "+", "∓": "-"}, {"±": "-", "∓": "+"}
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:,\d{3})*(?![\d,])[^()\[\]{}]*$)")
 
 @functools.lru_cache(maxsize=4096)
 def readings(text: str) -> tuple:
     """What an answer may stand for: its string, and settled trees (1,234 is a number or a list)."""
     if len(text) > MAX_CHARS:
         return (("text", text),)
-    variants = [tokenise(text)]
-    plain = re.sub('[" ]', "", "".join(variants[0]))
-    has_words = '"' in "".join(variants[0]) or plain.isalpha() and len(plain) > 2
-    found = [("text", plain.lower() if has_words else plain)] if re.search(r"\w|∞", plain) else []
-    if THOUSANDS.search(text) and not re.search(r"[(\[]|\\\{", text):
-        variants.append(tokenise(THOUSANDS.sub(lambda run: run[0].replace(",", ""), text)))
-    for tokens in variants:
-        readers = [Reader([signs.get(token, token) for token in tokens])
-                   for signs in (SIGNS if {"±", "∓"} & set(tokens) else [{}])]
+    for variant in dict.fromkeys((text, THOUSANDS.sub("", text))):
+        tokens = tokenise(variant)
+        if variant == text:
+            plain = re.sub('[" ]', "", "".join(tokens))
+            has_words = '"' in "".join(tokens) or plain.isalpha() and len(plain) > 2
+            plain = plain.lower() if has_words else plain
+            found = [("text", plain)] if re.search(r"\w|∞", plain) else []
+        reader = Reader(tokens)
         with contextlib.suppress(*REFUSED):
-            trees = [settle(reader.tree()) for reader in readers]
-            items = [t for tree in trees for t in (tree[1:] if tree[0] in SETS else [tree])]
-            if all(reader.tokens == [""] for reader in readers):
-                found.append(trees[0] if len(trees) == 1 else ("list", *dict.fromkeys(items)))
+            tree = settle(reader.tree())
+            found += [tree] if reader.tokens == [""] else []
     return tuple(found)
 
 def parse_gold(gold: str) -> str | None:
@@ -399,12 +370,10 @@ def format_reward(response: str, gold: str = "") -> float:
 REWARDS = {"accuracy": accuracy_reward, "format": format_reward}
 
 def resolve_reward(name: str):
-    """The f(response, gold) -> float behind a key of REWARDS, "file.py:function" or "module:f"."""
+    """The f(response, gold) -> float behind a key of REWARDS or "path/to/file.py:function"."""
     source, _, function = name.rpartition(":")
     try:
-        if source.endswith(".py"):
-            return runpy.run_path(source)[function]
-        return REWARDS[name] if name in REWARDS else pkgutil.resolve_name(name)
+        return REWARDS[name] if name in REWARDS else runpy.run_path(source)[function]
     except Exception as error:  # whatever the user's file does when it is imported
         raise UserError(f"reward {name!r}: none of {', '.join(REWARDS)}; {error!r}") from error
 
@@ -431,11 +400,12 @@ class VerifierPool:
 
     def __init__(self, reward_funcs: list[str], workers: int, timeout: float = 5.0):
         self.zeros = [0.0 for name in reward_funcs if resolve_reward(name)]
-        self.command = [sys.executable, os.path.abspath(__file__), str(timeout), *reward_funcs]
+        command = [sys.executable, os.path.abspath(__file__), str(timeout), *reward_funcs]
+        self.start = functools.partial(Popen, command, stdin=PIPE, stdout=PIPE, bufsize=0)
         self.stats = {"timeouts": 0, "crashes": 0}
         self.groups = {}  # the futures of a group's texts: its key
         self.threads = ThreadPoolExecutor(workers)
-        self.idle = [self._start() for _ in range(workers)]  # one worker for each thread
+        self.idle = [self.start() for _ in range(workers)]  # one worker for each thread
 
     def submit(self, key, texts: list[str], gold: str) -> None:
         """Queue the G `texts` of one problem; returns at once."""
@@ -452,25 +422,20 @@ class VerifierPool:
         for worker in self.idle:
             worker.kill()
 
-    def _start(self) -> Popen:
-        return Popen(self.command, stdin=PIPE, stdout=PIPE, bufsize=0)
-
     def _ask(self, text: str, gold: str, may_retry: bool = True) -> list[float]:
         """In a thread: the rewards of one text."""
-        worker, fate = self.idle.pop(), "crashes"
+        worker = self.idle.pop()
         with contextlib.suppress(OSError):  # it was killed while it was idle
             worker.stdin.write(json.dumps([text, gold]).encode() + b"\n")
         reply = worker.stdout.readline()
-        if not reply:
-            fate = "timeouts" if worker.wait() == 1 else "died"  # 1: see faulthandler
-            worker = self._start()
-        self.idle.append(worker)
-        if fate == "died" and may_retry:
+        is_late = not reply and worker.wait() == 1  # the exit status that faulthandler gives
+        self.idle.append(worker if reply else self.start())
+        if not (reply or is_late) and may_retry:
             return self._ask(text, gold, may_retry=False)
         rewards = json.loads(reply or "null")
         if rewards is None:
             with LOCK:
-                self.stats["timeouts" if fate == "timeouts" else "crashes"] += 1
+                self.stats["timeouts" if is_late else "crashes"] += 1
         return rewards or self.zeros
 
 if __name__ == "__main__":
