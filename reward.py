@@ -37,7 +37,7 @@ NOTATION = yaml.safe_load((Path(__file__).parent / "configs/verifier.yaml").read
 COMMANDS, UNITS = ({word: sign for sign, words in NOTATION[table].items() for word in words.split()}
                    for table in ("commands", "units"))
 FUNCTIONS, INFIX, BRACKETS = (NOTATION[table] for table in ("functions", "operators", "brackets"))
-ENDS = {"", *(token for closings, _ in BRACKETS.values() for token in closings)}
+ENDS = {token for closings, _ in BRACKETS.values() for token in closings}
 REWRITES = [(re.compile(pattern), new) for pattern, new in NOTATION["rewrites"]]
 NAME = r"[^\W_]|∅|∞|" + NOTATION["tokens"]["opaque"]
 ITEM = re.compile(r"\\[{}]|(?:\([^()]*\)|\\[^{}]|[^,\\])+")  # of a list
@@ -75,13 +75,9 @@ class Reader:
             strength, kind = INFIX.get(token, default)
             if strength < level:
                 break
-            if token in INFIX or kind == "unit":
+            if token in INFIX and kind != "unit":
                 self.tokens.pop()
-            if kind == "unit":
-                names = (UNITS.get(word, word.rstrip("s")) for word in token.strip('"').split())
-                left = (kind, left, (" ".join(names),))
-                continue
-            right = self.tree(strength + (kind != "power"))
+            right = self.prefix() if kind == "unit" else self.tree(strength + (kind != "power"))
             link = (token, right) if kind == "rel" else (right,)
             left = (*left, *link) if kind == left[0] and kind in CHAINS else (kind, left, *link)
         return left
@@ -95,25 +91,24 @@ class Reader:
         if token in (r"\frac", r"\binom"):
             return ("/" if token == r"\frac" else "binomial", self.prefix(), self.prefix())
         if token == r"\sqrt":
-            index = self.bracket(self.tokens.pop()) if self.tokens[-1] == "[" else TWO
+            index = self.prefix() if self.tokens[-1] == "[" else TWO
             return ("power", self.prefix(), ("/", ONE, index))
         if token[1:] in FUNCTIONS:
             # f_b^n x: without a bracket the argument is the product up to the next function
             base, exponent = (self.tokens[-1] == mark and self.tokens.pop() and self.prefix()
                               for mark in "_^")
-            has_bracket = self.tokens[-1] in "({"
-            argument = self.bracket(self.tokens.pop()) if has_bracket else self.tree(ARGUMENT)
+            argument = self.prefix() if self.tokens[-1] in "({" else self.tree(ARGUMENT)
             tree = ("/", ("ln", argument), ("ln", base)) if base else (token[1:], argument)
             return ("power", tree, exponent) if exponent else tree
         if token and token in "fghFGHPT" and self.tokens[-1] == "(":
             return ("call", ("var", token), self.bracket(self.tokens.pop()))
         if token.replace(".", "", 1).isdecimal():
             return ("num", Fraction(token))
-        if re.match('"[a-z]', token):
-            return ("text", token)
+        if token[0] == '"':
+            return (" ".join(UNITS.get(word, word.rstrip("s")) for word in token.strip('"').split()),)
         if not re.match(NAME, token):
             raise ValueError(token)
-        return (token,) if token in CONSTANTS else ("var", re.sub('[{}" ]', "", token))
+        return (token,) if token in CONSTANTS else ("var", re.sub("[{} ]", "", token))
 
     def bracket(self, opening: str):
         inner = self.tree() if self.tokens[-1] not in ENDS else ("list",)
@@ -121,7 +116,7 @@ class Reader:
         closing = self.tokens.pop()
         if closing not in closings:
             raise ValueError(f"{opening} is closed by {closing}")
-        if opening in "([" and inner[0] == "list":
+        if opening in ("(", "[") and inner[0] == "list":
             return ("tuple", opening + closing, *inner[1:])
         return (kind, inner) if kind else inner
 
@@ -160,6 +155,8 @@ def evaluate(tree, point=0):
         return parts[0]
     if kind == "var":
         return sample(parts[0], point) if isinstance(point, int) else point
+    if kind == "scaled":  # 2x - 2 and x - 1 become the same
+        return evaluate(parts[0], point) * (1 / evaluate(parts[0]))
     values = [evaluate(part, point) for part in parts if isinstance(part, tuple)]
     if kind in OPERATIONS:
         return OPERATIONS[kind](*values)
@@ -181,27 +178,18 @@ def near(a, b) -> bool:
     return abs(a - b) <= max(abs(a), abs(b)) / 10**60 < MP.inf
 
 @functools.lru_cache(maxsize=4096)
-def equal(a, b, up_to_a_factor: bool = False) -> bool:
+def equal(a, b) -> bool:
     """Equal at every sample point where both are real, and at two of the points at least."""
-    pairs = []
-    for point in range(3 if variables(a) else 1) if variables(a) == variables(b) else ():
+    names, agreed = variables(a), []
+    for point in range(3 if names else 1) if names == variables(b) else ():
         with contextlib.suppress(ValueError, ArithmeticError):
-            pairs.append((evaluate(a, point), evaluate(b, point)))
-    if up_to_a_factor:
-        pairs = [(x, y) for x, y in pairs if x != 0 and y != 0]
-        pairs = [(x * pairs[0][1], y * pairs[0][0]) for x, y in pairs]
-    agreed = [near(x, y) for x, y in pairs]
-    decisive = all(yes or MP.im(x) or MP.im(y) for yes, (x, y) in zip(agreed, pairs))
-    return decisive and sum(agreed) >= (2 if variables(a) else 1) + up_to_a_factor
+            x, y = evaluate(a, point), evaluate(b, point)
+            agreed.append(near(x, y) or (None if MP.im(x) or MP.im(y) else False))
+    return False not in agreed and agreed.count(True) >= (2 if names else 1)
 
 SETS = {"list", "set"}  # 1, 2 and {1, 2}
-REGIONS = {"rel", "∪", "∩", "∖", "tuple"}
-STRUCTURES = REGIONS | {*SETS, "and", "or", "row", "cell", "matrix", ":"}
-
-def is_name(tree) -> bool:
-    """x, f(x), (x, y) or a word: what may stand before "= value"."""
-    return tree[0] in ("var", "call", "text", "e", "i") or (
-        tree[0] == "tuple" and all(map(is_name, tree[2:])))
+REGIONS = {"rel", "∪", "∩", "∖"}
+STRUCTURES = REGIONS | {*SETS, "tuple", "and", "or", "row", "cell", "matrix", ":"}
 
 def settle(tree):
     """The tree as an answer: lists opened, names and equations set apart."""
@@ -209,7 +197,7 @@ def settle(tree):
     if kind not in STRUCTURES:
         return tree
     parts = [settle(part) if isinstance(part, tuple) else part for part in parts]
-    if kind in ("and", "or") and all(part[0] in REGIONS - {"tuple"} for part in parts):
+    if kind in ("and", "or") and all(part[0] in REGIONS for part in parts):
         return ("∪" if kind == "or" else "∩", *parts)
     if kind in ("list", "set", "and", "or"):
         parts = [item for part in parts for item in (part[1:] if part[0] == "list" else [part])]
@@ -219,13 +207,14 @@ def settle(tree):
     if kind != "rel":
         return (kind, *parts)
     signs, sides = parts[1::2], parts[::2]
-    if not set(signs) <= set("=∈≈"):
+    if set(signs) - set("=∈≈"):
         return ("rel", "".join(signs), *sides)
     # name = value, 3/4 = 0.75 (but not 7 = 5), or an equation
-    name = next((side for side in sides if side[0] in ("var", "text")), None)
-    values = [side for side in sides if not is_name(side)] or sides[-1:]
+    names = [side for side in sides if side[0] in ("var", "call") or len(side) == 1]
+    values = [side for side in sides if side not in names] or names[-1:]
     value = values[0] if all(equal(values[0], other) for other in values[1:]) else None
-    return ("equation", name, value, ("-", *sides) if signs == ["="] else None)
+    whole = ("scaled", ("-", *sides)) if signs == ["="] and variables(tree) else None
+    return ("equation", names[0] if names else None, value, whole)
 
 def same(a, b) -> bool:
     """Do two settled trees mean the same answer? Symmetric."""
@@ -235,10 +224,9 @@ def same(a, b) -> bool:
     if "equation" in kinds:
         parts = (t[1:] if t[0] == "equation" else (None, t, None) for t in (a, b))
         names, values, wholes = zip(*parts)
-        if all(wholes) and equal(*wholes, up_to_a_factor=True):
-            return True
-        return all(values) and len({*names, None}) < 3 and same(*values)
-    if kinds & (REGIONS - {"tuple"}):
+        is_named_alike = len({*names, None}) < 3
+        return all(wholes) and equal(*wholes) or all(values) and is_named_alike and same(*values)
+    if kinds & REGIONS:
         return same_region(a, b)
     if kinds <= SETS:  # every item of the one takes its own item of the other
         rest = list(b[1:])
@@ -319,24 +307,19 @@ def extract_answer(response: str) -> str | None:
 
 REFUSED = (RecursionError, ValueError, ArithmeticError, TypeError, LookupError)
 SIMPLE = re.compile(r"-?\d{1,40}(?:\.\d{1,40})?\Z")
-THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?:,\d{3})*(?![\d,])[^()\[\]{}]*$)")
-
 @functools.lru_cache(maxsize=4096)
 def readings(text: str) -> tuple:
-    """What an answer may stand for: its string, and settled trees (1,234 is a number or a list)."""
+    """What an answer may stand for: its string and, when it can be read, its settled tree."""
     if len(text) > MAX_CHARS:
         return (("text", text),)
-    for variant in dict.fromkeys((text, THOUSANDS.sub("", text))):
-        tokens = tokenise(variant)
-        if variant == text:
-            plain = re.sub('[" ]', "", "".join(tokens))
-            has_words = '"' in "".join(tokens) or plain.isalpha() and len(plain) > 2
-            plain = plain.lower() if has_words else plain
-            found = [("text", plain)] if re.search(r"\w|∞", plain) else []
-        reader = Reader(tokens)
-        with contextlib.suppress(*REFUSED):
-            tree = settle(reader.tree())
-            found += [tree] if reader.tokens == [""] else []
+    tokens = tokenise(text)
+    plain = re.sub('[" ]', "", "".join(tokens))
+    if not re.search(r"[\w∅∞]", plain):
+        return ()
+    has_words = '"' in "".join(tokens) or plain.isalpha() and len(plain) > 2
+    found = [("text", plain.lower() if has_words else plain)]
+    with contextlib.suppress(*REFUSED):
+        found.append(settle(Reader(tokens).bracket("")))
     return tuple(found)
 
 def parse_gold(gold: str) -> str | None:
