@@ -1,14 +1,17 @@
-"""Speed and memory of the real loop on a GPU: Qwen2.5-1.5B's shape, random weights, no download.
+"""Speed and memory of the real loop and of TRL: Qwen2.5-1.5B's shape, random weights, no download.
 
-    python tests/bench_gpu.py                          one NVIDIA GPU of 40 GB or more
-    torchrun --nproc_per_node 8 tests/bench_gpu.py     one model over eight
-    python tests/bench_gpu.py --toy                    toy sizes on a CPU, to see that it runs
+    python tests/bench_gpu.py                  one NVIDIA GPU of 48 GB or more
+    python tests/bench_gpu.py --gpus 8         one model over eight (TRL: a copy on each)
+    python tests/bench_gpu.py --toy            toy sizes on a CPU, to see that it runs
 
-Needs torch with CUDA; vllm for --engine vllm (otherwise --engine hf samples, slowly); flash-attn for
-packing (without it packing is skipped). Text is Latin-1 bytes by the tiny task's tokenizer, samples
-run to their full length, and the reward is a coin, so that every row is trained on.
-Prints a table; the last line is JSON: for packing on and off seconds and tokens/s of training and of
-sampling, MFU of the training pass, peak memory. --peak: the GPU's dense bf16 FLOP/s for MFU.
+Needs torch with CUDA. Better with vllm (else transformers' generate samples, slowly), flash-attn
+(else packing is left out) and TRL, here or in the Python that --trl names (no requirement of this
+project: pip install trl). TRL gets the same model folder, prompts, number and length of samples,
+types, and at most as many tokens a forward. Samples run to full length and the reward is a coin, so
+that every row is trained on. Prints a table, then a line of JSON, null for what was not measured.
+"generate" has weight transfer, sampling and our rewards, "train" the rest; tokens/s and MFU are of
+one GPU. peak_gib is what torch allocates in the training pass (CPU: the process), used_gib what the
+driver counts after it, less what a sleeping vLLM has given back.
 """
 
 import argparse
@@ -16,139 +19,210 @@ import importlib.util
 import json
 import os
 import random
-import shutil
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.bench_train import TINY, parity  # noqa: E402  (sets the number of threads)
 
 import torch  # noqa: E402
 
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-
-
-def parity(response, gold):
-    """A coin's reward, the same for the same text."""
-    return zlib.crc32(response.encode()) % 2
-
+SAMPLES, LONGEST_PROMPT, WARM_UP = 8, 512, 2
+IS_GPU = torch.cuda.is_available()
+IS_FLASH = IS_GPU and importlib.util.find_spec("flash_attn") is not None
 
 def write_model_and_data(folder, toy):
-    """A random model in Qwen2.5-1.5B's shape with the tiny tokenizer, and problems of 50-400 bytes."""
+    """A random model with the tiny tokenizer, and problems of 50-400 bytes; its parameter count."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    shape = {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960,
-             "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2}
-    if toy:
-        shape = {"vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128,
-                 "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "tests" / "tiny" / "base")
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+             "num_attention_heads", "num_key_value_heads")
+    shape = dict(zip(names, (1024, 64, 128, 2, 4, 2) if toy else (151936, 1536, 8960, 28, 12, 2)))
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
     config = Qwen2Config(**shape, tie_word_embeddings=True, max_position_embeddings=32768,
                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model = Qwen2ForCausalLM(config).to(torch.bfloat16)  # not on the GPU: others measure there
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     rng = random.Random(0)
-    with open(folder / "data.jsonl", "w") as file:
-        for _ in range(400):
-            text = "".join(rng.choice("abcdefgh ") for _ in range(rng.randint(50, 400)))
-            file.write(json.dumps({"problem": text, "solution": "1"}) + "\n")
+    texts = ["".join(rng.choices("abcdefgh ", k=rng.randint(50, 400))) for _ in range(400)]
+    lines = [json.dumps({"problem": text, "solution": "1"}) + "\n" for text in texts]
+    (folder / "data.jsonl").write_text("".join(lines))
+    return model.num_parameters()
 
+def now():
+    if IS_GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
-def flops_per_token(run):
-    """Forward and backward of one token: 6 per weight of a matrix product (the head's included)."""
-    config = run.policy.model.config
-    blocks = sum(p.numel() for p in run.policy.model.base_model.layers.parameters())
-    return 6 * (blocks + config.vocab_size * config.hidden_size)
+def memory():
+    """GiB in use, and the most since the last call."""
+    if not IS_GPU:
+        return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    (free, whole), peak = torch.cuda.mem_get_info(), torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return {"peak_gib": peak / 2**30, "used_gib": (whole - free) / 2**30}
 
-
-def measure(folder, args, packings):
-    """Medians over the steps of ghpo's own loop, packed and padded taking turns."""
+def run_ours(args):
+    """Steps of ghpo's own loop."""
+    import fsdp_utils
     import ghpo
 
-    longest, budget, per_device = (24, 512, 16) if args.toy else (args.length, 16384, 64)
+    reward = f"{sys.modules[parity.__module__].__file__}:parity"
     run = ghpo.setup(ghpo.make_config({
-        "model_name_or_path": str(folder / "model"), "dataset_name": str(folder / "data.jsonl"),
-        "rl_type": "grpo", "engine": args.engine, "output_dir": str(folder / "run"),
-        "attn_implementation": "flash_attention_2", "torch_dtype": "bfloat16",
-        "reward_funcs": [f"{__file__}:parity"], "hint_trigger": f"{__file__}:parity",
-        "reward_weights": [1.0], "num_generations": 8, "per_device_train_batch_size": per_device,
-        "max_prompt_length": 512, "max_completion_length": longest, "micro_batch_tokens": budget,
+        "model_name_or_path": f"{args.folder}/model", "dataset_name": f"{args.folder}/data.jsonl",
+        "rl_type": "grpo", "engine": args.engine, "output_dir": f"{args.folder}/{args.side}",
+        "attn_implementation": args.attention, "torch_dtype": "bfloat16",
+        "packing": args.side == "packed", "reward_funcs": [reward], "hint_trigger": reward,
+        "reward_weights": [1.0], "num_generations": SAMPLES, "loss_type": "dapo",
+        "per_device_train_batch_size": args.rows, "max_prompt_length": LONGEST_PROMPT,
+        "max_completion_length": args.length, "micro_batch_tokens": args.budget,
         "gradient_checkpointing": not args.toy, "sharding": args.sharding, "save_strategy": "no",
-        "max_steps": len(packings) * (args.steps + 1), "loss_type": "dapo",
-        "vllm_gpu_memory_utilization": 0.35}))
-    seen, optimize, cuda = [], ghpo.optimize, torch.cuda.is_available()
+        "max_steps": args.steps + WARM_UP, "vllm_gpu_memory_utilization": 0.35}))
+    steps, ended, optimize = [], [0.0], ghpo.optimize
 
-    def counted(run, rows, *rest):
-        run.is_packed = packings[len(seen) % len(packings)]
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
+    def watched(run, rows, *rest):
+        began, _ = now(), memory()
         metrics = optimize(run, rows, *rest)
-        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-        seen.append((sum(len(row.input_ids) for row in rows if row.advantage), peak))
+        steps.append({"generate": began - ended[-1], "train": now() - began,
+                      "generated": sum(len(row.input_ids) - row.context for row in rows),
+                      "trained": sum(len(row.input_ids) for row in rows if row.advantage),
+                      **memory()})
+        ended.append(now())
         return metrics
 
-    ghpo.optimize = counted
+    ghpo.optimize = watched
     ghpo.train(run)
-    path = folder / "run" / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    results = {}
-    for number, is_packed in enumerate(packings):
-        chosen = range(len(packings) + number, len(lines), len(packings))  # without the first of each
-        train = statistics.median(lines[i]["seconds/train"] for i in chosen)
-        generate = statistics.median(lines[i]["seconds/generate"] for i in chosen)
-        tokens = statistics.median(seen[i][0] for i in chosen)
-        made = statistics.median(lines[i]["tokens/generated"] for i in chosen)
-        results["packed" if is_packed else "padded"] = {
-            "seconds_train": train, "seconds_generate": generate,
-            "tokens_trained_per_s_and_rank": tokens / train, "tokens_generated_per_s": made / generate,
-            "peak_gib": cuda and max(seen[i][1] for i in chosen) or None,
-            "mfu": args.peak and tokens * flops_per_token(run) / train / args.peak}
     run.engine.close()
-    run.judge.pool.close()
-    return results
+    fsdp_utils.leave()
+    return steps
 
+def run_trl(args):
+    """The same by TRL's GRPOTrainer: float32 weights, bfloat16 compute, a vLLM that sleeps."""
+    import trl
+    from datasets import Dataset
+
+    lines = Path(args.folder, "data.jsonl").read_text().splitlines()
+    texts, steps = [json.loads(line)["problem"] for line in lines], []
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in texts])
+
+    def scores(completions, **_):
+        return [float(parity(message["content"], "")) for (message,) in completions]
+
+    class Watched(trl.GRPOTrainer):
+        def _generate(self, prompts):  # once a step, for all its rows; the step before has ended
+            began = now()
+            if steps:
+                steps[-1] |= {"train": began - self.ended, **memory()}
+            prompt_ids, completion_ids, *rest = super()._generate(prompts)
+            made = sum(map(len, completion_ids))
+            steps.append({"generate": now() - began, "generated": made,
+                          "trained": made + sum(map(len, prompt_ids))})
+            self.ended, _ = now(), memory()
+            return prompt_ids, completion_ids, *rest
+
+    width = LONGEST_PROMPT + args.length
+    batch = 1 << max(1, args.budget // width).bit_length() - 1  # a power of two, as args.rows is
+    config = trl.GRPOConfig(
+        output_dir=f"{args.folder}/trl", use_cpu=not IS_GPU, bf16=True,
+        model_init_kwargs={"dtype": "float32", "attn_implementation": args.attention},
+        per_device_train_batch_size=batch, gradient_accumulation_steps=args.rows // batch,
+        num_generations=SAMPLES, max_completion_length=args.length, temperature=1.0, beta=0.0,
+        loss_type="dapo", max_steps=args.steps + WARM_UP + 1, gradient_checkpointing=not args.toy,
+        use_vllm=args.engine == "vllm", vllm_mode="colocate", vllm_enable_sleep_mode=True,
+        vllm_gpu_memory_utilization=0.35, vllm_max_model_length=width, logging_strategy="no",
+        save_strategy="no", report_to=[], disable_tqdm=True)
+    Watched(f"{args.folder}/model", scores, args=config, train_dataset=data).train()
+    return steps[:-1]
+
+def measure(args):
+    """Medians over the steps of one side, which has this process for itself; rank 0 writes them."""
+    is_fast = IS_GPU and importlib.util.find_spec("vllm")
+    args.engine = args.engine or ("vllm" if is_fast else "hf")
+    args.attention = "flash_attention_2" if IS_FLASH else "sdpa"
+    args.rows, args.budget = 64, 16384  # samples a step and GPU, tokens a forward
+    if args.toy:
+        args.rows, args.budget, args.length = 16, 4 * (LONGEST_PROMPT + 24), 24
+    steps = (run_trl if args.side == "trl" else run_ours)(args)[WARM_UP:]
+    step = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
+    name = torch.cuda.get_device_name() if IS_GPU else "cpu"
+    peak = args.peak or next((flops for key, flops in PEAK.items() if key in name), None)
+    speed = step["trained"] / step["train"]
+    flops = 6 * int(args.parameters) * speed  # a forward and a backward, that is twice as much
+    result = {"engine": args.engine, "attention": args.attention, "gpu": name,
+              "seconds_step": statistics.median(s["generate"] + s["train"] for s in steps),
+              "seconds_generate": step["generate"], "seconds_train": step["train"],
+              "tokens_generated_per_s": step["generated"] / step["generate"],
+              "tokens_trained_per_s": speed, "mfu": peak and flops / peak,
+              "peak_gib": step["peak_gib"], "used_gib": step.get("used_gib")}
+    if os.environ.get("RANK", "0") == "0":
+        Path(args.folder, f"{args.side}.json").write_text(json.dumps(result))
+
+def report(results, our):
+    """Prints the sides beside each other; returns TRL's numbers over ours."""
+    trl, our, ratios = results["trl"], results[our], None
+    columns = {f"{side}, {result['engine']}": result for side, result in results.items() if result}
+    if trl and our:
+        ratios = {key: trl[key] / our[key] for key in our if isinstance(our[key], float)}
+        columns["trl / ours"] = ratios
+    print(" " * 24 + "".join(f"{name:>14}" for name in columns))
+    for key, value in next(iter(columns.values()), {}).items():
+        if isinstance(value, float):
+            print(f"{key:24}" + "".join(f"{column[key]:14.4g}" for column in columns.values()))
+    return ratios
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--toy", action="store_true")
-    parser.add_argument("--engine", choices=["hf", "vllm"], default="hf")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--sides", nargs="+", default=["packed", "padded", "trl"])
+    parser.add_argument("--trl", default=sys.executable, help="a Python that has TRL")
+    parser.add_argument("--engine", choices=["hf", "vllm"], help="default: vllm if there is one")
     parser.add_argument("--sharding", choices=["zero3", "zero2", "ddp"], default="zero2")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sample")
-    parser.add_argument("--steps", type=int, default=3, help="measured, of each kind")
-    parser.add_argument("--peak", type=float, default=None)
+    parser.add_argument("--steps", type=int, default=3, help="measured, on each side")
+    parser.add_argument("--peak", type=float, help="dense bf16 FLOP/s of the GPU, for MFU")
+    for name in ("--side", "--folder", "--parameters"):  # of the processes started below
+        parser.add_argument(name, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if not torch.cuda.is_available() and not args.toy:
-        sys.exit("no GPU found: this needs one NVIDIA GPU of 40 GB or more, or --toy")
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    args.peak = args.peak or next((flops for key, flops in PEAK.items() if key in name), None)
-    packings = [True, False]
-    if not importlib.util.find_spec("flash_attn") and not args.toy:
+    if args.side:
+        return measure(args)
+    if not IS_GPU and not args.toy:
+        sys.exit("no GPU found: this needs one NVIDIA GPU of 48 GB or more, or --toy")
+    sides = set(args.sides)
+    if IS_GPU and not IS_FLASH and "packed" in sides:
         print("packing is left out: flash-attn is not installed")
-        packings = [False]
-    rank, job = os.environ.get("RANK", "0"), os.environ.get("TORCHELASTIC_RUN_ID", str(os.getpid()))
-    folder = Path(tempfile.gettempdir()) / f"bench_gpu_{job}"
-    if rank == "0":
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        write_model_and_data(folder, args.toy)
-        (folder / "ready").touch()
-    while not (folder / "ready").exists():
-        time.sleep(0.1)
-    results = measure(folder, args, packings)
-    if rank == "0":
-        shutil.rmtree(folder)
-        for kind, result in results.items():
-            print(kind, {key: value and round(value, 3) for key, value in result.items()})
-        print(json.dumps({"gpu": name, "engine": args.engine, "toy": args.toy, **results}))
-
+        sides.remove("packed")
+    if "trl" in sides and subprocess.run(
+            [args.trl, "-c", "import trl"], stderr=subprocess.DEVNULL).returncode:
+        print("TRL is left out: it is not installed here (pip install trl, or --trl PYTHON)")
+        sides.remove("trl")
+    results, launcher = dict.fromkeys(["packed", "padded", "trl"]), []
+    if args.gpus > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.gpus}"]
+    else:  # with more GPUs in sight, TRL would spread its one process over them
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    with tempfile.TemporaryDirectory() as folder:
+        count = write_model_and_data(Path(folder), args.toy)
+        for side in [side for side in results if side in sides]:
+            # A process each: memory, process groups and patches do not mix, and one may fail.
+            subprocess.run(
+                [args.trl if side == "trl" else sys.executable, *launcher, __file__, *sys.argv[1:],
+                 "--side", side, "--folder", folder, "--parameters", str(count)], stdout=sys.stderr)
+            path = Path(folder, f"{side}.json")
+            results[side] = json.loads(path.read_text()) if path.exists() else None
+    ratios = report(results, "packed" if IS_FLASH else "padded")  # as ghpo.py chooses by itself
+    print(json.dumps({"toy": args.toy, "gpus": args.gpus, **results, "trl_over_ours": ratios}))
+    sys.exit(not all(results[side] for side in sides))
 
 if __name__ == "__main__":
     main()
