@@ -100,12 +100,11 @@ class Reader:
             argument = self.prefix() if self.tokens[-1] in "({" else self.tree(ARGUMENT)
             tree = ("/", ("ln", argument), ("ln", base)) if base else (token[1:], argument)
             return ("power", tree, exponent) if exponent else tree
-        if token and token in "fghFGHPT" and self.tokens[-1] == "(":
-            return ("call", ("var", token), self.bracket(self.tokens.pop()))
         if token.replace(".", "", 1).isdecimal():
             return ("num", Fraction(token))
         if token[0] == '"':
-            return (" ".join(UNITS.get(word, word.rstrip("s")) for word in token.strip('"').split()),)
+            words = (UNITS.get(word, word.rstrip("s")) for word in token.strip('"').split())
+            return ('"' + " ".join(words),)
         if not re.match(NAME, token):
             raise ValueError(token)
         return (token,) if token in CONSTANTS else ("var", re.sub("[{} ]", "", token))
@@ -122,6 +121,7 @@ class Reader:
 
 MP, LOCK = MPContext(), threading.Lock()  # its precision is not thread-safe
 MP.dps = 100
+TINY = MP.mpf(10) ** -30
 
 def power(base, exponent):
     """Exact where base and exponent say so, after a look at the size of the result."""
@@ -136,13 +136,11 @@ def power(base, exponent):
 OPERATIONS = {
     "+": lambda *values: sum(values), "-": lambda a, b: a + -b, "/": lambda a, b: a * (1 / b),
     "product": lambda *values: math.prod(values), "power": power, "unit": lambda a, b: a * b,
-    "%": lambda: Fraction(1, 100), "°": lambda: MP.pi / 180,
-    "call": lambda name, value: MP.sin(value + name) + value**2 * name,
+    '"%': lambda: Fraction(1, 100), '"°': lambda: MP.pi / 180,
     "π": lambda: +MP.pi, "e": lambda: +MP.e, "i": lambda: MP.j, "∞": lambda: MP.inf}
 CONSTANTS, UNBOUNDED = set("πei∞"), {"ln", "fabs", "floor", "ceil"}
 COUNTS, COUNTED = {"fac": math.factorial, "binomial": math.comb}, set(range(3001))
 
-@functools.lru_cache(maxsize=4096)
 def sample(name: str, point: int) -> Fraction:
     """A variable's fixed value at point 0, 1, 2: in (0, 1), in (1, 4), negative."""
     share = Fraction(int.from_bytes(f"{name} {point}".encode(), "big") % 9973 + 1, 9974)
@@ -210,7 +208,7 @@ def settle(tree):
     if set(signs) - set("=∈≈"):
         return ("rel", "".join(signs), *sides)
     # name = value, 3/4 = 0.75 (but not 7 = 5), or an equation
-    names = [side for side in sides if side[0] in ("var", "call") or len(side) == 1]
+    names = [side for side in sides if side[0] == "var" or len(side) == 1]
     values = [side for side in sides if side not in names] or names[-1:]
     value = values[0] if all(equal(values[0], other) for other in values[1:]) else None
     whole = ("scaled", ("-", *sides)) if signs == ["="] and variables(tree) else None
@@ -239,7 +237,9 @@ def same(a, b) -> bool:
     # values, with units ignored when one side has none; a % or ° may also be a factor
     units = [t[2] if t[0] == "unit" else None for t in (a, b)]
     bare = [t[1] if t[0] == "unit" else t for t in (a, b)]
-    return equal(*bare) and units[0] == units[1] if all(units) else equal(*bare) or equal(a, b)
+    if all(units):
+        return units[0] == units[1] and equal(*bare)
+    return equal(*bare) or equal(a, b)
 
 JOINTS = {"∪": any, "list": any, "set": any, "∩": all, "∖": lambda tests: tests == [True, False]}
 
@@ -268,19 +268,19 @@ def region(tree) -> tuple:
     return ends, inside
 
 def same_region(a, b) -> bool:
-    """Do two parts of the line agree at their ends, between them and outside?"""
+    """Do two parts of the line agree at all their ends and on both sides of each?"""
     (ends, in_a), (more, in_b) = region(a), region(b)
-    ends = sorted(ends + more) or [MP.mpf(0)]
-    tests = [ends[0] - 1, *ends, ends[-1] + 1, *((x + y) / 2 for x, y in zip(ends, ends[1:]))]
-    names = variables(a) | variables(b)
-    return len(names) < 2 and len(ends) <= MAX_ITEMS and all(in_a(x) == in_b(x) for x in tests)
+    points = [end + step for end in (*ends, *more, TINY) for step in (-TINY, 0, TINY)]
+    if len(points) > 3 * MAX_ITEMS or len(variables(a) | variables(b)) > 1:
+        raise ValueError("too many ends or variables")
+    return all(in_a(x) == in_b(x) for x in points)
 
 NOISE = r"(?:\\text|\\quad|\\[()\[\] ,;]|[${}\s.]){0,20}"
 JOINT = re.compile(r"\}" + NOISE + r"(?:(,|;|,?\s*and)|,?\s*or)" + NOISE + r"\\boxed\s*\{")
 
 def boxed(text: str) -> str | None:
-    """The last box, with those that "," or "and" join to it; None when "or" does."""
-    text = JOINT.sub(lambda run: "," if run[1] else "{", text)  # a "{" that nothing closes
+    r"""The last box, with those that words join to it: "," for "and", an unreadable \or for "or"."""
+    text = JOINT.sub(lambda run: "," if run[1] else r"\or ", text)
     box = text.rpartition("\\boxed")[2].lstrip()
     depths = itertools.accumulate((char == "{") - (char == "}") for char in box)
     end = next((index for index, depth in enumerate(depths) if depth <= 0), 0)
@@ -337,11 +337,9 @@ def accuracy_reward(response: str, gold: str) -> float:
     answer, gold = (extract_answer(response) or "").strip(), gold.strip()
     if SIMPLE.match(answer) and SIMPLE.match(gold):
         return float(Fraction(answer) == Fraction(gold))
-    with LOCK:
-        for a, b in itertools.product(readings(answer), readings(gold)):
-            with contextlib.suppress(*REFUSED):
-                if same(a, b):
-                    return 1.0
+    with LOCK, contextlib.suppress(*REFUSED):
+        pairs = itertools.product(readings(answer), readings(gold))
+        return float(any(same(a, b) for a, b in pairs))
     return 0.0
 
 def format_reward(response: str, gold: str = "") -> float:
