@@ -30,13 +30,14 @@ from mpmath.ctx_mp import MPContext
 class UserError(ValueError):
     """Something the user can mend: shown as one message, without a traceback."""
 
-MAX_CHARS, MAX_ITEMS = 3000, 60  # beyond: compared as strings only
+MAX_CHARS, MAX_ITEMS = 3000, 60  # of an answer that is read
 MAX_SIZE = 60_000  # bits of an exact power, logarithm of another one, argument of a function
 
 NOTATION = yaml.safe_load((Path(__file__).parent / "configs/verifier.yaml").read_text("utf-8"))
 COMMANDS, UNITS = ({word: sign for sign, words in NOTATION[table].items() for word in words.split()}
                    for table in ("commands", "units"))
-FUNCTIONS, INFIX, BRACKETS = (NOTATION[table] for table in ("functions", "operators", "brackets"))
+FUNCTIONS, PAIRS, INFIX, BRACKETS = (
+    NOTATION[table] for table in ("functions", "pairs", "operators", "brackets"))
 ENDS = {token for closings, _ in BRACKETS.values() for token in closings}
 REWRITES = [(re.compile(pattern), new) for pattern, new in NOTATION["rewrites"]]
 NAME = r"[^\W_]|∅|∞|" + NOTATION["tokens"]["opaque"]
@@ -57,8 +58,7 @@ def tokenise(text: str) -> list[str]:
 
 CHAINS = {"+", "product", "list", "and", "or", "row", "cell", ":", "rel"}
 ARGUMENT = 15  # the level of a function's argument without brackets
-ONE, TWO, MINUS = (("num", Fraction(number)) for number in (1, 2, -1))
-X = ("var", "")  # what an interval is about
+ZERO, X = ("num", Fraction(0)), ("var", "")  # X: what an interval is about
 
 class Reader:
     """Precedence climbing over tokens. A tree is (kind, *parts), its leaves ("num", Fraction)."""
@@ -85,14 +85,11 @@ class Reader:
     def prefix(self, level: int = 16):
         token = self.tokens.pop()
         if token in ("+", "-"):
-            return ("product", MINUS if token == "-" else ONE, self.tree(max(level, 14)))
+            return (token, ZERO, self.tree(max(level, 14)))
         if token in BRACKETS:
             return self.bracket(token)
-        if token in (r"\frac", r"\binom"):
-            return ("/" if token == r"\frac" else "binomial", self.prefix(), self.prefix())
-        if token == r"\sqrt":
-            index = self.prefix() if self.tokens[-1] == "[" else TWO
-            return ("power", self.prefix(), ("/", ONE, index))
+        if token in PAIRS:
+            return (PAIRS[token], self.prefix(), self.prefix())
         if token[1:] in FUNCTIONS:
             # f_b^n x: without a bracket the argument is the product up to the next function
             base, exponent = (self.tokens[-1] == mark and self.tokens.pop() and self.prefix()
@@ -135,7 +132,8 @@ def power(base, exponent):
 
 OPERATIONS = {
     "+": lambda *values: sum(values), "-": lambda a, b: a + -b, "/": lambda a, b: a * (1 / b),
-    "product": lambda *values: math.prod(values), "power": power, "unit": lambda a, b: a * b,
+    "product": lambda *values: math.prod(values), "unit": lambda a, b: a * b,
+    "power": power, "root": lambda index, base: power(base, 1 / index),
     '"%': lambda: Fraction(1, 100), '"°': lambda: MP.pi / 180,
     "π": lambda: +MP.pi, "e": lambda: +MP.e, "i": lambda: MP.j, "∞": lambda: MP.inf}
 CONSTANTS, UNBOUNDED = set("πei∞"), {"ln", "fabs", "floor", "ceil"}
@@ -230,8 +228,6 @@ def same(a, b) -> bool:
         rest = list(b[1:])
         matches = (next((other for other in rest if same(item, other)), None) for item in a[1:])
         return len(a) == len(b) and all(match and not rest.remove(match) for match in matches)
-    if kinds == {"list", "tuple"}:  # x = 2, y = 3 and (2, 3)
-        a, b = (t if t[0] == "tuple" else ("tuple", "()", *t[1:]) for t in (a, b))
     if kinds & STRUCTURES:
         return a[0] == b[0] and len(a) == len(b) and all(map(same, a[1:], b[1:]))
     # values, with units ignored when one side has none; a % or ° may also be a factor
@@ -310,9 +306,7 @@ SIMPLE = re.compile(r"-?\d{1,40}(?:\.\d{1,40})?\Z")
 @functools.lru_cache(maxsize=4096)
 def readings(text: str) -> tuple:
     """What an answer may stand for: its string and, when it can be read, its settled tree."""
-    if len(text) > MAX_CHARS:
-        return (("text", text),)
-    tokens = tokenise(text)
+    tokens = tokenise(text) if len(text) <= MAX_CHARS else []
     plain = re.sub('[" ]', "", "".join(tokens))
     if not re.search(r"[\w∅∞]", plain):
         return ()
@@ -420,5 +414,4 @@ class VerifierPool:
         return rewards or self.zeros
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.getcwd())
     serve(*sys.argv[1:])
