@@ -73,7 +73,6 @@ def memory():
 
 def run_ours(args):
     """Steps of ghpo's own loop."""
-    import fsdp_utils
     import ghpo
 
     reward = f"{sys.modules[parity.__module__].__file__}:parity"
@@ -102,7 +101,6 @@ def run_ours(args):
     ghpo.optimize = watched
     ghpo.train(run)
     run.engine.close()
-    fsdp_utils.leave()
     return steps
 
 def run_trl(args):
@@ -165,6 +163,8 @@ def measure(args):
               "peak_gib": step["peak_gib"], "used_gib": step.get("used_gib")}
     if os.environ.get("RANK", "0") == "0":
         Path(args.folder, f"{args.side}.json").write_text(json.dumps(result))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 def report(results, our):
     """Prints the sides beside each other; returns TRL's numbers over ours."""
