@@ -1,11 +1,11 @@
-r"""Rewards for mathematical answers, and a pool of processes that scores them.
+"""Rewards for mathematical answers, and a pool of processes that scores them.
 
 A recursive-descent reader turns model text into trees of exact numbers; nothing is ever handed to
 eval, sympify or parse_expr. Structure (set, tuple, interval, equation, matrix) is compared before
 value: Fractions while they can be, then 100-digit mpmath numbers; expressions are equal when they
 agree at fixed sample points. Sizes are checked before any arithmetic; what cannot be read is
-compared as text; in doubt the reward is 0. A forker adds notation to configs/verifier.yaml, adds to
-REWARDS, or names f(response, gold) -> float in the config as "path/to/file.py:function".
+compared as text; in doubt the reward is 0. More notation goes into configs/verifier.yaml, another
+reward into REWARDS, or into the config as "path/to/file.py:function", f(response, gold) -> float.
 """
 import contextlib
 import faulthandler
@@ -36,14 +36,13 @@ MAX_SIZE = 60_000  # bits of an exact power, logarithm of another one, argument 
 NOTATION = yaml.safe_load((Path(__file__).parent / "configs/verifier.yaml").read_text("utf-8"))
 COMMANDS, UNITS = ({word: sign for sign, words in NOTATION[table].items() for word in words.split()}
                    for table in ("commands", "units"))
-FUNCTIONS, PAIRS, INFIX, BRACKETS = (
-    NOTATION[table] for table in ("functions", "pairs", "operators", "brackets"))
+FUNCTIONS, PAIRS, INFIX, BRACKETS = map(NOTATION.get, ("functions", "pairs", "infix", "brackets"))
 ENDS = {token for closings, _ in BRACKETS.values() for token in closings}
 REWRITES = [(re.compile(pattern), new) for pattern, new in NOTATION["rewrites"]]
 NAME = r"[^\W_]|∅|∞|" + NOTATION["tokens"]["opaque"]
-ITEM = re.compile(r"\\[{}]|(?:\([^()]*\)|\\[^{}]|[^,\\])+")  # of a list
-SIGNS = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
 TOKEN = re.compile("|".join(NOTATION["tokens"].values()))
+ITEM = re.compile(r"\\[{}]|(?:\([^()]*\)|\\[^{}]|[^,\\])+")  # of a list; (a, b) is one
+SIGNS = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
 
 def tokenise(text: str) -> list[str]:
     for pattern, new in () if text.isascii() else NOTATION["unicode"]:
@@ -52,7 +51,7 @@ def tokenise(text: str) -> list[str]:
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
     text = re.sub(r"\\([A-Za-z]+)", lambda run: COMMANDS.get(run[1], run[0] + " "), text)
-    if "±" in text:  # each item of a list with it is two
+    if "±" in text:  # an item with it stands for two
         text = ITEM.sub(lambda run: ",".join(dict.fromkeys(map(run[0].translate, SIGNS))), text)
     return [token.lower() if token[0] == '"' else token for token in TOKEN.findall(text)]
 
@@ -104,7 +103,7 @@ class Reader:
             return ('"' + " ".join(words),)
         if not re.match(NAME, token):
             raise ValueError(token)
-        return (token,) if token in CONSTANTS else ("var", re.sub("[{} ]", "", token))
+        return (token,) if token in "πei∞" else ("var", re.sub("[{} ]", "", token))
 
     def bracket(self, opening: str):
         inner = self.tree() if self.tokens[-1] not in ENDS else ("list",)
@@ -136,7 +135,7 @@ OPERATIONS = {
     "power": power, "root": lambda index, base: power(base, 1 / index),
     '"%': lambda: Fraction(1, 100), '"°': lambda: MP.pi / 180,
     "π": lambda: +MP.pi, "e": lambda: +MP.e, "i": lambda: MP.j, "∞": lambda: MP.inf}
-CONSTANTS, UNBOUNDED = set("πei∞"), {"ln", "fabs", "floor", "ceil"}
+UNBOUNDED = {"ln", "fabs", "floor", "ceil"}  # their arguments may have any size
 COUNTS, COUNTED = {"fac": math.factorial, "binomial": math.comb}, set(range(3001))
 
 def sample(name: str, point: int) -> Fraction:
@@ -231,11 +230,10 @@ def same(a, b) -> bool:
     if kinds & STRUCTURES:
         return a[0] == b[0] and len(a) == len(b) and all(map(same, a[1:], b[1:]))
     # values, with units ignored when one side has none; a % or ° may also be a factor
-    units = [t[2] if t[0] == "unit" else None for t in (a, b)]
-    bare = [t[1] if t[0] == "unit" else t for t in (a, b)]
-    if all(units):
-        return units[0] == units[1] and equal(*bare)
-    return equal(*bare) or equal(a, b)
+    (bare_a, unit_a), (bare_b, unit_b) = (t[1:] if t[0] == "unit" else (t, None) for t in (a, b))
+    if unit_a and unit_b:
+        return unit_a == unit_b and equal(bare_a, bare_b)
+    return equal(bare_a, bare_b) or equal(a, b)
 
 JOINTS = {"∪": any, "list": any, "set": any, "∩": all, "∖": lambda tests: tests == [True, False]}
 
@@ -267,16 +265,14 @@ def same_region(a, b) -> bool:
     """Do two parts of the line agree at all their ends and on both sides of each?"""
     (ends, in_a), (more, in_b) = region(a), region(b)
     points = [end + step for end in (*ends, *more, TINY) for step in (-TINY, 0, TINY)]
-    if len(points) > 3 * MAX_ITEMS or len(variables(a) | variables(b)) > 1:
-        raise ValueError("too many ends or variables")
-    return all(in_a(x) == in_b(x) for x in points)
+    is_small = len(points) <= 3 * MAX_ITEMS and len(variables(a) | variables(b)) < 2
+    return is_small and all(in_a(x) == in_b(x) for x in points)
 
-NOISE = r"(?:\\text|\\quad|\\[()\[\] ,;]|[${}\s.]){0,20}"
-JOINT = re.compile(r"\}" + NOISE + r"(?:(,|;|,?\s*and)|,?\s*or)" + NOISE + r"\\boxed\s*\{")
+JOINT = re.compile(r"\}(?:\\text|\\quad|\\[()\[\] ,;]|[${}\s.]|(or)|(and|[,;])){1,30}\\boxed\s*\{")
 
 def boxed(text: str) -> str | None:
-    r"""The last box, with those that words join to it: "," for "and", an unreadable \or for "or"."""
-    text = JOINT.sub(lambda run: "," if run[1] else r"\or ", text)
+    """The last box and those joined to it: by a comma or "and" to a list, by "or" unreadably."""
+    text = JOINT.sub(lambda run: r"\or " if run[1] else "," if run[2] else run[0], text)
     box = text.rpartition("\\boxed")[2].lstrip()
     depths = itertools.accumulate((char == "{") - (char == "}") for char in box)
     end = next((index for index, depth in enumerate(depths) if depth <= 0), 0)
@@ -287,7 +283,7 @@ def extract_answer(response: str) -> str | None:
 
     After the last </think> (a <think> never closed has no answer): in the <answer> block, if there
     is one (two different ones are no answer), the last \boxed{} or the whole block; without it the
-    last \boxed{}, else the usual phrases. Boxes joined by "," or "and" are one set, by "or" none.
+    last \boxed{} (or a list of boxes joined by "," or "and"), else the usual phrases.
     """
     _, think, text = response.rpartition("</think>")
     blocks = {block.partition("</answer>")[0].strip() for block in text.split("<answer>")[1:]}
@@ -303,6 +299,7 @@ def extract_answer(response: str) -> str | None:
 
 REFUSED = (RecursionError, ValueError, ArithmeticError, TypeError, LookupError)
 SIMPLE = re.compile(r"-?\d{1,40}(?:\.\d{1,40})?\Z")
+
 @functools.lru_cache(maxsize=4096)
 def readings(text: str) -> tuple:
     """What an answer may stand for: its string and, when it can be read, its settled tree."""
