@@ -4,11 +4,14 @@ Works in one plain process or under torchrun. Every sharding is fully_shard on a
 mesh, and gradients are SUMMED over ranks: the loss divides by global counts. Fork point: `shard`.
 """
 
+import atexit
 import faulthandler
 import json
 import os
 import shutil
 import sys
+import time
+from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +27,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 _now = {"phase": "start", "timeout": timedelta(seconds=600)}
+seconds = Counter()  # spent in each phase since this was last cleared
 
 def setup_distributed(timeout_s=600):
     """Join torchrun's group, or a group of one: a record of rank, world and device.
@@ -40,6 +44,8 @@ def setup_distributed(timeout_s=600):
     store = None if "RANK" in os.environ else dist.HashStore()  # one process needs no port
     dist.init_process_group(
         backend, timeout=_now["timeout"], store=store, rank=rank, world_size=world)
+    # where no engine has ended it: threads of gloo must not outlive the interpreter
+    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     faulthandler.enable()  # NCCL's watchdog aborts the process: show where it stood
 
     def report(kind, error, trace):
@@ -52,16 +58,13 @@ def setup_distributed(timeout_s=600):
     sys.excepthook = report
     return SimpleNamespace(rank=rank, world=world, device=device)
 
-def leave():
-    """Ends the group, where no engine has: threads of gloo must not outlive the interpreter."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
 @contextmanager
 def phase(name: str):
-    """Name what this rank does now, for the report of an uncaught error or a timeout."""
+    """Name what this rank does now, for the report of an uncaught error, and take the time."""
     before, _now["phase"] = _now["phase"], name
+    started = time.perf_counter()
     yield
+    seconds[name] += time.perf_counter() - started
     _now["phase"] = before  # not reached on an error, which is then reported under `name`
 
 def all_reduce_scalars(values, op="sum"):
@@ -172,28 +175,19 @@ def save_checkpoint(folder, step, model, optimizer, state, keep=0, export=None):
             export(temporary)
         gather_objects(None)
         if is_writer:
-            (temporary / "state.json").write_text(json.dumps(state))
+            (temporary / "state.json").write_text(json.dumps(state, default=vars))
             for path in [*temporary.rglob("*"), temporary]:
                 file = os.open(path, os.O_RDONLY)
                 os.fsync(file)  # names and contents are on the disk before the rename is
                 os.close(file)
-            if final.exists():
-                _discard(final)
             temporary.rename(final)
-            for old in _checkpoints(folder)[:-keep] if keep else []:
-                _discard(old)
+            for old in checkpoints(folder)[:-keep] if keep else []:
+                shutil.rmtree(old.rename(old.with_suffix(".tmp")))
         gather_objects(None)
 
-def _checkpoints(folder):
+def checkpoints(folder):
+    """Paths of the complete checkpoints, oldest first; what a kill left is named .tmp."""
     return sorted(path for path in Path(folder).glob("checkpoint-*") if path.suffix != ".tmp")
-
-def _discard(path):
-    """Renamed first: a kill never leaves half a checkpoint under a good name."""
-    shutil.rmtree(path.rename(path.with_suffix(".old.tmp")))
-
-def latest_checkpoint(folder):
-    """Path of the newest checkpoint, or None; only complete ones have a name without .tmp."""
-    return (_checkpoints(folder) or [None])[-1]
 
 def load_checkpoint(path, model, optimizer) -> dict:
     """Fill weights and optimizer in place, on any number of ranks; return the saved state."""

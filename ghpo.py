@@ -7,7 +7,6 @@
 Fork here for loss and loop, in hints.py for the method, in rollout.py for samplers.
 """
 import argparse
-import difflib
 import hashlib
 import importlib.util
 import json
@@ -18,14 +17,13 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, make_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import yaml
-from huggingface_hub import create_repo, upload_folder
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler, logging
@@ -33,136 +31,53 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler, log
 import fsdp_utils
 import hints
 import rollout
-from reward import VerifierPool, parse_gold, resolve_reward
-from rollout import Group, Request, Sampling
-
-# Settings live in one commented file; Config is the frozen dataclass with just these fields.
-DEFAULTS, ALLOWED, KEYS = yaml.safe_load_all(
-    Path(__file__).with_name("configs").joinpath("default.yaml").read_text())
-Config = make_dataclass("Config", DEFAULTS, frozen=True)
-
-class UserError(Exception):
-    """Something the user can mend: shown as one message, without a traceback."""
-
-def need(condition, message):
-    if not condition:
-        raise UserError(message)
-
-def say(message):
-    if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(message, file=sys.stderr)
-
-def load_config(path, overrides=()):
-    """YAML file and key=value strings to a checked Config; UserError names key and remedy."""
-    need(all("=" in text for text in overrides), f"{overrides}: overrides are written key=value")
-    try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-        need(isinstance(values, dict), f"--config {path}: needs lines of the form key: value")
-        pairs = [text.split("=", 1) for text in overrides]
-        return make_config(values | {key: yaml.safe_load(value) for key, value in pairs})
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path} {' '.join(overrides)}: {error}") from None
-
-def make_config(values):
-    """A dict of settings to a checked Config; what it does not name has its default."""
-    ignored = [key for key in values if key in KEYS["ignored"]]
-    if ignored:
-        say(f"config: without meaning here, ignored: {', '.join(ignored)}")
-    if isinstance(values.get("hint_ratio"), (int, float)):
-        say("config: one hint_ratio is a fixed ratio here; the released trainer ignores the key")
-    for key in [key for key in values if key not in DEFAULTS and key not in ignored]:
-        near = difflib.get_close_matches(str(key), DEFAULTS, n=1)
-        raise UserError(f"config: unknown key {key!r}" + "".join(f", not {n}?" for n in near))
-    types = {key: type(value).__name__ for key, value in DEFAULTS.items()} | KEYS["types"]
-    c = Config(**{key: cast(key, (DEFAULTS | values)[key], types[key]) for key in DEFAULTS})
-    engine = c.engine or ("vllm" if c.use_vllm else "hf")
-    triggers = c.reward_funcs + ["always"] * bool(c.hint_ratio)
-    need(c.model_name_or_path and c.dataset_name, "config: set model_name_or_path and dataset_name")
-    need(c.hint_ratio == sorted(c.hint_ratio) and all(0 <= omega <= 1 for omega in c.hint_ratio),
-         f"config: hint_ratio={c.hint_ratio} must ascend within [0, 1]")
-    need(len(c.reward_weights) == len(c.reward_funcs), "config: reward_weights: one per reward")
-    need(c.hint_trigger in triggers, f"config: hint_trigger={c.hint_trigger} is not in {triggers}")
-    need(c.use_vllm in (None, engine != "hf"), "config: engine and use_vllm disagree, set one")
-    need(c.bf16 in (None, c.torch_dtype == "bfloat16"), "config: bf16 and torch_dtype disagree")
-    try:
-        list(map(resolve_reward, c.reward_funcs))
-    except ValueError as error:
-        raise UserError(f"config: reward_funcs: {error}") from None
-    return replace(c, engine=engine)
-
-def cast(key, value, kind):
-    """A YAML value as the type and within the range of a setting; UserError otherwise."""
-    if kind.startswith("list "):
-        items = value if isinstance(value, list) else [value]
-        return [cast(key, item, kind.removeprefix("list ")) for item in items]
-    if value is None and KEYS["types"].get(key) == kind:
-        return None
-    # YAML 1.1: a bare no is false, and 1e-6 is text
-    value = "no" if kind == "str" and value is False else value
-    if kind in ("int", "float") and re.fullmatch(r"[-+]?\d+\.?\d*(e[-+]?\d+)?", str(value), re.I):
-        value = int(value) if kind == "int" and float(value).is_integer() else float(value)
-    need(type(value).__name__ == kind and (kind != "float" or math.isfinite(value)),
-         f"config: {key}={value!r} must be of type {kind}")
-    limit = ALLOWED.get(key)
-    fits = limit is None or (value in limit if kind == "str" else value >= limit)
-    need(fits, f"config: {key}={value!r} must be {'one of' if kind == 'str' else '>='} {limit}")
-    return value
-
-def make_plan(config, world, n_problems):
-    """Batch arithmetic, printed: prompts = ranks * per_device * accumulation / G (all ranks')."""
-    batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    G, rows = config.num_generations, batch * accumulation
-    need(rows % G == 0, f"config: per_device_train_batch_size {batch} * gradient_accumulation_steps"
-         f" {accumulation} = {rows} is not divisible by num_generations {G}")
-    per_epoch = n_problems // (prompts := world * rows // G)
-    need(per_epoch, f"{config.dataset_name}: {n_problems} usable problems, a step takes {prompts}")
-    steps = config.max_steps if config.max_steps > 0 else int(config.num_train_epochs * per_epoch)
-    say(f"batch: {world} ranks * {batch} per device * {accumulation} accumulation / {G} generations"
-        f" = {prompts} prompts a step; {per_epoch} steps an epoch; {steps} steps")
-    return SimpleNamespace(prompts=prompts, per_epoch=per_epoch, steps=max(1, steps))
+from configs.settings import KEYS, load_config, make_config, make_plan, need, say
+from fsdp_utils import phase
+from reward import UserError, VerifierPool, parse_gold
+from rollout import Group, Request
 
 def read_rows(config):
     """Rows of the data set as dicts; UserError names the file and line."""
-    name, path, rows, where = config.dataset_name, Path(config.dataset_name), [], ""
+    c, name, rows, where = config, config.dataset_name, [], ""
     try:
-        if path.suffix == ".jsonl":
-            for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-                where = f", line {number}"
-                rows += [{**json.loads(line)}] if line.strip() else []
-        else:
+        if not name.endswith(".jsonl"):
             from datasets import load_dataset
-            is_file = path.suffix in (".json", ".parquet")
-            rows = (load_dataset(path.suffix[1:], data_files=name, split="train") if is_file else
-                    load_dataset(name, config.dataset_config, split=config.dataset_split))
+            kind = Path(name).suffix[1:]
+            return list(load_dataset(kind, data_files=name, split="train")
+                        if kind in ("json", "parquet") else
+                        load_dataset(name, c.dataset_config, split=c.dataset_split))
+        for number, line in enumerate(Path(name).read_text(encoding="utf-8").split("\n"), 1):
+            where = f", line {number}"
+            rows += [{**json.loads(line)}] if line.strip() else []
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise UserError(f"dataset_name={name}{where}: {error}") from None
-    need(len(rows), f"dataset_name={name} has no rows")
-    return list(rows)
+    return rows
 
-def load_problems(config, prompts, with_trace):
+def load_problems(config, prompts):
     """Usable problems, ids = row numbers; what is dropped is counted and shown."""
     c, rows, found = config, read_rows(config), defaultdict(list)  # why not usable: problems
     columns = [c.dataset_prompt_column, c.dataset_answer_column, c.dataset_hint_column]
-    for column in columns[: 2 + with_trace]:
-        need(column in rows[0], f"{c.dataset_name}: no column {column!r} in {sorted(rows[0])}: set "
-             "dataset_prompt_column, dataset_answer_column or dataset_hint_column")
+    columns = columns if c.rl_type == "ghpo" else columns[:2]
+    need(rows, f"dataset_name={c.dataset_name} has no rows")
+    missing = [column for column in columns if column not in rows[0]]
+    need(not missing, f"{c.dataset_name}: no column {missing} in {sorted(rows[0])}: set "
+         "dataset_prompt_column, dataset_answer_column or dataset_hint_column")
     system = [{"role": "system", "content": c.system_prompt}] if c.system_prompt else []
     for number, row in enumerate(rows):
-        question, answer, trace = ("" if row.get(k) is None else row[k] for k in columns)
+        question, answer, *trace = ("" if row.get(k) is None else row[k] for k in columns)
         if isinstance(question, str):
             question = [{"role": "user", "content": question}] if question.strip() else []
         level = re.search(r"\d+|$", str(row.get(c.dataset_level_column)))[0]  # "Level 5" is 5
-        problem = hints.Problem(number, system + question, str(answer).strip(), str(trace),
-                                float(level or 0))
-        reason = "no problem text" * (not question) or "no answer" * (not problem.answer)
-        reason = reason or parse_gold(problem.answer)
+        problem = hints.Problem(number, system + question, str(answer).strip(),
+                                "".join(map(str, trace)), float(level or 0))
+        reason = "no problem text" * (not question) or parse_gold(problem.answer)
         if not reason and len(prompts.ids(problem)[0]) > c.max_prompt_length:
             reason = f"prompt over max_prompt_length={c.max_prompt_length} tokens"
         found[reason].append(problem)
     problems = found.pop(None, [])
-    untraced = sum(not problem.trace.strip() for problem in problems) * with_trace
+    bare = sum(not problem.trace.strip() for problem in problems) * (c.rl_type == "ghpo")
     say(f"data: {c.dataset_name}: {len(problems)} of {len(rows)} rows usable"
-        + f", {untraced} without a solution to hint from" * bool(untraced))
+        + f", {bare} without a solution to hint from" * bool(bare))
     for reason, dropped in found.items():
         numbers = [problem.id for problem in dropped[:5]]
         say(f"data: dropped {len(dropped)}, {reason}: rows {str(numbers)[1:-1]}")
@@ -194,13 +109,13 @@ class Prompts:
             hint, _ = hints.make_hint(problem, ratio, limit=len(hint) - 1)
         return hint, is_trimmed
 
-    def request(self, group, shown, sampling, slot, step):
+    def request(self, group, shown, config, slot, step):
         """The Request for a Try; its seed: a hash of run, step, problem and stage, not rank."""
         rendered = {hint: self.ids(group.problem, hint) for hint in set(shown.hints)}
         ids, prefixes = zip(*(rendered[hint] for hint in shown.hints))
-        key = repr((self.config.seed, step, group.problem.id, len(group.tries))).encode()
+        key = repr((config.seed, step, group.problem.id, len(group.tries))).encode()
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 2  # 62 bits
-        return Request(group.problem, ids, shown, group.tries, prefixes, seed, sampling, slot)
+        return Request(group.problem, ids, shown, group.tries, prefixes, seed, config, slot)
 
 def advantages(group, config):
     """E1 and E3: rewards (G, F) to advantages (G,), float64."""
@@ -315,37 +230,37 @@ def collate(rows, is_packed, device, dtype):
     """(arguments of Policy.forward, per-token tensors of the loss, each (M,)) for some rows."""
     lengths = [len(row.input_ids) for row in rows]
     width = sum(lengths) if is_packed else max(lengths)
-    ids = np.zeros((1 if is_packed else len(rows), width), dtype=np.int64)
-    positions = np.zeros_like(ids) + np.arange(width)
     starts = np.cumsum([0, *lengths]) if is_packed else np.arange(len(rows)) * width
-    places, loss_inputs = [], defaultdict(list)
+    ids = np.zeros((1 if is_packed else len(rows), width), dtype=np.int64)
+    positions, places = np.zeros_like(ids) + np.arange(width), []
     for row, start, length in zip(rows, starts, lengths):
         ids.flat[start : start + length] = row.input_ids
         positions.flat[start : start + length] = np.arange(length)
         places.append(np.arange(start + row.context, start + length))
-        for key in ("behaviour_logp", "policy_weight", "likelihood_weight", "is_on_context",
-                    "advantage", "scale"):
-            loss_inputs[key].append(np.broadcast_to(getattr(row, key), len(places[-1])))
     target = np.concatenate(places)
     inputs = {"ids": ids, "positions": positions, "predict": target - 1, "target": ids.flat[target]}
+    loss_inputs = {key: np.concatenate([np.broadcast_to(getattr(row, key), len(place))
+                                        for row, place in zip(rows, places)])
+                   for key in ("behaviour_logp", "policy_weight", "likelihood_weight",
+                               "is_on_context", "advantage", "scale")}
     return ({key: torch.from_numpy(value).to(device) for key, value in inputs.items()},
-            {key: torch.from_numpy(np.concatenate(value)).to(device, dtype)
-             for key, value in loss_inputs.items()})
+            {key: torch.from_numpy(value).to(device, dtype) for key, value in loss_inputs.items()})
 
 def optimize(run, rows, lr):
     """Loss and optimizer steps on the rows of all ranks; returns metrics. Every rank runs the same
     number of micro-batches; gradients are summed, for E6 has divided by the step's counts."""
-    c, policy, parts, largest = run.config, run.policy, [], []
+    c, policy, parts, deltas = run.config, run.policy, [], []
     # A row without advantage gives no gradient, but it has been counted.
     used = [row for row in rows if row.advantage or c.beta or any(row.likelihood_weight)]
     batches = micro_batches(used, c.micro_batch_tokens, run.is_packed)
     most = int(fsdp_utils.all_reduce_scalars({"n": max(1, len(batches))}, "max")["n"])
     filler = Row([0, 0], 1, 0.0, 0.0, 0.0, 0.0, 0.0, 0)  # runs, and weighs nothing
     batches += [[filler]] * (most - len(batches))
-    batches = [collate(b, run.is_packed, run.dist.device, run.master_dtype) for b in batches]
-    with torch.no_grad():
+    batches = [collate(b, run.is_packed, run.device, run.master_dtype) for b in batches]
+    with phase("logprob"), torch.no_grad():
         ref = [run.reference(**inputs, heat=c.temperature)[0] if c.beta else None
                for inputs, _ in batches]
+        torch.get_device_module(run.device).synchronize()
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     old = []  # from before the first update on this batch
@@ -357,12 +272,14 @@ def optimize(run, rows, lr):
             loss, ratio, clipped = token_loss(logp, old[i], ref[i], batch, c)
             loss = loss * batch["scale"]  # E6
             loss.sum().backward()
-            delta = (old[i] - batch["behaviour_logp"]) * batch["is_on_context"]
-            largest.append(delta.abs().max())
-            parts.append(torch.stack([value.detach().double().sum() for value in (
-                loss, batch["policy_weight"], entropy * batch["policy_weight"],
-                (clipped - ratio) * batch["advantage"] < 0, batch["is_on_context"],
-                torch.expm1(delta) - delta, delta > math.log(c.importance_cap or math.inf))]))
+            deltas.append((old[i] - batch["behaviour_logp"]) * batch["is_on_context"])
+            parts.append({
+                "loss": loss.detach(), "tokens": batch["policy_weight"],
+                "entropy": entropy * batch["policy_weight"],
+                "clipped": (clipped - ratio) * batch["advantage"] < 0,
+                "compared": batch["is_on_context"],
+                "mismatch_k3": torch.expm1(deltas[-1]) - deltas[-1],
+                "capped": deltas[-1] > math.log(c.importance_cap or math.inf)})
         norm = float(fsdp_utils.clip_grad_norm(policy.parameters(), c.max_grad_norm))
         if math.isfinite(norm):
             run.optimizer.step()
@@ -371,58 +288,60 @@ def optimize(run, rows, lr):
             torch.save(rows, path)
             need(c.nonfinite == "skip", f"gradient norm is {norm}: its batch is in {path}")
         run.optimizer.zero_grad()
-    names = ("loss", "tokens", "entropy", "clipped", "compared", "mismatch_k3", "capped")
-    total = fsdp_utils.all_reduce_scalars(dict(zip(names, torch.stack(parts).sum(0).tolist())))
-    total |= {key: total[key] / max(total["tokens"], 1) for key in ("entropy", "clipped")}
-    total |= {key: total[key] / max(total["compared"], 1) for key in ("mismatch_k3", "capped")}
-    largest = {"mismatch_max": float(torch.stack(largest).max())}
+    sums = {key: float(sum(part[key].double().sum() for part in parts)) for key in parts[0]}
+    total = fsdp_utils.all_reduce_scalars(sums)
+    for key in ("entropy", "clipped", "mismatch_k3", "capped"):  # means over tokens
+        counted = total["compared" if key in ("mismatch_k3", "capped") else "tokens"]
+        total[key] /= max(counted, 1)
+    largest = {"mismatch_max": float(torch.cat(deltas).abs().max())}
     return {**total, **fsdp_utils.all_reduce_scalars(largest, "max"), "grad_norm": norm, "lr": lr}
+
+def roll_out(run, blank, c, step):
+    """Blank groups to final ones, with the current weights; and each one's last plan_try."""
+    planned = {}
+
+    def next_request(group, slot):
+        shown, tries = planned[slot] = hints.plan_try(
+            group, c, run.state["history"], step, run.prompts.fit)
+        if not group.completions or (shown and c.hint_timing == "inline"):
+            shown = shown or hints.unhinted(c.num_generations)
+            return run.prompts.request(replace(group, tries=tries), shown, c, slot, step)
+
+    with phase("sync"):
+        run.engine.wake()
+        run.engine.update_weights(fsdp_utils.full_tensors(run.policy.model, run.compute_dtype))
+    with phase("generate"):
+        groups = rollout.collect(run.engine, blank, run.pool, next_request, hints.merge,
+                                 run.columns.get(c.hint_trigger, 0))
+        run.engine.sleep()
+    return groups, list(planned.values())
 
 def train(run):
     """The algorithm: one pass of the loop is one rollout batch. run.state is alike on all ranks."""
     c, state, plan = run.config, run.state, run.plan
-    sampling = Sampling(c.temperature, c.max_completion_length, c.top_p, c.top_k)
     steps = range(state["step"], plan.steps)
     for step in tqdm(steps, c.rl_type, plan.steps, initial=state["step"], disable=run.rank > 0):
-        clock, planned = [time.perf_counter()], {}
+        started = time.perf_counter()
+        fsdp_utils.seconds.clear()
 
         # 1. Roll out G samples a problem; 2. hint: a group that fails is asked again (E2).
-        def next_request(group, slot, step=step, planned=planned):
-            shown, tries = planned[slot] = hints.plan_try(
-                group, c, state["history"], step, run.prompts.fit)
-            if not group.completions or (shown and c.hint_timing == "inline"):
-                shown = shown or hints.unhinted(c.num_generations)
-                return run.prompts.request(replace(group, tries=tries), shown, sampling, slot, step)
-
         blank = next_groups(run)[run.rank :: run.world]
-        groups = sample(run, blank, next_request, clock)
-        metrics = record(run, groups, blank, planned.values())
+        groups, planned = roll_out(run, blank, c, step)
+        metrics = record(run, groups, blank, planned)
         if c.hint_exhausted == "drop" and c.rl_type == "ghpo" and step >= c.start_hint_step:
-            groups = [group for group, (shown, _) in zip(groups, planned.values())
+            groups = [group for group, (shown, _) in zip(groups, planned)
                       if shown or not hints.needs_hint(group.tries, c)]
-        clock.append(time.perf_counter())
 
         # 3. Advantages (E1, E3), and what each row weighs in the objective of the step (E6).
         rows = make_rows(groups, run.prompts, c)
 
         # 4. Micro-batches and loss (E4, E5, E7); 5. optimizer step. The sampler gets the weights
         # when the next rollout begins.
-        with fsdp_utils.phase("train"):
+        with phase("train"):
             metrics |= optimize(run, rows, run.learning_rate(step))
-        clock.append(time.perf_counter())
         state["step"] = step + 1
-        names = ("seconds/sync", "seconds/generate", "seconds/record", "seconds/train")
-        metrics |= dict(zip(names, np.diff(clock).tolist())) | {"seconds/verify": run.judge.seconds}
-        spent = 1000 * (clock[-1] - clock[0]) / max(metrics["tokens/generated"], 1)
-        metrics |= {"seconds/1000_tokens": spent}
-        if torch.cuda.is_available():  # the engine's memory is in what is free
-            free, whole = torch.cuda.mem_get_info()
-            metrics |= {"gib/used": (whole - free) / 2**30,
-                        "gib/peak": torch.cuda.max_memory_allocated() / 2**30}
-        stats = {f"verifier/{name}": count for name, count in run.judge.pool.stats.items()}
-        metrics |= fsdp_utils.all_reduce_scalars(stats)
-        run.judge.seconds = 0.0
-        write_metrics(run, metrics)
+        spent = costs(run, rows, metrics["tokens/generated"], time.perf_counter() - started)
+        write_metrics(run, metrics | spent)
         limit = 1e-2 if c.torch_dtype == "bfloat16" else 1e-4
         need(step > run.first_step + 2 or metrics["mismatch_k3"] <= limit,
              f"sampler and trainer disagree, mean k3 {metrics['mismatch_k3']:.2g} > {limit:g}: "
@@ -432,20 +351,10 @@ def train(run):
             evaluate(run)
         every = {"steps": c.save_steps, "epoch": plan.per_epoch, "no": plan.steps}[c.save_strategy]
         if is_last or state["step"] % every == 0:
+            state["metrics_bytes"] = (run.folder / "metrics.jsonl").stat().st_size
             fsdp_utils.save_checkpoint(
                 run.folder, step + 1, run.policy, run.optimizer, state, c.save_total_limit or 0,
                 lambda folder: export(run, folder / "model"))
-
-def sample(run, blank, next_request, clock):
-    """Blank groups to final ones, with the current weights; notes the time around sampling."""
-    with fsdp_utils.phase("rollout"):
-        run.engine.wake()
-        run.engine.update_weights(fsdp_utils.full_tensors(run.policy.model))
-        clock.append(time.perf_counter())
-        groups = rollout.collect(run.engine, blank, run.judge, next_request, hints.merge)
-        run.engine.sleep()
-        clock.append(time.perf_counter())
-    return groups
 
 def next_groups(run):
     """The blank groups of the next step, for all ranks: returning problems, then fresh ones."""
@@ -460,63 +369,76 @@ def next_groups(run):
     order = np.random.default_rng([c.seed, epoch]).permutation(n)
     order = sorted(order, key=lambda i: run.problems[i].level if c.curriculum else 0)  # stable
     known = {problem.id: problem for problem in run.problems}
-    blank = [Group(known[i], [hints.Try(**t) for t in tries]) for i, tries in queue]
-    return blank + [Group(run.problems[i]) for i in order[start : start + fresh]]
+    return [Group(known[i], tries) for i, tries in queue] + [
+        Group(run.problems[i]) for i in order[start : start + fresh]]
 
 def record(run, groups, blank, planned):
     """Writes the rollouts of all ranks, updates history and queue; returns the step's metrics."""
     c, state, lines = run.config, run.state, []
     for group, before, (shown, tries) in zip(groups, blank, planned):
-        request, scored = group.request, zip(group.completions, group.rewards)
         lines.append({
             "id": group.problem.id, "problem": group.problem.messages[-1]["content"],
-            "prompt": run.prompts.tokenizer.decode(request.prompts[0]),
-            "hint": request.shown.hints[0], "hint_ratio": request.shown.ratios[0],
-            "tries": [asdict(t) for t in tries], "earlier_tries": len(before.tries),
+            "prompt": run.prompts.tokenizer.decode(group.request.prompts[0]),
+            "hint": group.request.shown.hints[0], "hint_ratio": group.request.shown.ratios[0],
+            "tries": tries, "earlier_tries": len(before.tries),
             "is_deferred": c.hint_timing == "deferred" and shown is not None,
-            "completions": [{"text": run.judge.text(o, ""), **dict(zip(c.reward_funcs, scores)),
-                             "finish_reason": o.finish_reason, "tokens": len(o.token_ids),
-                             "hint_ratio": o.hint_ratio} for o, scores in scored]})
-    lines = sum(fsdp_utils.gather_objects(lines), [])
+            "completions": [{
+                "text": o.text, **dict(zip(c.reward_funcs, scores)), "tokens": len(o.token_ids),
+                "finish_reason": o.finish_reason, "hint_ratio": o.hint_ratio}
+                for o, scores in zip(group.completions, group.rewards)]})
+    with phase("wait"):  # for the slowest rank
+        lines = sum(fsdp_utils.gather_objects(lines), [])
     if run.rank == 0:
         path = run.folder / "rollouts" / f"step_{state['step'] + 1:06d}.jsonl"
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        path.write_text("".join(json.dumps(line, default=vars) + "\n" for line in lines))
     counts, means = Counter(), defaultdict(list)
     for line in lines:
-        tries = [hints.Try(**t) for t in line["tries"]]
+        tries, first = line["tries"], line["tries"][0]
         hints.remember(state["history"], line["id"], tries)
-        state["queue"] += [(line["id"], line["tries"])] * line["is_deferred"]
+        state["queue"] += [(line["id"], tries)] * line["is_deferred"]
         counts["hint/unsolved"] += hints.needs_hint(tries, c) and not line["is_deferred"]
-        if not line["earlier_tries"] and not tries[0].ratio:  # fresh problems, first try
-            means["accuracy_without_hint"].append(tries[0].pass_rate)
-            means["hard_fraction"].append(hints.needs_hint(tries[:1], c))
+        if not line["earlier_tries"] and not first.ratio:
+            means["accuracy_without_hint"].append(first.pass_rate)
+            means["hard_fraction"].append(hints.needs_hint([first], c))
         for tried in tries[line["earlier_tries"] :]:
             is_solved = not tried.skipped and not hints.needs_hint([tried], c)
-            for key, count in {
-                    "hint/skipped": tried.skipped, "hint/trimmed": tried.trimmed,
-                    "hint/tried@": not tried.skipped, "hint/solved@": is_solved,
-                    "tokens/generated": tried.tokens, "tokens/generated@": tried.tokens}.items():
-                counts[key + f"{tried.ratio:g}" * key.endswith("@")] += count
-    samples = [sample for line in lines for sample in line["completions"]]
-    means["tokens/completion"] = [sample["tokens"] for sample in samples]
-    means["truncated"] = [sample["finish_reason"] == "length" for sample in samples]
-    means |= {f"reward/{name}": [sample[name] for sample in samples] for name in c.reward_funcs}
+            at = f"@{tried.ratio:g}"
+            counts.update({
+                "tokens/generated": tried.tokens, "tokens/generated" + at: tried.tokens,
+                "hint/trimmed": tried.trimmed, "hint/skipped": tried.skipped,
+                "hint/tried" + at: not tried.skipped, "hint/solved" + at: is_solved})
+        for sample in line["completions"]:
+            means["tokens/completion"].append(sample["tokens"])
+            means["truncated"].append(sample["finish_reason"] == "length")
+            for name in c.reward_funcs:
+                means[f"reward/{name}"].append(sample[name])
     means = {key: float(np.mean(value)) for key, value in means.items()}
     return {**means, **dict(sorted(counts.items())), "queue": len(state["queue"])}
+
+def costs(run, rows, generated, seconds):
+    """What a step took: seconds by phase (of this rank), tokens, GPU memory, verifier failures."""
+    stats = {f"verifier/{name}": count for name, count in run.pool.stats.items()}
+    stats["tokens/trained"] = sum(len(row.input_ids) for row in rows)
+    metrics = fsdp_utils.all_reduce_scalars(stats) | {"tokens/s": generated / seconds}
+    metrics |= {f"seconds/{name}": spent for name, spent in fsdp_utils.seconds.items()}
+    if torch.cuda.is_available():  # the engine's memory is in what is free
+        free, whole = torch.cuda.mem_get_info()
+        metrics |= {"gib/used": (whole - free) / 2**30,
+                    "gib/peak": torch.cuda.max_memory_allocated() / 2**30}
+    if run.config.gpu_tflops:  # model FLOPs utilization: recomputation and attention not counted
+        n_params = sum(p.numel() for p in run.policy.parameters())
+        flops = 6 * n_params * metrics["tokens/trained"] / run.world
+        metrics["mfu"] = flops / metrics["seconds/train"] / (run.config.gpu_tflops * 1e12)
+    return metrics
 
 def evaluate(run):
     """Accuracy without hints on each eval set: avg@k, its standard error over problems, pass@k."""
     metrics = {}
     for name, (c, problems) in run.eval_sets.items():
-        k, length = c.eval_samples, c.eval_max_completion_length or c.max_completion_length
-        sampling = Sampling(c.eval_temperature, length, c.top_p, c.top_k)
-
-        def ask(group, slot, sampling=sampling, shown=hints.unhinted(k), name=name):
-            if not group.completions:
-                return run.prompts.request(group, shown, sampling, slot, name)
-
-        groups = sample(run, [Group(p) for p in problems[run.rank :: run.world]], ask, [])
-        right = [[scores[run.judge.accuracy] > 0 for scores in group.rewards] for group in groups]
+        k, column = c.num_generations, run.columns.get("accuracy", 0)
+        blank = [Group(problem) for problem in problems[run.rank :: run.world]]
+        groups, _ = roll_out(run, blank, c, name)
+        right = [[scores[column] > 0 for scores in group.rewards] for group in groups]
         right_PK = np.array(sum(fsdp_utils.gather_objects(right), []))
         error = right_PK.mean(1).std(ddof=len(right_PK) > 1) / math.sqrt(len(right_PK))
         metrics |= {f"eval/{name}": float(right_PK.mean()), f"eval/{name}_stderr": float(error)}
@@ -538,31 +460,30 @@ def write_metrics(run, metrics):
         say(f"step {step}: " + ", ".join(
             f"{key} {value:.3g}" for key, value in metrics.items() if re.match(keys, key)))
 
-def export(run, folder):
+def export(run, folder, **hub):
     """Weights, config and tokenizer as transformers and vLLM load them; called on all ranks."""
-    weights = {name: tensor.to("cpu", run.compute_dtype) for name, tensor
-               in fsdp_utils.full_tensors(run.policy.model) if run.rank == 0}
+    tensors = fsdp_utils.full_tensors(run.policy.model, run.compute_dtype)
+    weights = {name: tensor.cpu() for name, tensor in tensors if run.rank == 0}
     if run.rank == 0:
-        run.policy.model.save_pretrained(folder, state_dict=weights)
-        run.prompts.tokenizer.save_pretrained(folder)
+        run.policy.model.save_pretrained(folder, state_dict=weights, **hub)
+        run.prompts.tokenizer.save_pretrained(folder, **hub)
 
 def setup(config):
     """What `train` needs, in the order that matters: verifiers, process group, weights, engine."""
-    run = SimpleNamespace(config=config, folder=Path(config.output_dir), wandb=None, eval_sets={})
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     pool = VerifierPool(config.reward_funcs, max(1, min(8, cores)), config.verifier_timeout)
-    run.dist = fsdp_utils.setup_distributed()
-    run.rank, run.world = run.dist.rank, run.dist.world
+    run = SimpleNamespace(**vars(fsdp_utils.setup_distributed()), config=config, pool=pool,
+                          folder=Path(config.output_dir), wandb=None, eval_sets={})
+    run.columns = {name: i for i, name in enumerate(config.reward_funcs)}
     run.prompts = Prompts(config)
-    run.problems = load_problems(config, run.prompts, config.rl_type == "ghpo")
+    run.problems = load_problems(config, run.prompts)
     run.plan = make_plan(config, run.world, len(run.problems))
     for name, spec in config.eval_datasets.items():
-        changes = {"dataset_name": spec} if isinstance(spec, str) else spec
-        spec = make_config(asdict(config) | changes)
-        run.eval_sets[name] = spec, load_problems(spec, run.prompts, False)
-    columns = {name: i for i, name in enumerate(config.reward_funcs)}
-    run.judge = rollout.Judge(pool, run.prompts.tokenizer, columns.get(config.hint_trigger, 0),
-                              columns.get("accuracy", 0))
+        c = make_config(asdict(config) | ({"dataset_name": spec} if isinstance(spec, str) else spec))
+        c = replace(c, rl_type="grpo", num_generations=c.eval_samples,
+                    temperature=c.eval_temperature, max_completion_length=(
+                        c.eval_max_completion_length or c.max_completion_length))
+        run.eval_sets[name] = c, load_problems(c, run.prompts)
     run.compute_dtype = getattr(torch, config.torch_dtype)
     run.master_dtype = torch.promote_types(run.compute_dtype, torch.float32)
     logging.disable_progress_bar()
@@ -572,23 +493,25 @@ def setup(config):
     run.is_packed = is_varlen if config.packing is None else config.packing
     run.optimizer = torch.optim.AdamW(
         run.policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
-        betas=(config.adam_beta1, config.adam_beta2), fused=run.dist.device.type == "cuda")
+        betas=(config.adam_beta1, config.adam_beta2), fused=run.device.type == "cuda")
     steps = run.plan.steps
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
     rate = get_scheduler(config.lr_scheduler_type, run.optimizer, warmup, steps).lr_lambdas[0]
     # differs from reference: warm-up begins above 0, for a step at rate 0 is a step lost
     run.learning_rate = lambda step: config.learning_rate * rate(step + (step < warmup))
+    if torch.cuda.is_available() if config.startup_pass is None else config.startup_pass:
+        startup_pass(run)
     open_folder(run)
+    tokenizer = run.prompts.tokenizer
     ends = np.ravel(run.policy.model.generation_config.eos_token_id).tolist()  # one, several, None
-    ends = {run.prompts.tokenizer.eos_token_id, *ends} - {None}
-    length = max(config.max_completion_length, config.eval_max_completion_length or 0)
+    ends = {tokenizer.eos_token_id, *ends} - {None}
     if config.engine == "hf":
-        run.engine = rollout.HfEngine(
-            run.policy, ends, run.prompts.tokenizer.pad_token_id,
-            lambda: fsdp_utils.unshard(run.policy), lambda: fsdp_utils.reshard(run.policy))
+        run.engine = rollout.HfEngine(run.policy, tokenizer, ends)
     else:
         engine = {"vllm": rollout.VllmEngine, "server": rollout.ServerEngine}[config.engine]
-        run.engine = engine(config, ends, config.max_prompt_length + length, run.dist.device)
+        configs = [config, *(c for c, _ in run.eval_sets.values())]
+        longest = max(c.max_prompt_length + c.max_completion_length for c in configs)
+        run.engine = engine(config, tokenizer, ends, longest, run.device)
     return run
 
 def load_policy(run):
@@ -607,73 +530,49 @@ def load_policy(run):
                             c.replicas, c.cpu_offload)
 
 def startup_pass(run):
-    """Forward and backward at maximum length: out-of-memory comes in minute one, not hour ten."""
+    """A step of rows at maximum length that weigh nothing, before a checkpoint is loaded:
+    out-of-memory comes in minute one, not hour ten."""
     c, width = run.config, run.config.max_prompt_length + run.config.max_completion_length
-    row = Row([0] * width, c.max_prompt_length, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
+    row = Row([0] * width, c.max_prompt_length, 0.0, 0.0, 0.0, 0.0, 1.0, 0)
     rows = [row] * max(1, c.micro_batch_tokens // width)
-    run.engine.sleep()
-    needed = 0 if run.optimizer.state else 2  # Adam's moments, where not there yet
-    moments = [torch.empty_like(p) for p in run.policy.parameters() for _ in range(needed)]
-    inputs, _ = collate(rows, run.is_packed, run.dist.device, run.master_dtype)
-    (run.policy(**inputs, heat=c.temperature)[0].sum() * 0).backward()
-    run.optimizer.zero_grad()
-    say(f"start-up pass: {len(rows)} rows of {width} tokens and {len(moments)} moments fit")
+    optimize(run, rows, 0.0)
+    run.optimizer.state.clear()
+    say(f"start-up pass: {len(rows)} rows of {width} tokens and Adam's moments fit")
 
 def open_folder(run):
     """Starts, resumes or refuses output_dir; what was written is moved aside, never deleted."""
     c, folder, mine = run.config, run.folder, asdict(run.config)
-    settings, path = folder / "config.yaml", folder / "metrics.jsonl"
+    settings, metrics = folder / "config.yaml", folder / "metrics.jsonl"
     theirs = yaml.safe_load(settings.read_text()) if settings.is_file() else mine
     changed = [k for k in mine if k not in KEYS["resumable"] and theirs.get(k) != mine[k]]
     need(not changed or c.overwrite_output_dir, f"output_dir={folder} holds another run ("
          f"{', '.join(changed)} differ): choose another, or overwrite_output_dir=true to move it")
     fsdp_utils.gather_objects("every rank has looked")
-    if changed and run.rank == 0:
-        folder.rename(f"{folder}.{time.strftime('%Y%m%d-%H%M%S')}")
-    fsdp_utils.gather_objects("the folder is free")
-    run.state = {"step": 0, "cursor": 0, "queue": [], "history": {}, "prompts": run.plan.prompts}
-    latest = fsdp_utils.latest_checkpoint(folder)
-    if latest:
+    if run.rank == 0:
+        if changed:
+            folder.rename(f"{folder}.{time.strftime('%Y%m%d-%H%M%S')}")
+        (folder / "rollouts").mkdir(parents=True, exist_ok=True)
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+        settings.write_text(f"# {' '.join(sys.argv)}\n# git {git.strip()}\n"
+                            + yaml.safe_dump(mine, sort_keys=False))
+    fsdp_utils.gather_objects("the folder is there")
+    run.state = {"step": 0, "cursor": 0, "queue": [], "history": {}, "metrics_bytes": 0,
+                 "prompts": run.plan.prompts}
+    for latest in fsdp_utils.checkpoints(folder)[-1:]:
         run.state = fsdp_utils.load_checkpoint(latest, run.policy, run.optimizer)
         run.state["history"] = {int(key): value for key, value in run.state["history"].items()}
+        run.state["queue"] = [(i, [hints.Try(**t) for t in tries]) for i, tries in run.state["queue"]]
         need(run.state["prompts"] == run.plan.prompts, f"{latest} had {run.state['prompts']} "
              "prompts a step: change gradient_accumulation_steps")
         say(f"resuming {latest}")
     run.first_step = run.state["step"]
-    if run.rank:
-        return
-    (folder / "rollouts").mkdir(parents=True, exist_ok=True)
-    if path.is_file():  # lines after the checkpoint will be computed again
-        lines = path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if latest and line.endswith("\n")
-                and json.loads(line)["step"] <= run.first_step]
-        with open(f"{path}.stale", "a") as stale:
-            stale.writelines(lines[len(kept) :])
-        Path(f"{path}.new").write_text("".join(kept))
-        Path(f"{path}.new").rename(path)
-    settings.write_text(yaml.safe_dump(mine, sort_keys=False))
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    (folder / "command.txt").write_text(f"{' '.join(sys.argv)}\ngit {git}")
-    if "wandb" in c.report_to and importlib.util.find_spec("wandb"):
+    if run.rank == 0 and metrics.is_file():  # lines after the checkpoint will be computed again
+        with open(metrics, "r+b") as file, open(f"{metrics}.stale", "ab") as stale:
+            file.seek(run.state["metrics_bytes"])
+            stale.write(file.read())
+            file.truncate(run.state["metrics_bytes"])
+    if "wandb" in c.report_to and run.rank == 0:
         run.wandb = importlib.import_module("wandb").init(project="ghpo", config=mine, dir=folder)
-    elif "wandb" in c.report_to:
-        say("report_to: wandb is not installed; metrics.jsonl has everything")
-
-def dry_run(config):
-    """Prints config, arithmetic, data, memory, and a problem as the model sees it at each stage."""
-    from tests.estimates import bytes_per_gpu
-
-    print(yaml.safe_dump(asdict(config), sort_keys=False))
-    prompts, world = Prompts(config), int(os.environ.get("WORLD_SIZE", 1))
-    problems = load_problems(config, prompts, config.rl_type == "ghpo")
-    make_plan(config, world, len(problems))
-    problem = max(problems, key=lambda p: bool(p.trace))
-    for omega in [0.0, *config.hint_ratio]:
-        hint, is_trimmed = prompts.fit(problem, omega)
-        ids, _ = prompts.ids(problem, hint)
-        print(f"---- row {problem.id}, omega {omega:g}, {len(ids)} tokens, trimmed: {is_trimmed}")
-        print(prompts.tokenizer.decode(ids))
-    print(f"---- bytes per GPU, activations excluded: {bytes_per_gpu(config, world)}")
 
 def main():
     """The command line; what the user can mend ends the program with one message, status 2."""
@@ -686,26 +585,22 @@ def main():
     try:
         config = load_config(args.config, args.overrides)
         if args.dry_run:
+            from tests.estimates import dry_run
             return dry_run(config)
         run = setup(config)
         if args.eval or (config.eval_strategy == "steps" and run.state["step"] == 0):
             evaluate(run)
         if not args.eval:
-            if config.startup_pass or (config.startup_pass is None and torch.cuda.is_available()):
-                startup_pass(run)
             train(run)
-            export(run, run.folder / "model")
+            hub = {"push_to_hub": True, "repo_id": config.hub_model_id or run.folder.name}
+            export(run, run.folder / "model", **(hub if config.push_to_hub else {}))
             say(f"done: {run.folder}, {len(run.state['queue'])} problems still queued")
-            if config.push_to_hub and run.rank == 0:
-                repo = create_repo(config.hub_model_id or run.folder.name, exist_ok=True)
-                upload_folder(repo_id=repo.repo_id, folder_path=run.folder / "model")
         fsdp_utils.gather_objects("every rank is done")
         run.engine.close()
-        run.judge.pool.close()
+        run.pool.close()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
 
 if __name__ == "__main__":
     main()
-    fsdp_utils.leave()

@@ -56,7 +56,7 @@ def tokenise(text: str) -> list[str]:
     return [token.lower() if token[0] == '"' else token for token in TOKEN.findall(text)]
 
 CHAINS = {"+", "product", "list", "and", "or", "row", "cell", ":", "rel"}
-ARGUMENT = 15  # the level of a function's argument without brackets
+ARGUMENT = 15  # without brackets: the product up to the next function
 ZERO, X = ("num", Fraction(0)), ("var", "")  # X: what an interval is about
 
 class Reader:
@@ -89,8 +89,7 @@ class Reader:
             return self.bracket(token)
         if token in PAIRS:
             return (PAIRS[token], self.prefix(), self.prefix())
-        if token[1:] in FUNCTIONS:
-            # f_b^n x: without a bracket the argument is the product up to the next function
+        if token[1:] in FUNCTIONS:  # f_b^n x
             base, exponent = (self.tokens[-1] == mark and self.tokens.pop() and self.prefix()
                               for mark in "_^")
             argument = self.prefix() if self.tokens[-1] in "({" else self.tree(ARGUMENT)
@@ -119,13 +118,15 @@ MP, LOCK = MPContext(), threading.Lock()  # its precision is not thread-safe
 MP.dps = 100
 TINY = MP.mpf(10) ** -30
 
+def bits(value) -> int:
+    return max(map(int.bit_length, value.as_integer_ratio())) if isinstance(value, Fraction) else 0
+
 def power(base, exponent):
     """Exact where base and exponent say so, after a look at the size of the result."""
     if base == 0 < exponent:
         return base
     is_exact = isinstance(base, Fraction) and getattr(exponent, "denominator", 0) == 1
-    size = max(map(int.bit_length, base.as_integer_ratio())) if is_exact else abs(MP.ln(base))
-    if abs(exponent) * size > MAX_SIZE:
+    if abs(exponent) * (bits(base) if is_exact else abs(MP.ln(base))) > MAX_SIZE:
         raise ValueError("power too large")
     return base ** int(exponent) if is_exact else MP.power(base, exponent)
 
@@ -153,6 +154,8 @@ def evaluate(tree, point=0):
     if kind == "scaled":  # 2x - 2 and x - 1 become the same
         return evaluate(parts[0], point) * (1 / evaluate(parts[0]))
     values = [evaluate(part, point) for part in parts if isinstance(part, tuple)]
+    if sum(map(bits, values)) > MAX_SIZE + 99:
+        raise ValueError("too large")
     if kind in OPERATIONS:
         return OPERATIONS[kind](*values)
     if kind in COUNTS and COUNTED.issuperset(values):
@@ -221,8 +224,11 @@ def same(a, b) -> bool:
         names, values, wholes = zip(*parts)
         is_named_alike = len({*names, None}) < 3
         return all(wholes) and equal(*wholes) or all(values) and is_named_alike and same(*values)
-    if kinds & REGIONS:
-        return same_region(a, b)
+    if kinds & REGIONS:  # do they agree at all their ends and on both sides of each?
+        (ends, in_a), (more, in_b) = region(a), region(b)
+        points = [end + step for end in (*ends, *more, TINY) for step in (-TINY, 0, TINY)]
+        is_small = len(points) <= 3 * MAX_ITEMS and len(variables(a) | variables(b)) < 2
+        return is_small and all(in_a(x) == in_b(x) for x in points)
     if kinds <= SETS:  # every item of the one takes its own item of the other
         rest = list(b[1:])
         matches = (next((other for other in rest if same(item, other)), None) for item in a[1:])
@@ -261,14 +267,8 @@ def region(tree) -> tuple:
                    for a, sign, b in zip(values, signs, values[1:]))
     return ends, inside
 
-def same_region(a, b) -> bool:
-    """Do two parts of the line agree at all their ends and on both sides of each?"""
-    (ends, in_a), (more, in_b) = region(a), region(b)
-    points = [end + step for end in (*ends, *more, TINY) for step in (-TINY, 0, TINY)]
-    is_small = len(points) <= 3 * MAX_ITEMS and len(variables(a) | variables(b)) < 2
-    return is_small and all(in_a(x) == in_b(x) for x in points)
-
-JOINT = re.compile(r"\}(?:\\text|\\quad|\\[()\[\] ,;]|[${}\s.]|(or)|(and|[,;])){1,30}\\boxed\s*\{")
+JOINT = re.compile(
+    r"\}(?!\})(?:\\text|\\quad|\\[()\[\] ,;]|[${}\s.]|(or)|(and|[,;])){1,30}\\boxed\s*\{")
 
 def boxed(text: str) -> str | None:
     """The last box and those joined to it: by a comma or "and" to a list, by "or" unreadably."""
@@ -318,7 +318,7 @@ def parse_gold(gold: str) -> str | None:
     with LOCK:
         if re.sub(r"\\text|[${}.\s]", "", gold).isalpha() or len(readings(gold)) > 1:
             return None
-    return f"not read, or longer than {MAX_CHARS} characters" if gold.strip() else "empty"
+    return f"not read, or longer than {MAX_CHARS} characters" if gold.strip() else "no answer"
 
 def accuracy_reward(response: str, gold: str) -> float:
     """1.0 when the answer in `response` (see extract_answer) has the value of `gold`, else 0.0.

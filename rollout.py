@@ -21,16 +21,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from fsdp_utils import gather_objects
+from fsdp_utils import gather_objects, phase, reshard, unshard
 from hints import Problem, Try
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to sample. temperature 0 is greedy; the log-probs are then those of temperature 1."""
-    temperature: float = 1.0
-    max_tokens: int = 2048
-    top_p: float = 1.0
-    top_k: int = 0
 
 @dataclass(frozen=True)
 class Request:
@@ -41,7 +33,7 @@ class Request:
     tries: list  # list[Try] before this one
     prefixes: list  # (G,) text the assistant's turn already starts with
     seed: int  # sample j uses seed + j
-    sampling: Sampling
+    config: object  # its temperature (0: greedy), top_p, top_k and max_completion_length hold
     slot: int = 0  # place in the collect call
 
 @dataclass(frozen=True)
@@ -49,9 +41,10 @@ class Completion:
     """One sample with exactly the context it was sampled from."""
     prompt_ids: list
     token_ids: list  # the end-of-sequence token included when it was sampled
-    behaviour_logp: list  # (T,) the sampler's, at the sampling temperature
+    behaviour_logp: list  # (T,) the sampler's, at the sampling temperature (1 when greedy)
     finish_reason: str  # "stop" or "length"
     hint_ratio: float
+    text: str = ""  # for the rewards only
 
 @dataclass(frozen=True)
 class Group:
@@ -62,56 +55,33 @@ class Group:
     rewards: list = field(default_factory=list)  # (G, F)
     request: Request | None = None  # what the completions answer; None: blank, not sampled yet
 
-@dataclass
-class Judge:
-    """Verification for `collect`: decodes completions and has them scored by the worker pool."""
-    pool: object  # reward.VerifierPool
-    tokenizer: object
-    trigger: int  # column of the reward that decides what is hard
-    accuracy: int  # column that evaluation reports
-    seconds: float = 0.0  # waited for verdicts
-
-    def text(self, completion, prefix):
-        return prefix + self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-
-    def submit(self, request, completions):
-        """Starts scoring the samples of a request; a slot has one request at a time."""
-        texts = [self.text(c, prefix) for c, prefix in zip(completions, request.prefixes)]
-        self.pool.submit(request.slot, texts, request.problem.answer)
-
-    def poll(self, wait):
-        """[(slot, rewards (G, F))] of the scored requests, by slot."""
-        started = time.perf_counter()
-        verdicts = sorted(self.pool.poll(wait))
-        self.seconds += time.perf_counter() - started
-        return verdicts
-
-def collect(engine, groups, judge, next_request, merge):
+def collect(engine, groups, pool, next_request, merge, trigger=0):
     """Samples blank groups until next_request(group, slot) gives None for each; in the same order.
 
     A group is judged and, if hard, asked again the moment its own samples are there: nobody waits
     for the batch. With a deterministic engine every verdict is awaited one poll later, so that the
-    time it takes cannot change what is batched with what.
+    time it takes cannot change what is batched with what. trigger: column of Try.pass_rate.
     """
-    groups, under_way = list(groups), dict.fromkeys(range(len(groups)))  # slot: what was sampled
+    groups, under_way = list(groups), len(groups)
     for slot, group in enumerate(groups):
         engine.submit(next_request(group, slot))
     while under_way:
         finished = engine.poll()
-        for slot, rewards in judge.poll(wait=engine.deterministic or not engine.busy):
-            request, completions = under_way[slot]
-            pass_rate = float(np.mean([scores[judge.trigger] for scores in rewards]))
+        with phase("verify"):
+            verdicts = pool.poll(wait=engine.deterministic or not engine.busy)
+        for (request, completions), rewards in sorted(verdicts, key=lambda v: v[0][0].slot):
+            pass_rate = float(np.mean([scores[trigger] for scores in rewards]))
             tokens = sum(len(c.token_ids) for c in completions)
             tries = [*request.tries, replace(request.shown, pass_rate=pass_rate, tokens=tokens)]
             new = Group(request.problem, tries, completions, rewards, request)
-            groups[slot] = merge(groups[slot], new)
-            if request := next_request(groups[slot], slot):
-                engine.submit(request)
+            group = groups[request.slot] = merge(groups[request.slot], new)
+            if again := next_request(group, request.slot):
+                engine.submit(again)
             else:
-                del under_way[slot]
+                under_way -= 1
         for request, completions in finished:
-            under_way[request.slot] = request, completions
-            judge.submit(request, completions)
+            texts = [prefix + c.text for prefix, c in zip(request.prefixes, completions)]
+            pool.submit((request, completions), texts, request.problem.answer)
     return groups
 
 class Engine:
@@ -123,20 +93,23 @@ class Engine:
     deterministic = False  # do the same requests give the same bits, whenever verdicts arrive?
     busy = property(lambda self: bool(self.calls))
 
-    def __init__(self, eos_ids, max_model_len=math.inf):
-        self.eos_ids, self.max_model_len = sorted(eos_ids), max_model_len  # prompt + answer, tokens
+    def __init__(self, tokenizer, eos_ids, max_model_len=math.inf):
+        self.tokenizer, self.eos_ids = tokenizer, sorted(eos_ids)
+        self.max_model_len = max_model_len  # tokens, prompt and answer
         self.calls, self.numbers = {}, map(str, itertools.count())  # {handle: see submit}
 
     def submit(self, request):
         """Starts the calls of one try at one problem; ValueError when one cannot fit."""
-        sampling, completions = request.sampling, [None] * len(request.prompts)
+        c, completions = request.config, [None] * len(request.prompts)
         for j, prompt in enumerate(request.prompts):
-            if len(prompt) + sampling.max_tokens > self.max_model_len:  # vLLM would clip silently
+            if len(prompt) + c.max_completion_length > self.max_model_len:  # vLLM clips silently
                 raise ValueError(f"problem {request.problem.id}: {len(prompt)} prompt + "
-                                 f"{sampling.max_tokens} new tokens > {self.max_model_len}")
+                                 f"{c.max_completion_length} new tokens > {self.max_model_len}")
             # eos_ids are those of the run, not what vLLM finds in tokenizer and generation config
-            fields = vars(sampling) | {"seed": request.seed % 2**62 + j, "logprobs": 0}
-            fields |= {"detokenize": False, "ignore_eos": True, "stop_token_ids": self.eos_ids}
+            fields = {
+                "temperature": c.temperature, "top_p": c.top_p, "top_k": c.top_k,
+                "max_tokens": c.max_completion_length, "seed": request.seed + j, "logprobs": 0,
+                "detokenize": False, "ignore_eos": True, "stop_token_ids": self.eos_ids}
             self.calls[self._start(prompt, fields)] = request, completions, j
 
     def poll(self):
@@ -147,8 +120,9 @@ class Engine:
             # trap: from NaN weights vLLM samples on without a word; over HTTP NaN is -9999
             if not all(-9000 < number < 0.001 for number in logp) or len(logp) != len(ids):
                 raise RuntimeError(f"sampled log-probs {logp[:4]}: are the weights finite?")
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
             completions[j] = Completion(
-                request.prompts[j], list(ids), logp, reason, request.shown.ratios[j])
+                request.prompts[j], list(ids), logp, reason, request.shown.ratios[j], text)
             if None not in completions:
                 finished.append((request, completions))
         return finished
@@ -161,22 +135,21 @@ class Engine:
 class HfEngine(Engine):
     """Samples with the training model itself, by transformers' generate: all that waits, at once.
 
-    policy(generate={...}) runs generate under the FSDP root; unshard and reshard, called by wake
-    and sleep, let ranks generate different numbers of tokens without a collective.
+    policy(generate={...}) runs generate under the FSDP root, whose weights are whole from wake to
+    sleep: ranks then generate different numbers of tokens without a collective.
     """
     deterministic = True
 
-    def __init__(self, policy, eos_ids, pad_id, unshard, reshard, max_rows=256):
-        super().__init__(eos_ids)
-        self.policy, self.pad_id, self.max_rows = policy, pad_id, max_rows
-        self.unshard, self.reshard = unshard, reshard
+    def __init__(self, policy, tokenizer, eos_ids, max_rows=256):
+        super().__init__(tokenizer, eos_ids)
+        self.policy, self.max_rows = policy, max_rows
 
     def wake(self):
         self.policy.eval()
-        self.unshard()
+        unshard(self.policy)
 
     def sleep(self):
-        self.reshard()
+        reshard(self.policy)
         self.policy.train()
 
     def update_weights(self, tensors):
@@ -189,15 +162,15 @@ class HfEngine(Engine):
     def _ended(self):
         """Generates the samples that wait, as many as max_rows, to their end."""
         rows = list(self.calls.values())[: self.max_rows]
-        sampling, device = rows[0][0].sampling, next(self.policy.parameters()).device
+        c, device = rows[0][0].config, next(self.policy.parameters()).device
         prompts = [torch.tensor(request.prompts[j], device=device) for request, _, j in rows]
-        ids = pad_sequence(prompts, True, self.pad_id, "left")
+        ids = pad_sequence(prompts, True, self.tokenizer.pad_token_id, "left")
         mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, "left")
-        draws = SeededDraws(sampling, [request.seed + j for request, _, j in rows])
+        draws = SeededDraws(c, [request.seed + j for request, _, j in rows])
         output = self.policy(generate={
-            "inputs": ids, "attention_mask": mask, "max_new_tokens": sampling.max_tokens,
+            "inputs": ids, "attention_mask": mask, "max_new_tokens": c.max_completion_length,
             "do_sample": False, "logits_processor": [draws], "eos_token_id": self.eos_ids,
-            "pad_token_id": self.pad_id, "use_cache": True,
+            "pad_token_id": self.tokenizer.pad_token_id, "use_cache": True,
             "synced_gpus": False})[:, ids.shape[1] :].tolist()  # no collective at every token
         logp = torch.stack(draws.logp, 1).tolist()
         for call, tokens, logp_T in zip([*self.calls], output, logp):  # poll removes calls
@@ -208,20 +181,21 @@ class HfEngine(Engine):
 class SeededDraws(LogitsProcessor):
     """Makes generate's greedy choice a draw by each row's own seed alone; keeps the log-probs."""
 
-    def __init__(self, sampling, seeds):
-        self.sampling, self.logp = sampling, []  # logp: a (B,) tensor for each token
-        numbers = [np.random.default_rng(seed).random(sampling.max_tokens) for seed in seeds]
+    def __init__(self, config, seeds):
+        self.config, self.logp = config, []  # logp: a (B,) tensor for each token
+        length = config.max_completion_length
+        numbers = [np.random.default_rng(seed).random(length) for seed in seeds]
         self.uniform_BT = torch.from_numpy(np.stack(numbers))
 
     def __call__(self, ids, logits_BV):
-        logits_BV = logits_BV.float() / (self.sampling.temperature or 1.0)
-        if self.sampling.top_k:
-            logits_BV = TopKLogitsWarper(self.sampling.top_k)(ids, logits_BV)
-        if self.sampling.top_p < 1:
-            logits_BV = TopPLogitsWarper(self.sampling.top_p)(ids, logits_BV)
+        logits_BV = logits_BV.float() / (self.config.temperature or 1.0)
+        if self.config.top_k:
+            logits_BV = TopKLogitsWarper(self.config.top_k)(ids, logits_BV)
+        if self.config.top_p < 1:
+            logits_BV = TopPLogitsWarper(self.config.top_p)(ids, logits_BV)
         logp_BV = logits_BV.log_softmax(-1)
         token_B1 = logits_BV.argmax(-1, keepdim=True)
-        if self.sampling.temperature:  # invert the distribution function
+        if self.config.temperature:  # invert the distribution function
             cdf_BV = logp_BV.double().exp().cumsum(-1)
             level_B1 = self.uniform_BT[:, len(self.logp), None].to(ids.device) * cdf_BV[:, -1:]
             token_B1 = (cdf_BV <= level_B1).sum(-1, True).clamp(max=cdf_BV.shape[1] - 1)
@@ -235,8 +209,8 @@ class VllmEngine(Engine):
     close() ends that group too, so it comes last. VLLM_LOGGING_LEVEL=INFO shows memory at sleep.
     """
 
-    def __init__(self, config, eos_ids, max_model_len, device):
-        super().__init__(eos_ids, max_model_len)
+    def __init__(self, config, tokenizer, eos_ids, max_model_len, device):
+        super().__init__(tokenizer, eos_ids, max_model_len)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in-process: update_weights needs it
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
@@ -291,8 +265,8 @@ class ServerEngine(Engine):
     """
     connect_s, call_s, generate_s, health_s = 5, 120, 1800, 10  # limits; time between check-ups
 
-    def __init__(self, config, eos_ids, max_model_len, device):
-        super().__init__(eos_ids, max_model_len)
+    def __init__(self, config, tokenizer, eos_ids, max_model_len, device):
+        super().__init__(tokenizer, eos_ids, max_model_len)
         self.dtype, self.device = config.torch_dtype, device
         self.host, self.port = config.vllm_server_host, config.vllm_server_port
         self.pool, self.next_check = ThreadPoolExecutor(512), 0.0

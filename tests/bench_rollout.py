@@ -38,7 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from hints import Problem, Try  # noqa: E402
-from rollout import Group, Request, Sampling, VllmEngine, collect  # noqa: E402
+from rollout import Group, Request, VllmEngine, collect  # noqa: E402
 
 SAMPLES = 8
 RATIOS = (0.0, 0.25, 0.5, 0.75)
@@ -57,19 +57,17 @@ class Engine(VllmEngine):
         return super()._start(prompt, fields)
 
 
-class Judge:
+class Verdicts:
     """Instant verdicts: hard problems (level 1) fail at every stage, the others never do."""
-
-    trigger = 0
 
     def __init__(self):
         self.ready = []
         self.tokens = 0
 
-    def submit(self, request, completions):
+    def submit(self, key, texts, gold):
+        request, completions = key
         self.tokens += sum(len(c.token_ids) for c in completions)
-        right = 1.0 - request.problem.level
-        self.ready.append((request.slot, [[right]] * len(completions)))
+        self.ready.append((key, [[1.0 - request.problem.level]] * len(completions)))
 
     def poll(self, wait):
         ready, self.ready = self.ready, []
@@ -84,7 +82,8 @@ def ask(problem, stage, slot, step):
     shown = Try([RATIOS[stage]] * SAMPLES, [""] * SAMPLES)
     seed = random.Random(f"{problem.id} {stage} {step}").getrandbits(60)
     return Request(problem, [prompt] * SAMPLES, shown, [], [""] * SAMPLES, seed,
-                   Sampling(1.0, Engine.cap), slot)  # fmt: skip
+                   SimpleNamespace(temperature=1.0, max_completion_length=Engine.cap, top_p=1.0,
+                                   top_k=0), slot)  # fmt: skip
 
 
 def newest(old, new):
@@ -95,14 +94,14 @@ def failed(group):
     return not any(scores[0] for scores in group.rewards)
 
 
-def run_grpo(engine, judge, problems, step):
+def run_grpo(engine, pool, problems, step):
     def next_request(group, slot):
         return None if group.completions else ask(group.problem, 0, slot, step)
 
-    return collect(engine, [Group(p) for p in problems], judge, next_request, newest)
+    return collect(engine, [Group(p) for p in problems], pool, next_request, newest)
 
 
-def run_inline(engine, judge, problems, step):
+def run_inline(engine, pool, problems, step):
     def next_request(group, slot):
         if not group.completions:
             return ask(group.problem, 0, slot, step)
@@ -110,16 +109,16 @@ def run_inline(engine, judge, problems, step):
         if failed(group) and stage < len(RATIOS):
             return ask(group.problem, stage, slot, step)
 
-    return collect(engine, [Group(p) for p in problems], judge, next_request, newest)
+    return collect(engine, [Group(p) for p in problems], pool, next_request, newest)
 
 
-def run_ladder(engine, judge, problems, step):
+def run_ladder(engine, pool, problems, step):
     final = {}
     for stage in range(len(RATIOS)):
         def next_request(group, slot, stage=stage):
             return None if group.completions else ask(group.problem, stage, slot, step)
 
-        groups = collect(engine, [Group(p) for p in problems], judge, next_request, newest)
+        groups = collect(engine, [Group(p) for p in problems], pool, next_request, newest)
         final |= {group.problem.id: group for group in groups}
         problems = [group.problem for group in groups if failed(group)]
     return list(final.values())
@@ -131,7 +130,7 @@ class Deferred:
     def __init__(self):
         self.queue = []
 
-    def __call__(self, engine, judge, problems, step):
+    def __call__(self, engine, pool, problems, step):
         back = self.queue[: len(problems) // 2]
         self.queue = self.queue[len(back):]
         stages = [stage for _, stage in back] + [0] * (len(problems) - len(back))
@@ -140,7 +139,7 @@ class Deferred:
         def next_request(group, slot):
             return None if group.completions else ask(group.problem, stages[slot], slot, step)
 
-        groups = collect(engine, [Group(p) for p in batch], judge, next_request, newest)
+        groups = collect(engine, [Group(p) for p in batch], pool, next_request, newest)
         for group, stage in zip(groups, stages):
             if failed(group) and stage + 1 < len(RATIOS):
                 self.queue.append((group.problem, stage + 1))
@@ -167,7 +166,8 @@ def main():
             model_name_or_path=folder, model_revision="main", torch_dtype="float32",
             vllm_gpu_memory_utilization=0.3,
         )  # fmt: skip
-        engine = Engine(config, [], PROMPT + TRACE + args.cap, device)
+        no_text = SimpleNamespace(decode=lambda ids, skip_special_tokens: "")
+        engine = Engine(config, no_text, [], PROMPT + TRACE + args.cap, device)
     variants = {"grpo": run_grpo, "ladder": run_ladder, "inline": run_inline}
     variants["deferred"] = Deferred()
     clock = time.perf_counter if device.type == "cuda" else time.process_time
@@ -176,16 +176,16 @@ def main():
         hard = random.Random(step).sample(range(args.prompts), round(0.6 * args.prompts))
         problems = [Problem(1000 * step + i, [], "", level=i in hard) for i in range(args.prompts)]
         for name, variant in variants.items():
-            judge = Judge()
+            pool = Verdicts()
             assert engine.llm.reset_prefix_cache()
             started = clock(), time.perf_counter()
-            kept = variant(engine, judge, problems, step)
+            kept = variant(engine, pool, problems, step)
             if step >= 0:
                 seconds[name].append(clock() - started[0])
                 wall[name].append(time.perf_counter() - started[1])
-                tokens[name].append(judge.tokens)
+                tokens[name].append(pool.tokens)
                 kept = sum(len(c.token_ids) for group in kept for c in group.completions)
-                wasted[name].append(judge.tokens - kept)
+                wasted[name].append(pool.tokens - kept)
 
     def ratio(name, other):
         return statistics.median(a / b for a, b in zip(seconds[name], seconds[other]))

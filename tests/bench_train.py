@@ -145,9 +145,9 @@ def time_ours(folder, steps):
         f"num_generations={SAMPLES}", "learning_rate=1e-6", "warmup_steps=0",
         f"per_device_train_batch_size={PROMPTS * SAMPLES}", "gradient_accumulation_steps=1"]))
     ghpo.train(run)
-    run.judge.pool.close()
+    run.pool.close()
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    parts = [(sum(line[f"seconds/{k}"] for k in ("sync", "generate", "record")),
+    parts = [(sum(line[f"seconds/{k}"] for k in ("sync", "generate")),
               line["seconds/train"], line["tokens/generated"]) for line in lines[2:]]
     generate, train, tokens = zip(*parts)
     return summary(generate, train, tokens)

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 
@@ -21,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import fsdp_utils  # noqa: E402
 import ghpo  # noqa: E402
 import hints  # noqa: E402
-from rollout import Completion, Group, HfEngine, Judge, Request, Sampling  # noqa: E402
+from rollout import Completion, Group, HfEngine, Request  # noqa: E402
 
 BASE = ROOT / "tests" / "tiny" / "base"
 DATA = ROOT / "tests" / "tiny" / "data"
@@ -43,6 +44,12 @@ def settings(**changes):
 
 def make_config(**changes):
     return ghpo.make_config(settings(**changes))
+
+
+def sampling(temperature=1.0, length=2048, top_p=1.0, top_k=0):
+    """A config that samples so, greedily at temperature 0."""
+    return replace(make_config(), temperature=temperature, max_completion_length=length,
+                   top_p=top_p, top_k=top_k)  # fmt: skip
 
 
 def read_jsonl(path):
@@ -98,7 +105,7 @@ class Policies:
         policy, weights = self._policy(config.torch_dtype)
         policy.load_state_dict(weights)
         run = SimpleNamespace(
-            config=config, policy=policy, dist=self.alone, rank=0, world=1, is_packed=False,
+            config=config, policy=policy, device=self.alone.device, rank=0, world=1, is_packed=False,
             master_dtype=next(policy.parameters()).dtype, reference=None, folder=Path("/tmp"),
             state={"step": 0}, optimizer=torch.optim.SGD(policy.parameters(), lr=0.0))
         run.__dict__.update(changes)
@@ -121,9 +128,8 @@ def make_run(alone):
 
 
 def new_engine(policy, kind=HfEngine, **options):
-    """An hf engine on a policy that needs no collectives, or on one whose shards come and go."""
-    return kind(policy, {EOS}, PAD, lambda: fsdp_utils.unshard(policy),
-                lambda: fsdp_utils.reshard(policy), **options)  # fmt: skip
+    """An hf engine with the tiny tokenizer."""
+    return kind(policy, ghpo.Prompts(make_config()).tokenizer, {EOS}, **options)
 
 
 @pytest.fixture
@@ -140,10 +146,10 @@ def problem(i=0, question="4a3b5c2?", answer="(7,2,4)", trace="a37\nb52\nc24\nen
     return hints.Problem(i, [{"role": "user", "content": question}], answer, trace)
 
 
-def request(prompt_ids, samples=2, seed=0, slot=0, sampling=None, of=None):
+def request(prompt_ids, samples=2, seed=0, slot=0, config=None, of=None):
     """A request with given prompt ids and no hint."""
     return Request(of or problem(), [list(prompt_ids)] * samples, hints.unhinted(samples), [],
-                   [""] * samples, seed, sampling or Sampling(1.0, 12), slot)
+                   [""] * samples, seed, config or sampling(1.0, 12), slot)
 
 
 def run_engine(engine, requests):
@@ -237,45 +243,47 @@ def setup(alone, monkeypatch, tmp_path):
 
     yield build
     for run in runs:
-        run.judge.pool.close()
+        run.pool.close()
 
 
-class ScriptedJudge(Judge):
+class ScriptedPool:
     """A group passes (its first sample only) after passes(step, slot) failed tries.
 
     step counts the first tries of a slot. Verdicts are `delay` polls late unless waited for.
     """
 
-    def __init__(self, tokenizer, passes, delay=0):
-        super().__init__(None, tokenizer, 0, 0)
+    def __init__(self, passes, delay=0):
         self.passes, self.delay = passes, delay
-        self.firsts, self.waiting = Counter(), []
+        self.firsts, self.waiting, self.stats = Counter(), [], {}
 
-    def submit(self, request, completions):
+    def submit(self, key, texts, gold):
+        request, completions = key
         failed = sum(not t.skipped for t in request.tries)
         self.firsts[request.slot] += failed == 0
         is_right = failed >= self.passes(self.firsts[request.slot] - 1, request.slot)
         rewards = [[float(is_right and j == 0), float(j % 2)] for j in range(len(completions))]
-        self.waiting.append((self.delay, request.slot, rewards))
+        self.waiting.append((self.delay, key, rewards))
 
     def poll(self, wait):
-        ready = [(slot, rewards) for n, slot, rewards in self.waiting if wait or n <= 0]
+        ready = [(key, rewards) for n, key, rewards in self.waiting if wait or n <= 0]
         self.waiting = [(n - 1, *rest) for n, *rest in self.waiting if not wait and n > 0]
-        return sorted(ready)
+        return ready
+
+    def close(self):
+        pass
 
 
 @pytest.fixture
 def scripted_training(setup, monkeypatch, tmp_path):
-    """scripted_training(passes, rows, **changes): ghpo.train with a ScriptedJudge on data rows.
+    """scripted_training(passes, rows, **changes): ghpo.train with a ScriptedPool on data rows.
 
     Returns (run, [(groups, rows of the loss) of each step], rollout lines of each step).
     """
 
-    def go(passes, data, judge=ScriptedJudge, **changes):
+    def go(passes, data, pool=ScriptedPool, **changes):
         run = setup(dataset_name=write_jsonl(tmp_path / "data.jsonl", data), **changes)
-        pool = run.judge.pool
-        run.judge = judge(run.prompts.tokenizer, passes)
-        run.judge.pool = pool
+        run.pool.close()
+        run.pool = pool(passes)
         seen, make_rows = [], ghpo.make_rows
 
         def remember(groups, *rest):

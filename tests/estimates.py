@@ -1,6 +1,10 @@
 """Estimates for `ghpo.py --dry_run`: what a configuration takes, by arithmetic."""
 
+import os
+from dataclasses import asdict
+
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
@@ -28,3 +32,20 @@ def bytes_per_gpu(config, world) -> dict:
     width = torch.finfo(getattr(torch, config.torch_dtype)).bits // 8
     parts = memory_estimate(size, world, config.sharding, config.replicas, width, held)
     return {"parameters": size, **parts}
+
+
+def dry_run(config) -> None:
+    """Prints config, arithmetic, data, a problem as the model sees it at each stage, and memory."""
+    import ghpo
+
+    print(yaml.safe_dump(asdict(config), sort_keys=False))
+    prompts, world = ghpo.Prompts(config), int(os.environ.get("WORLD_SIZE", 1))
+    problems = ghpo.load_problems(config, prompts)
+    ghpo.make_plan(config, world, len(problems))
+    problem = max(problems, key=lambda p: bool(p.trace))
+    for omega in [0.0, *config.hint_ratio]:
+        hint, is_trimmed = prompts.fit(problem, omega)
+        ids, _ = prompts.ids(problem, hint)
+        print(f"---- row {problem.id}, omega {omega:g}, {len(ids)} tokens, trimmed: {is_trimmed}")
+        print(prompts.tokenizer.decode(ids))
+    print(f"---- bytes per GPU, activations excluded: {bytes_per_gpu(config, world)}")

@@ -149,13 +149,16 @@ def is_writing(folder, launched):
 
 
 def traces(folder):
-    """What must be the same bits: metrics without times, rollouts, final weights, saved state."""
+    """What must be the same bits: metrics without times, rollouts, final weights, saved state
+    (without the size of metrics.jsonl, in which the times are)."""
     folder = Path(folder)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
+    metrics = [{k: v for k, v in line.items() if not k.startswith(("seconds/", "tokens/s"))}
+               for line in lines]
     rollouts = {p.name: p.read_text() for p in (folder / "rollouts").glob("step_*.jsonl")}
     checkpoints = sorted(folder.glob("checkpoint-??????"))
-    states = {p.name: (p / "state.json").read_text() for p in checkpoints}
+    states = {p.name: json.loads((p / "state.json").read_text()) | {"metrics_bytes": 0}
+              for p in checkpoints}
     tensors = {p.name: [f.read_bytes() for f in sorted(p.glob("*.distcp"))] for p in checkpoints}
     weights = (folder / "model" / "model.safetensors").read_bytes()
     return {"metrics": metrics, "rollouts": rollouts, "states": states, "tensors": tensors,

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import DATA, SHARED, ScriptedJudge, make_config, problem, read_jsonl
+from conftest import DATA, SHARED, ScriptedPool, make_config, problem, read_jsonl
 
 import ghpo
 import hints
-from rollout import Completion, Group, Sampling
+from rollout import Completion, Group
 
 HARD = "a37\nb52\nc24\nd81\ne90\nf13\ng44\nh27\nend"  # 35 characters
 
@@ -279,7 +279,7 @@ def test_long_hints_are_shortened_and_problems_never(prompts):
         hint, _ = hints.make_hint(one, 0.75)
         fitting, _ = prompts.fit(one, 0.75)
         shown = hints.Try([0.75 * bool(fitting)] * 2, [fitting] * 2)
-        asked = prompts.request(Group(one), shown, Sampling(), 0, 0)
+        asked = prompts.request(Group(one), shown, prompts.config, 0, 0)
         text = prompts.tokenizer.decode(asked.prompts[0])
         assert len(asked.prompts[0]) <= whole + room and one.messages[0]["content"] in text
         texts.append(asked.shown.hints[0])
@@ -364,13 +364,13 @@ def test_bread_bisects_to_the_shortest_prefix(scripted_training, monkeypatch):
             return None
         return (max(fails) + min(works, default=1.0)) / 2
 
-    class NeedsHalf(ScriptedJudge):
-        def submit(self, request, completions):
-            passes = float(request.shown.ratio >= 0.4)
-            self.waiting.append((0, request.slot, [[passes, 0.0]] * len(completions)))
+    class NeedsHalf(ScriptedPool):
+        def submit(self, key, texts, gold):
+            passes = float(key[0].shown.ratio >= 0.4)
+            self.waiting.append((0, key, [[passes, 0.0]] * len(texts)))
 
     monkeypatch.setattr(hints, "next_ratio", next_ratio)
-    _, seen, lines = scripted_training(None, hard_rows(), judge=NeedsHalf, max_completion_length=8)
+    _, seen, lines = scripted_training(None, hard_rows(), pool=NeedsHalf, max_completion_length=8)
     assert len(seen) == 2
     for line in [line for step in lines for line in step]:
         tries = [(max(t["ratios"]), t["pass_rate"]) for t in line["tries"] if not t["skipped"]]

@@ -37,7 +37,7 @@ def recorded_groups(c, n=7):
     rng = np.random.default_rng(3)
     prompts = ghpo.Prompts(c)
     groups = []
-    for number, problem in enumerate(ghpo.load_problems(c, prompts, True)[:n]):
+    for number, problem in enumerate(ghpo.load_problems(c, prompts)[:n]):
         completions = []
         for _ in range(c.num_generations):
             length = int(rng.integers(1, 30))
@@ -61,7 +61,7 @@ class Capture(torch.optim.SGD):
 def gradients(place, replicas, **settings):
     """Gradients of one step on the recorded groups through ghpo's own rows and loss."""
     c = config(max_grad_norm=0.0, micro_batch_tokens=200, replicas=replicas, **settings)
-    run = SimpleNamespace(config=c, dist=place, rank=place.rank, world=place.world, is_packed=False,
+    run = SimpleNamespace(config=c, device=place.device, rank=place.rank, world=place.world, is_packed=False,
                           master_dtype=torch.float64, compute_dtype=torch.float64, reference=None,
                           state={"step": 0})
     prompts, groups = recorded_groups(c)
@@ -92,7 +92,8 @@ def compare_export(folder, out_file):
     """Greedy text of the resumed trainer and of transformers on the exported folder."""
     from transformers import AutoModelForCausalLM
 
-    from rollout import Request, Sampling
+    from conftest import sampling
+    from rollout import Request
 
     saved = ghpo.yaml.safe_load((Path(folder) / "config.yaml").read_text())
     saved["per_device_train_batch_size"] *= 2  # one rank instead of two: as many prompts a step
@@ -102,7 +103,7 @@ def compare_export(folder, out_file):
     for number, problem in enumerate(run.problems[:6]):
         ids = run.prompts.ids(problem)[0]
         run.engine.submit(Request(problem, [ids], hints.unhinted(1), [], [""], number,
-                                  Sampling(0.0, 48), number))
+                                  sampling(0.0, 48), number))
     run.engine.wake()
     ours = {}
     while run.engine.busy:
@@ -113,7 +114,7 @@ def compare_export(folder, out_file):
         out = model.generate(ids, do_sample=False, max_new_tokens=48,
                              attention_mask=torch.ones_like(ids))
         texts.append((out[0, ids.shape[1]:].tolist(), ours[number]))
-    run.judge.pool.close()
+    run.pool.close()
     out_file.write_text(json.dumps({"texts": texts, "step": run.state["step"]}))
 
 

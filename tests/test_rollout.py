@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    DATA, EOS, PAD, ScriptedJudge, make_config, new_engine, problem, read_jsonl, request, run_engine)
+    DATA, EOS, PAD, ScriptedPool, make_config, new_engine, problem, read_jsonl, request, run_engine,
+    sampling)
 
 import ghpo
 import hints
 import rollout
-from rollout import Completion, Group, Sampling
+from rollout import Completion, Group
 
 QUESTIONS = ["4a3b5c2?", "1a1b4?", "6a3b3c1d8e9f9g2h7?", "0a9?", "2a2b2c3d2e3f0g8h2?"]
 
@@ -41,8 +42,8 @@ def full_logits(engine, completion):
 
 def test_greedy_equals_generate(engine, prompt_ids):
     engine = engine()
-    sampling = Sampling(0.0, 70)
-    done = run_engine(engine, [request(p, 2, slot=i, sampling=sampling)
+    config = sampling(0.0, 70)
+    done = run_engine(engine, [request(p, 2, slot=i, config=config)
                                for i, p in enumerate(prompt_ids)])  # fmt: skip
     reasons = set()
     for i, prompt in enumerate(prompt_ids):
@@ -57,7 +58,7 @@ def test_greedy_equals_generate(engine, prompt_ids):
 
 def test_greedy_log_probs_are_those_of_temperature_1(engine, prompt_ids):
     engine = engine()
-    [completion] = run_engine(engine, [request(prompt_ids[0], 1, sampling=Sampling(0.0, 8))])[0]
+    [completion] = run_engine(engine, [request(prompt_ids[0], 1, config=sampling(0.0, 8))])[0]
     logits = full_logits(engine, completion)
     assert completion.token_ids == logits.argmax(-1).tolist()
     logp = logits.log_softmax(-1).max(-1).values
@@ -69,8 +70,8 @@ def test_greedy_log_probs_are_those_of_temperature_1(engine, prompt_ids):
 def test_behaviour_log_probs_equal_the_trainers(temperature, engine, prompt_ids, make_run, prompts):
     config = make_config(temperature=temperature, micro_batch_tokens=300)
     engine = engine(max_rows=8)
-    sampling = Sampling(temperature, 40)
-    done = run_engine(engine, [request(p, 4, seed=10 * i, slot=i, sampling=sampling)
+    config = sampling(temperature, 40)
+    done = run_engine(engine, [request(p, 4, seed=10 * i, slot=i, config=config)
                                for i, p in enumerate(prompt_ids)])  # fmt: skip
     groups = [Group(problem(), [], done[i], [[float(j % 2), 0.0] for j in range(4)]) for i in done]
     rows = ghpo.make_rows(groups, prompts, config)
@@ -96,7 +97,7 @@ def reference_samples(make_run, prompt_ids):
     run = make_run(make_config())
     done = {}
     for i, prompt in enumerate(prompt_ids):
-        one = request(prompt, 3, seed=100 * i, slot=i, sampling=Sampling(1.4, 40))
+        one = request(prompt, 3, seed=100 * i, slot=i, config=sampling(1.4, 40))
         done |= run_engine(new_engine(run.policy), [one])
     return done
 
@@ -113,8 +114,8 @@ def same(done, reference):
 @pytest.mark.parametrize("max_rows", [256, 7, 6, 1])
 def test_samples_do_not_depend_on_the_batch(max_rows, engine, prompt_ids, reference_samples):
     assert len({tuple(t) for c in reference_samples.values() for t in tokens_of(c)}) > 7
-    sampling = Sampling(1.4, 40)
-    requests = [request(p, 3, seed=100 * i, slot=i, sampling=sampling)
+    config = sampling(1.4, 40)
+    requests = [request(p, 3, seed=100 * i, slot=i, config=config)
                 for i, p in enumerate(prompt_ids)]  # fmt: skip
     same(run_engine(engine(max_rows=max_rows), requests[::-1]), reference_samples)
 
@@ -127,7 +128,7 @@ def test_a_request_that_comes_later_is_sampled_as_alone(
     engine.wake()
     while engine.busy or entering:
         for i in entering[:2]:
-            engine.submit(request(prompt_ids[i], 3, seed=100 * i, slot=i, sampling=Sampling(1.4, 40)))
+            engine.submit(request(prompt_ids[i], 3, seed=100 * i, slot=i, config=sampling(1.4, 40)))
         entering = entering[2:]
         done |= {one.slot: completions for one, completions in engine.poll()}
     engine.sleep()
@@ -135,9 +136,9 @@ def test_a_request_that_comes_later_is_sampled_as_alone(
 
 
 def test_sample_j_uses_seed_plus_j(engine, prompt_ids):
-    sampling = Sampling(2.0, 20)
-    four = run_engine(engine(), [request(prompt_ids[0], 4, seed=5, sampling=sampling)])[0]
-    one = run_engine(engine(), [request(prompt_ids[0], 1, seed=7, sampling=sampling)])[0]
+    config = sampling(2.0, 20)
+    four = run_engine(engine(), [request(prompt_ids[0], 4, seed=5, config=config)])[0]
+    one = run_engine(engine(), [request(prompt_ids[0], 1, seed=7, config=config)])[0]
     assert tokens_of(one) == tokens_of(four[2:3])
     assert len({tuple(t) for t in tokens_of(four)}) == 4
 
@@ -145,7 +146,7 @@ def test_sample_j_uses_seed_plus_j(engine, prompt_ids):
 def test_samples_follow_the_distribution(engine, prompt_ids):
     """Frequencies of 4000 first tokens at a high temperature, within 5 standard deviations."""
     engine, n = engine(max_rows=4000), 4000
-    done = run_engine(engine, [request(prompt_ids[0], n, sampling=Sampling(4.0, 1))])[0]
+    done = run_engine(engine, [request(prompt_ids[0], n, config=sampling(4.0, 1))])[0]
     counts = np.bincount([c.token_ids[0] for c in done], minlength=266)
     p = (full_logits(engine, done[0])[0] / 4.0).softmax(-1).double().numpy()
     assert (np.abs(counts - n * p) <= 5 * np.sqrt(n * p * (1 - p)) + 1).all()
@@ -155,8 +156,8 @@ def test_samples_follow_the_distribution(engine, prompt_ids):
 @pytest.mark.parametrize("top_p, top_k", [(1.0, 1), (1.0, 3), (0.8, 0), (0.5, 4)])
 def test_top_p_and_top_k(top_p, top_k, engine, prompt_ids):
     engine = engine()
-    sampling = Sampling(6.0, 25, top_p, top_k)
-    done = run_engine(engine, [request(p, 4, seed=i, slot=i, sampling=sampling)
+    config = sampling(6.0, 25, top_p, top_k)
+    done = run_engine(engine, [request(p, 4, seed=i, slot=i, config=config)
                                for i, p in enumerate(prompt_ids)])  # fmt: skip
     beyond_greedy = 0
     for completion in itertools.chain(*done.values()):
@@ -176,11 +177,11 @@ def test_top_p_and_top_k(top_p, top_k, engine, prompt_ids):
 
 def test_a_request_of_different_prompts(engine, prompt_ids):
     """Per-sample hints: each sample of a group has its own prompt."""
-    sampling = Sampling(1.4, 20)
-    mixed = replace(request(prompt_ids[0], 3, seed=9, sampling=sampling), prompts=prompt_ids[:3])
+    config = sampling(1.4, 20)
+    mixed = replace(request(prompt_ids[0], 3, seed=9, config=config), prompts=prompt_ids[:3])
     done = run_engine(engine(), [mixed])[0]
     for j, completion in enumerate(done):
-        alone = run_engine(engine(), [request(prompt_ids[j], 1, seed=9 + j, sampling=sampling)])[0]
+        alone = run_engine(engine(), [request(prompt_ids[j], 1, seed=9 + j, config=config)])[0]
         assert completion.prompt_ids == prompt_ids[j]
         assert completion.token_ids == alone[0].token_ids
 
@@ -188,14 +189,12 @@ def test_a_request_of_different_prompts(engine, prompt_ids):
 def test_seed_of_a_request(prompts):
     """It differs with run seed, step, problem and stage; the place in the batch plays no part."""
     def seed(run_seed=0, step=0, number=0, stage=0, slot=0):
-        prompts.config = make_config(seed=run_seed)
         group = Group(problem(number), [hints.unhinted(2)] * stage)
-        return prompts.request(group, hints.unhinted(2), Sampling(), slot, step).seed
+        return prompts.request(group, hints.unhinted(2), make_config(seed=run_seed), slot, step).seed
 
     seeds = [seed(*place) for place in itertools.product((0, 1), repeat=4)]
     assert len(set(seeds)) == 16 and all(0 <= s < 2**63 for s in seeds)
     assert seed(slot=5) == seed(slot=0) == seeds[0]
-    prompts.config = make_config()
 
 
 # ---- collect -----------------------------------------------------------------------------------
@@ -203,12 +202,10 @@ def test_seed_of_a_request(prompts):
 
 def ladder(prompts, config):
     """next_request of the training loop, inline."""
-    sampling = Sampling(config.temperature, config.max_completion_length)
-
     def next_request(group, slot):
         shown, tries = hints.plan_try(group, config, {}, 0)
         if shown is not None:
-            return prompts.request(replace(group, tries=tries), shown, sampling, slot, 0)
+            return prompts.request(replace(group, tries=tries), shown, config, slot, 0)
 
     return next_request
 
@@ -247,8 +244,8 @@ def test_a_failed_group_is_asked_again_while_others_still_run(deterministic, pro
     config = make_config()
     engine = Clock([3, 40])
     engine.deterministic = deterministic
-    judge = ScriptedJudge(prompts.tokenizer, lambda step, slot: [3, 1][slot])
-    groups = rollout.collect(engine, [Group(p) for p in hard_problems(2)], judge,
+    pool = ScriptedPool(lambda step, slot: [3, 1][slot])
+    groups = rollout.collect(engine, [Group(p) for p in hard_problems(2)], pool,
                              ladder(prompts, config), hints.merge)  # fmt: skip
     first = engine.events.index(("sampled", 1, 0))
     assert engine.events.index(("sampled", 0, 3)) < first  # a whole ladder while 1 generates
@@ -266,10 +263,10 @@ def test_late_verdicts_change_nothing(delay, make_run, prompts):
     results = []
     for kind, late in ((rollout.HfEngine, 0), (Impatient, delay)):
         engine = new_engine(make_run(config).policy, kind, max_rows=8)
-        judge = ScriptedJudge(prompts.tokenizer, lambda step, slot: fails[slot], late)
+        pool = ScriptedPool(lambda step, slot: fails[slot], late)
         blank = [Group(p) for p in hard_problems(5)]
-        results.append(rollout.collect(engine, blank, judge, ladder(prompts, config), hints.merge))
-        assert not engine.busy and not judge.waiting
+        results.append(rollout.collect(engine, blank, pool, ladder(prompts, config), hints.merge))
+        assert not engine.busy and not pool.waiting
     for one, two in zip(*results):
         assert one.tries == two.tries and one.rewards == two.rewards
         assert tokens_of(one.completions) == tokens_of(two.completions)
@@ -317,9 +314,9 @@ def test_ranks_may_sample_different_lengths(two_ranks, make_run, prompts):
     lengths = [[[len(t) for t in tokens] for call in rank for tokens in call] for rank in gathered]
     assert max(lengths[0][0]) > 20 and max(lengths[1][0]) == 2 and gathered[1][1] == []
     for rank, calls in enumerate(gathered):
-        sampling = Sampling(1.0, [60, 2][rank])
+        config = sampling(1.0, [60, 2][rank])
         for call in calls:
-            asked = [prompts.request(Group(problem(i)), hints.unhinted(4), sampling, i, 0)
+            asked = [prompts.request(Group(problem(i)), hints.unhinted(4), config, i, 0)
                      for i in range(len(call))]  # fmt: skip
             done = run_engine(new_engine(policy), asked)
             assert [tokens_of(done[i]) for i in range(len(call))] == call

@@ -29,7 +29,7 @@ import fsdp_utils
 import serve
 from ghpo import Policy
 from hints import Problem, Try
-from rollout import HfEngine, Request, Sampling, ServerEngine, VllmEngine
+from rollout import HfEngine, Request, ServerEngine, VllmEngine
 
 TESTS = Path(__file__).parent
 BASE = TESTS / "tiny/base"
@@ -38,8 +38,7 @@ LENGTH = 300
 CPU = torch.device("cpu")
 
 
-def nothing():
-    pass
+NO_TEXT = SimpleNamespace(decode=lambda ids, skip_special_tokens: "", pad_token_id=0)
 
 
 def random_model(folder, tied):
@@ -68,7 +67,8 @@ def ask(problem, temperature=1.0, samples=3, max_tokens=48, length=160):
     shown = Try([0.0] * samples, [""] * samples)
     return Request(
         Problem(problem, [], ""), [prompt.tolist()] * samples, shown, [], [""] * samples,
-        2**63 - 2 + problem, Sampling(temperature, max_tokens),
+        2**62 + problem, SimpleNamespace(
+            temperature=temperature, max_completion_length=max_tokens, top_p=1.0, top_k=0),
     )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def greedy_tokens(engine):
 
 def assert_greedy_equals_hf(engine, model):
     tokens = greedy_tokens(engine)
-    assert tokens == greedy_tokens(HfEngine(Policy(model), EOS, 0, nothing, nothing))
+    assert tokens == greedy_tokens(HfEngine(Policy(model), NO_TEXT, EOS))
     assert len(set(map(tuple, tokens.values()))) > 1
 
 
@@ -128,7 +128,7 @@ def optimizer_steps(model, found, steps):
 def colocated(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     random_model(folder, request.param == "tied")
-    engine = VllmEngine(settings(folder), EOS, LENGTH, CPU)
+    engine = VllmEngine(settings(folder), NO_TEXT, EOS, LENGTH, CPU)
     yield engine, folder
     engine.close()
 
@@ -251,7 +251,7 @@ def test_two_ranks_with_an_engine_each(tmp_path):
 def server_engine(port):
     if not dist.is_initialized():
         fsdp_utils.setup_distributed()
-    return ServerEngine(settings("", port), EOS, LENGTH, CPU)
+    return ServerEngine(settings("", port), NO_TEXT, EOS, LENGTH, CPU)
 
 
 def free_port():
@@ -320,7 +320,7 @@ def test_dead_or_wrong_server_is_named():
 def test_training_ends_clearly_when_its_server_dies(server, tmp_path):
     run = tiny_run(tmp_path / "run", "engine=server", f"vllm_server_port={server.port}",
                    "save_strategy=steps", "save_steps=1", "max_steps=500")  # fmt: skip
-    while fsdp_utils.latest_checkpoint(tmp_path / "run") is None:
+    while not fsdp_utils.checkpoints(tmp_path / "run"):
         assert run.poll() is None, run.stdout.read()[-4000:]
         time.sleep(0.2)
     updates = server.log.read_text().count("POST /resume")
@@ -331,7 +331,7 @@ def test_training_ends_clearly_when_its_server_dies(server, tmp_path):
     output, _ = run.communicate(timeout=60)
     assert run.returncode != 0
     assert f"127.0.0.1:{server.port}" in output and "run.sh serve" in output
-    checkpoint = fsdp_utils.latest_checkpoint(tmp_path / "run")
+    checkpoint = fsdp_utils.checkpoints(tmp_path / "run")[-1]
     policy = Policy(AutoModelForCausalLM.from_pretrained(BASE))
     old = [p.clone() for p in policy.parameters()]
     state = fsdp_utils.load_checkpoint(checkpoint, policy, torch.optim.AdamW(policy.parameters()))

@@ -12,13 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from conftest import compute_exactly, make_config, new_engine, problem, recorded_groups, settings
+from conftest import ScriptedPool, compute_exactly, make_config, new_engine, problem, recorded_groups, sampling, settings
 from torch import distributed as dist
 
 import fsdp_utils
 import ghpo
-import hints
-from rollout import Group, Sampling
+from rollout import Group
 
 
 def one_step(folder):
@@ -35,8 +34,8 @@ def new_run(rank, sharding, **changes):
                          micro_batch_tokens=40, gradient_checkpointing=sharding == "zero2",
                          **changes)  # fmt: skip
     run = SimpleNamespace(config=config, compute_dtype=torch.float64, master_dtype=torch.float64,
-                          rank=rank, world=2, is_packed=False, reference=None, state={"step": 0},
-                          dist=SimpleNamespace(rank=rank, world=2, device=torch.device("cpu")))  # fmt: skip
+                          rank=rank, world=2, is_packed=False, reference=None,
+                          state={"step": 0, "history": {}}, device=torch.device("cpu"))  # fmt: skip
     run.policy = compute_exactly(ghpo.load_policy(run))
     run.optimizer = torch.optim.SGD(run.policy.parameters(), lr=0.0)
     return run
@@ -68,23 +67,15 @@ def gradients(rank, folder):
 def uneven_sampling(rank, folder):
     """Rank 0 decodes 60 tokens of 3 problems, rank 1 two tokens of one, then none at all."""
     run = new_run(rank, "zero3")
-    prompts = ghpo.Prompts(run.config)
-    run.engine = new_engine(run.policy)
-    run.judge = SimpleNamespace(
-        trigger=0, slots=[], submit=lambda request, done: run.judge.slots.append(request.slot),
-        poll=lambda wait: [(run.judge.slots.pop(), [[1.0]] * 4) for _ in list(run.judge.slots)])
+    run.prompts, run.columns = ghpo.Prompts(run.config), {}
+    run.engine, run.pool = new_engine(run.policy), ScriptedPool(lambda step, slot: 0)
     tokens = []
     for count in ([3, 1][rank], [2, 0][rank]):
-        sampling = Sampling(1.0, [60, 2][rank])
-
-        def ask(group, slot):
-            if not group.completions:
-                return prompts.request(group, hints.unhinted(4), sampling, slot, 0)
-
-        groups = ghpo.sample(run, [Group(problem(i)) for i in range(count)], ask, [])
+        blank = [Group(problem(i)) for i in range(count)]
+        groups, _ = ghpo.roll_out(run, blank, sampling(1.0, [60, 2][rank]), 0)
         tokens.append([[c.token_ids for c in group.completions] for group in groups])
     gathered = fsdp_utils.gather_objects(tokens)
-    ghpo.optimize(run, ghpo.make_rows([], prompts, run.config), 0.0)  # the shards are back
+    ghpo.optimize(run, ghpo.make_rows([], run.prompts, run.config), 0.0)  # the shards are back
     if rank == 0:
         (folder / "uneven.json").write_text(json.dumps(gathered))
 
@@ -95,4 +86,3 @@ if __name__ == "__main__":
     one_step(folder)
     gradients(dist.get_rank(), folder)
     uneven_sampling(dist.get_rank(), folder)
-    fsdp_utils.leave()
