@@ -31,7 +31,7 @@ class UserError(ValueError):
     """Something the user can mend: shown as one message, without a traceback."""
 
 MAX_CHARS, MAX_ITEMS = 3000, 60  # of an answer that is read
-MAX_SIZE = 60_000  # bits of an exact power, logarithm of another one, argument of a function
+MAX_SIZE = 60_000  # bits of exact operands and powers; logarithm of another power; argument
 
 NOTATION = yaml.safe_load((Path(__file__).parent / "configs/verifier.yaml").read_text("utf-8"))
 COMMANDS, UNITS = ({word: sign for sign, words in NOTATION[table].items() for word in words.split()}
@@ -119,6 +119,7 @@ MP.dps = 100
 TINY = MP.mpf(10) ** -30
 
 def bits(value) -> int:
+    """The size of an exact number."""
     return max(map(int.bit_length, value.as_integer_ratio())) if isinstance(value, Fraction) else 0
 
 def power(base, exponent):
@@ -154,7 +155,7 @@ def evaluate(tree, point=0):
     if kind == "scaled":  # 2x - 2 and x - 1 become the same
         return evaluate(parts[0], point) * (1 / evaluate(parts[0]))
     values = [evaluate(part, point) for part in parts if isinstance(part, tuple)]
-    if sum(map(bits, values)) > MAX_SIZE + 99:
+    if sum(map(bits, values)) > MAX_SIZE:
         raise ValueError("too large")
     if kind in OPERATIONS:
         return OPERATIONS[kind](*values)

@@ -217,6 +217,7 @@ HOSTILE = [
     "1<" * 900 + "2",
     "\\begin{pmatrix}" + "1&" * 900 + "1\\end{pmatrix}", "a" * 3000, "\\text{" * 700, "_" * 2000,
     "\\sum_" * 500,
+    "3000!" * 500, "2^{59000}" * 300,
     "\x00\ud800", "٥", "①", "\u202e24", "__import__('os').system('touch {}')", "open('{}','w')",
     "(lambda: open('{}','w'))()", "\\immediate\\write18{touch {}}",
     "[c for c in ().__class__.__bases__]",
