@@ -5,17 +5,15 @@ an engine, subclass Engine and name the class in `setup` of ghpo.py.
 """
 
 import itertools
-import json
 import math
 import os
 import socket
 import time
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from http.client import HTTPConnection, HTTPException
+from multiprocessing.pool import ThreadPool
 
+import httpx2
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -260,86 +258,72 @@ class VllmEngine(Engine):
 class ServerEngine(Engine):
     """A vLLM server started by `./run.sh serve CONFIG`: the same calls, by HTTP, from every rank.
 
-    Rank 0 sends the weights by vLLM's weight transfer and listens for that on port + 1: NCCL, or
-    gloo to a CPU server (tests/vllm_ext.py). What fails is a RuntimeError with host and port.
+    Rank 0 sends the weights by vLLM's weight transfer, NCCL (gloo on CPU: tests/vllm_ext.py), and
+    listens for that on port + 1. What fails is a RuntimeError with host and port.
     """
-    connect_s, call_s, generate_s, health_s = 5, 120, 1800, 10  # limits; time between check-ups
 
     def __init__(self, config, tokenizer, eos_ids, max_model_len, device):
         super().__init__(tokenizer, eos_ids, max_model_len)
-        self.dtype, self.device = config.torch_dtype, device
-        self.host, self.port = config.vllm_server_host, config.vllm_server_port
-        self.pool, self.next_check = ThreadPoolExecutor(512), 0.0
-        self.is_sender = os.environ.get("RANK", "0") == "0"
-        if not self.is_sender:
+        host, port = config.vllm_server_host, config.vllm_server_port
+        self.url, self.next_check, self.link = f"http://{host}:{port}", 0.0, None
+        self.pool = ThreadPool(512)  # of daemons: a server that hangs does not keep the process
+        if os.environ.get("RANK", "0") != "0":
             return
-        # The transfer group: rank 0 is ours, the server's workers are the others.
-        size = 1 + self._http("/get_world_size")["world_size"]
-        if device.type == "cuda":
-            from vllm.distributed.weight_transfer.nccl_common import trainer_init
-        else:
-            from tests.vllm_ext import trainer_init
-        with socket.create_connection((self.host, self.port), self.connect_s) as probe:
-            address = probe.getsockname()[0]  # ours, as the server can reach it
-        place = {"master_address": address, "master_port": self.port + 1, "world_size": size}
-        link = self.pool.submit(trainer_init, place)
-        self._http("/init_weight_transfer_engine", {"init_info": place | {"rank_offset": 1}})
-        self.link = link.result(self.call_s)
+        place = {"rank_offset": 1, "master_port": port + 1,  # we are rank 0, then its workers
+                 "world_size": 1 + self._http("/get_world_size", method="GET")["world_size"]}
+        with socket.create_connection((host, port), 5) as probe:
+            place["master_address"] = probe.getsockname()[0]  # ours, as the server can reach it
+        if device.type == "cpu":
+            import tests.vllm_ext  # noqa: F401, puts gloo in the place of NCCL
+        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+        link = self.pool.apply_async(trainer_init, [place])
+        self._http("/init_weight_transfer_engine", {"init_info": place})
+        self.link = link.get(120)
 
     def _start(self, prompt, fields):
-        body = {"token_ids": prompt, "sampling_params": fields}
-        return self.pool.submit(self._http, "/inference/v1/generate", body, self.generate_s)
+        return self.pool.apply_async(self._http, ["/inference/v1/generate", {
+            "token_ids": prompt, "sampling_params": fields}, 1800])
 
     def _ended(self):
-        """What has come back, after 20 ms at most; raises when a call or the server has failed."""
+        """What has come back, after 20 ms; raises when a call or the server has failed."""
+        time.sleep(0.02)
         if time.monotonic() > self.next_check:
-            self._http("/health")
-            self.next_check = time.monotonic() + self.health_s
-        for call in wait(self.calls, timeout=0.02, return_when=FIRST_COMPLETED).done:
-            (out,) = call.result()["choices"]
+            self._http("/is_paused", method="GET")  # unlike /health it waits for the engine
+            self.next_check = time.monotonic() + 10
+        for call in [call for call in self.calls if call.ready()]:
+            (out,) = call.get()["choices"]
             logp = [token["logprob"] for token in out["logprobs"]["content"]]
             yield call, out["token_ids"], logp, out["finish_reason"]
 
-    def _http(self, path, body=None, timeout=call_s):
-        """The JSON answer to a POST, or to a GET when there is no body."""
-        asked = "GET" if body is None else "POST", path, json.dumps(body)
-        try:
-            with closing(HTTPConnection(self.host, self.port, timeout=self.connect_s)) as line:
-                line.connect()
-                line.sock.settimeout(timeout)
-                line.request(*asked, {"Content-Type": "application/json"})
-                answer = line.getresponse()
-                text = answer.read().decode(errors="replace")
-            if answer.status >= 400:
-                raise OSError(f"{answer.status} {text[:2000]}")
-            return json.loads(text or "{}")
-        except (OSError, HTTPException, ValueError) as error:
-            raise RuntimeError(f"vLLM server {self.host}:{self.port}{path}: {error!r}. Is it "
-                               "running? ./run.sh serve CONFIG starts it") from None
+    def _http(self, path, body=None, timeout=120, method="POST"):
+        """The server's JSON answer."""
+        try:  # without the proxies of the environment and, since this is not https, certificates
+            answer = httpx2.request(method, self.url + path, json=body, trust_env=False,
+                                    verify=False, timeout=httpx2.Timeout(timeout, connect=5))
+            if answer.is_error:
+                raise ValueError(f"{answer.status_code} {answer.text[:2000]}")
+            return answer.json()
+        except (httpx2.HTTPError, ValueError) as error:
+            raise RuntimeError(f"vLLM server {self.url}{path}: {error!r}. Is it running? "
+                               "./run.sh serve CONFIG starts it") from None
 
     def update_weights(self, tensors):
+        """vLLM's sequence of calls; it is told of each tensor while that is broadcast to it."""
         gather_objects("no rank is sampling any more")
-        if self.is_sender:
-            self._send(tensors)
-        for _ in tensors:  # what full_tensors does for one is a collective of all
-            pass
+        if self.link:
+            self._http("/pause?mode=wait")  # empties the prefix cache too, or answers 500
+            self._http("/start_weight_update")
+        for name, tensor in tensors:  # on every rank: each is a collective
+            if self.link:
+                self.pool.apply_async(self.link.broadcast, [tensor.contiguous(), 0])
+                self._http("/update_weights", {"update_info": {
+                    "names": [name], "shapes": [[*tensor.shape]],
+                    "dtype_names": [str(tensor.dtype).removeprefix("torch.")]}})
+        if self.link:
+            self._http("/finish_weight_update")
+            self._http("/resume")
         gather_objects("the server has them")
 
-    def _send(self, tensors):
-        """vLLM's sequence of calls; it is told of each tensor while that is broadcast to it."""
-        self._http("/pause?mode=keep", {})
-        self._http("/start_weight_update", {})
-        for name, tensor in tensors:
-            tensor = tensor.to(self.device, getattr(torch, self.dtype)).contiguous()
-            sent = self.pool.submit(self.link.broadcast, tensor, 0)
-            coming = {"names": [name], "dtype_names": [self.dtype], "shapes": [[*tensor.shape]]}
-            self._http("/update_weights", {"update_info": coming})
-            sent.result(self.call_s)
-        self._http("/finish_weight_update", {})
-        if not self._http("/reset_prefix_cache", {})["success"]:
-            raise RuntimeError("the vLLM server kept its prefix cache: requests are still running")
-        self._http("/resume", {})
-
     def close(self):
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.pool.terminate()
         self.link = None  # frees port + 1 for the next run

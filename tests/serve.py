@@ -17,16 +17,16 @@ def command(model, host, port, max_model_len, dtype, device):
     """(argv, environment) of the server."""
     argv = f"""-m vllm.entrypoints.openai.api_server --host {host} --port {port} --dtype {dtype}
         --max-model-len {max_model_len} --enable-scale-out --skip-tokenizer-init
-        --logprobs-mode processed_logprobs""".split()
-    argv = [sys.executable, *argv, "--model", str(model), "--weight-transfer-config"]
+        --logprobs-mode processed_logprobs --weight-transfer-config {{"backend":"nccl"}}""".split()
+    argv = [sys.executable, *argv, "--model", str(model)]
     environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # the calls that update weights
     if device == "cuda":
-        return [*argv, '{"backend": "nccl"}'], environment
+        return argv, environment
     # trap: seeded requests crash in a chunked prefill on CPU, see VllmEngine
     batched = max(4096, max_model_len)
-    argv += ['{"backend": "gloo"}', "--worker-extension-cls", "vllm_ext.Extension"]
-    argv += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens"]
-    argv += [str(batched), "--kv-cache-memory-bytes", str(2**30)]
+    argv += f"""--worker-extension-cls vllm_ext.Extension --enforce-eager
+        --no-enable-chunked-prefill --max-num-batched-tokens {batched}
+        --kv-cache-memory-bytes {2**30}""".split()
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), environment.get("PYTHONPATH", "")])
     environment |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
     environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"

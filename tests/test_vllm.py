@@ -67,7 +67,7 @@ def ask(problem, temperature=1.0, samples=3, max_tokens=48, length=160):
     shown = Try([0.0] * samples, [""] * samples)
     return Request(
         Problem(problem, [], ""), [prompt.tolist()] * samples, shown, [], [""] * samples,
-        2**62 + problem, SimpleNamespace(
+        2**62 - 2 + problem, SimpleNamespace(
             temperature=temperature, max_completion_length=max_tokens, top_p=1.0, top_k=0),
     )  # fmt: skip
 
