@@ -3,7 +3,6 @@
 Works in one plain process or under torchrun. Every sharding is fully_shard on a (replicate, shard)
 mesh, and gradients are SUMMED over ranks: the loss divides by global counts. Fork point: `shard`.
 """
-
 import atexit
 import faulthandler
 import json
@@ -30,10 +29,8 @@ _now = {"phase": "start", "timeout": timedelta(seconds=600)}
 seconds = Counter()  # spent in each phase since this was last cleared
 
 def setup_distributed(timeout_s=600):
-    """Join torchrun's group, or a group of one: a record of rank, world and device.
-
-    Collectives fail after timeout_s seconds; an uncaught error names rank and phase.
-    """
+    """Join torchrun's group, or a group of one: a record of rank, world and device. Collectives
+    fail after timeout_s seconds; an uncaught error names rank and phase."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
@@ -81,7 +78,6 @@ def gather_objects(item):
 
 def shard(module, blocks, sharding="zero3", dtype=None, replicate=1, cpu_offload=False):
     """Shard each block and the root in place; `dtype` is the compute type, masters stay fp32.
-
     sharding: zero3 frees a block after its forward, zero2 keeps it, ddp copies everything on
     every rank. replicate > 1 is HSDP: that many replicas of world / replicate neighbouring ranks.
     One process without mixed precision or offload stays unwrapped: hooks would only cost time.
@@ -118,8 +114,8 @@ def shard(module, blocks, sharding="zero3", dtype=None, replicate=1, cpu_offload
 
 def last_micro_batch(module, is_last: bool) -> None:
     """Leave the all-reduce over replicas (HSDP, ddp) to the step's last backward."""
-    for part in _fsdp_parts(module):
-        part.set_requires_all_reduce(is_last, recurse=False)
+    if isinstance(module, FSDPModule):
+        module.set_requires_all_reduce(is_last)
 
 def unshard(module) -> None:
     """Gather all weights and keep them: forwards (without gradients) then need no collective."""
@@ -137,10 +133,8 @@ def _fsdp_parts(module):
     return [m for m in module.modules() if isinstance(m, FSDPModule)]
 
 def full_tensors(module, dtype=None):
-    """Yield (name, whole tensor) one at a time, same order on all ranks, tied weights once.
-
-    Every rank must take all of them: each is a collective. dtype casts before the gather.
-    """
+    """Yield (name, whole tensor) one at a time, same order on all ranks, tied weights once. Every
+    rank must take all of them: each is a collective. dtype casts before the gather."""
     is_sharded = bool(_fsdp_parts(module))
     for name, p in module.named_parameters():
         if is_sharded and not isinstance(p, DTensor):
@@ -154,11 +148,9 @@ def clip_grad_norm(params, max_norm: float) -> torch.Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 def save_checkpoint(folder, step, model, optimizer, state, keep=0, export=None):
-    """Write checkpoint-<step> beside, then rename it; keep the newest `keep` (0: all).
-
-    state: JSON, the same on all ranks. folder: shared by all nodes. export(path) runs on all ranks
-    inside the same checkpoint. A kill at any moment leaves the last good one and *.tmp folders.
-    """
+    """Write checkpoint-<step> beside, then rename it; keep the newest `keep` (0: all). state: JSON,
+    the same on all ranks. folder: shared by all nodes. export(path) runs on all ranks inside the
+    same checkpoint. A kill at any moment leaves the last good one and *.tmp folders."""
     final = Path(folder) / f"checkpoint-{step:06d}"
     temporary = final.with_suffix(".tmp")
     is_writer = dist.get_rank() == 0

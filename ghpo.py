@@ -8,22 +8,19 @@ Fork here for loss and loop, in hints.py for the method, in rollout.py for sampl
 """
 import argparse
 import hashlib
-import importlib.util
 import json
 import math
 import os
 import re
-import subprocess
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-import yaml
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler, logging
@@ -31,27 +28,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler, log
 import fsdp_utils
 import hints
 import rollout
-from configs.settings import KEYS, load_config, make_config, make_plan, need, say
+from configs import changed_settings, eval_config, load_config, make_plan, need, save_config, say
 from fsdp_utils import phase
 from reward import UserError, VerifierPool, parse_gold
 from rollout import Group, Request
+from tests.estimates import accuracy_at_k, costs, rollout_metrics, token_metrics, token_sums
 
 def read_rows(config):
     """Rows of the data set as dicts; UserError names the file and line."""
-    c, name, rows, where = config, config.dataset_name, [], ""
+    name, kind, where = config.dataset_name, Path(config.dataset_name).suffix[1:], ""
     try:
-        if not name.endswith(".jsonl"):
-            from datasets import load_dataset
-            kind = Path(name).suffix[1:]
-            return list(load_dataset(kind, data_files=name, split="train")
-                        if kind in ("json", "parquet") else
-                        load_dataset(name, c.dataset_config, split=c.dataset_split))
-        for number, line in enumerate(Path(name).read_text(encoding="utf-8").split("\n"), 1):
-            where = f", line {number}"
-            rows += [{**json.loads(line)}] if line.strip() else []
+        if kind == "jsonl":
+            lines = enumerate(Path(name).read_text(encoding="utf-8").split("\n"), 1)
+            return [{**json.loads(line)} for number, line in lines
+                    if line.strip() and (where := f", line {number}")]
+        from datasets import load_dataset
+        if kind in ("json", "parquet"):
+            return list(load_dataset(kind, data_files=name, split="train"))
+        return list(load_dataset(name, config.dataset_config, split=config.dataset_split))
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise UserError(f"dataset_name={name}{where}: {error}") from None
-    return rows
 
 def load_problems(config, prompts):
     """Usable problems, ids = row numbers; what is dropped is counted and shown."""
@@ -79,8 +75,7 @@ def load_problems(config, prompts):
     say(f"data: {c.dataset_name}: {len(problems)} of {len(rows)} rows usable"
         + f", {bare} without a solution to hint from" * bool(bare))
     for reason, dropped in found.items():
-        numbers = [problem.id for problem in dropped[:5]]
-        say(f"data: dropped {len(dropped)}, {reason}: rows {str(numbers)[1:-1]}")
+        say(f"data: dropped {len(dropped)}, {reason}: rows {str([p.id for p in dropped[:5]])[1:-1]}")
     return problems
 
 class Prompts:
@@ -92,8 +87,8 @@ class Prompts:
             self.tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision)
         except (OSError, ValueError) as error:
             raise UserError(f"model_name_or_path={name}: {error}") from None
-        need(self.tokenizer.chat_template, f"{name}: its tokenizer has no chat template")
-        need(self.tokenizer.pad_token_id is not None, f"{name}: its tokenizer has no pad token")
+        need(self.tokenizer.chat_template and self.tokenizer.pad_token_id is not None,
+             f"{name}: its tokenizer has no chat template, or no pad token")
 
     def ids(self, problem, hint=""):
         """(token ids, text the assistant's turn starts with)."""
@@ -177,10 +172,6 @@ def token_loss(logp, old_logp, ref_logp, batch, config):
     loss = loss * batch["policy_weight"] - batch["likelihood_weight"] * logp
     return loss, ratio.detach(), clipped.detach()
 
-def pass_at_k(n, c, k):
-    """The unbiased chance that one of k of n samples is right when c are."""
-    return 1 - math.comb(n - c, k) / math.comb(n, k)  # E8
-
 class Policy(torch.nn.Module):
     """The FSDP root: transformer and LM head under one forward, for scoring and for decoding."""
 
@@ -249,14 +240,14 @@ def collate(rows, is_packed, device, dtype):
 def optimize(run, rows, lr):
     """Loss and optimizer steps on the rows of all ranks; returns metrics. Every rank runs the same
     number of micro-batches; gradients are summed, for E6 has divided by the step's counts."""
-    c, policy, parts, deltas = run.config, run.policy, [], []
+    c, policy, sums = run.config, run.policy, []
     # A row without advantage gives no gradient, but it has been counted.
     used = [row for row in rows if row.advantage or c.beta or any(row.likelihood_weight)]
-    batches = micro_batches(used, c.micro_batch_tokens, run.is_packed)
+    batches = micro_batches(used, c.micro_batch_tokens, c.packing)
     most = int(fsdp_utils.all_reduce_scalars({"n": max(1, len(batches))}, "max")["n"])
     filler = Row([0, 0], 1, 0.0, 0.0, 0.0, 0.0, 0.0, 0)  # runs, and weighs nothing
     batches += [[filler]] * (most - len(batches))
-    batches = [collate(b, run.is_packed, run.device, run.master_dtype) for b in batches]
+    batches = [collate(b, c.packing, run.device, run.master_dtype) for b in batches]
     with phase("logprob"), torch.no_grad():
         ref = [run.reference(**inputs, heat=c.temperature)[0] if c.beta else None
                for inputs, _ in batches]
@@ -272,14 +263,8 @@ def optimize(run, rows, lr):
             loss, ratio, clipped = token_loss(logp, old[i], ref[i], batch, c)
             loss = loss * batch["scale"]  # E6
             loss.sum().backward()
-            deltas.append((old[i] - batch["behaviour_logp"]) * batch["is_on_context"])
-            parts.append({
-                "loss": loss.detach(), "tokens": batch["policy_weight"],
-                "entropy": entropy * batch["policy_weight"],
-                "clipped": (clipped - ratio) * batch["advantage"] < 0,
-                "compared": batch["is_on_context"],
-                "mismatch_k3": torch.expm1(deltas[-1]) - deltas[-1],
-                "capped": deltas[-1] > math.log(c.importance_cap or math.inf)})
+            is_clipped = (clipped - ratio) * batch["advantage"] < 0
+            sums.append(token_sums(loss.detach(), is_clipped, entropy, old[i], batch, c))
         norm = float(fsdp_utils.clip_grad_norm(policy.parameters(), c.max_grad_norm))
         if math.isfinite(norm):
             run.optimizer.step()
@@ -288,13 +273,7 @@ def optimize(run, rows, lr):
             torch.save(rows, path)
             need(c.nonfinite == "skip", f"gradient norm is {norm}: its batch is in {path}")
         run.optimizer.zero_grad()
-    sums = {key: float(sum(part[key].double().sum() for part in parts)) for key in parts[0]}
-    total = fsdp_utils.all_reduce_scalars(sums)
-    for key in ("entropy", "clipped", "mismatch_k3", "capped"):  # means over tokens
-        counted = total["compared" if key in ("mismatch_k3", "capped") else "tokens"]
-        total[key] /= max(counted, 1)
-    largest = {"mismatch_max": float(torch.cat(deltas).abs().max())}
-    return {**total, **fsdp_utils.all_reduce_scalars(largest, "max"), "grad_norm": norm, "lr": lr}
+    return token_metrics(sums) | {"grad_norm": norm, "lr": lr}
 
 def roll_out(run, blank, c, step):
     """Blank groups to final ones, with the current weights; and each one's last plan_try."""
@@ -304,7 +283,7 @@ def roll_out(run, blank, c, step):
         shown, tries = planned[slot] = hints.plan_try(
             group, c, run.state["history"], step, run.prompts.fit)
         if not group.completions or (shown and c.hint_timing == "inline"):
-            shown = shown or hints.unhinted(c.num_generations)
+            shown = shown or hints.Try([0.0] * c.num_generations, [""] * c.num_generations)
             return run.prompts.request(replace(group, tries=tries), shown, c, slot, step)
 
     with phase("sync"):
@@ -349,8 +328,7 @@ def train(run):
         is_last = state["step"] == plan.steps
         if c.eval_strategy == "steps" and (is_last or state["step"] % c.eval_steps == 0):
             evaluate(run)
-        every = {"steps": c.save_steps, "epoch": plan.per_epoch, "no": plan.steps}[c.save_strategy]
-        if is_last or state["step"] % every == 0:
+        if is_last or state["step"] % plan.save_every == 0:
             state["metrics_bytes"] = (run.folder / "metrics.jsonl").stat().st_size
             fsdp_utils.save_checkpoint(
                 run.folder, step + 1, run.policy, run.optimizer, state, c.save_total_limit or 0,
@@ -391,60 +369,21 @@ def record(run, groups, blank, planned):
     if run.rank == 0:
         path = run.folder / "rollouts" / f"step_{state['step'] + 1:06d}.jsonl"
         path.write_text("".join(json.dumps(line, default=vars) + "\n" for line in lines))
-    counts, means = Counter(), defaultdict(list)
     for line in lines:
-        tries, first = line["tries"], line["tries"][0]
-        hints.remember(state["history"], line["id"], tries)
-        state["queue"] += [(line["id"], tries)] * line["is_deferred"]
-        counts["hint/unsolved"] += hints.needs_hint(tries, c) and not line["is_deferred"]
-        if not line["earlier_tries"] and not first.ratio:
-            means["accuracy_without_hint"].append(first.pass_rate)
-            means["hard_fraction"].append(hints.needs_hint([first], c))
-        for tried in tries[line["earlier_tries"] :]:
-            is_solved = not tried.skipped and not hints.needs_hint([tried], c)
-            at = f"@{tried.ratio:g}"
-            counts.update({
-                "tokens/generated": tried.tokens, "tokens/generated" + at: tried.tokens,
-                "hint/trimmed": tried.trimmed, "hint/skipped": tried.skipped,
-                "hint/tried" + at: not tried.skipped, "hint/solved" + at: is_solved})
-        for sample in line["completions"]:
-            means["tokens/completion"].append(sample["tokens"])
-            means["truncated"].append(sample["finish_reason"] == "length")
-            for name in c.reward_funcs:
-                means[f"reward/{name}"].append(sample[name])
-    means = {key: float(np.mean(value)) for key, value in means.items()}
-    return {**means, **dict(sorted(counts.items())), "queue": len(state["queue"])}
-
-def costs(run, rows, generated, seconds):
-    """What a step took: seconds by phase (of this rank), tokens, GPU memory, verifier failures."""
-    stats = {f"verifier/{name}": count for name, count in run.pool.stats.items()}
-    stats["tokens/trained"] = sum(len(row.input_ids) for row in rows)
-    metrics = fsdp_utils.all_reduce_scalars(stats) | {"tokens/s": generated / seconds}
-    metrics |= {f"seconds/{name}": spent for name, spent in fsdp_utils.seconds.items()}
-    if torch.cuda.is_available():  # the engine's memory is in what is free
-        free, whole = torch.cuda.mem_get_info()
-        metrics |= {"gib/used": (whole - free) / 2**30,
-                    "gib/peak": torch.cuda.max_memory_allocated() / 2**30}
-    if run.config.gpu_tflops:  # model FLOPs utilization: recomputation and attention not counted
-        n_params = sum(p.numel() for p in run.policy.parameters())
-        flops = 6 * n_params * metrics["tokens/trained"] / run.world
-        metrics["mfu"] = flops / metrics["seconds/train"] / (run.config.gpu_tflops * 1e12)
-    return metrics
+        hints.remember(state["history"], line["id"], line["tries"])
+        state["queue"] += [(line["id"], line["tries"])] * line["is_deferred"]
+    return rollout_metrics(lines, c) | {"queue": len(state["queue"])}
 
 def evaluate(run):
     """Accuracy without hints on each eval set: avg@k, its standard error over problems, pass@k."""
     metrics = {}
     for name, (c, problems) in run.eval_sets.items():
-        k, column = c.num_generations, run.columns.get("accuracy", 0)
         blank = [Group(problem) for problem in problems[run.rank :: run.world]]
         groups, _ = roll_out(run, blank, c, name)
-        right = [[scores[column] > 0 for scores in group.rewards] for group in groups]
-        right_PK = np.array(sum(fsdp_utils.gather_objects(right), []))
-        error = right_PK.mean(1).std(ddof=len(right_PK) > 1) / math.sqrt(len(right_PK))
-        metrics |= {f"eval/{name}": float(right_PK.mean()), f"eval/{name}_stderr": float(error)}
-        for j in {k // 2, k} - {0, 1}:
-            passed = [pass_at_k(k, int(n), j) for n in right_PK.sum(1)]
-            metrics[f"eval/{name}_pass@{j}"] = float(np.mean(passed))
+        right = [[scores[run.columns.get("accuracy", 0)] > 0 for scores in group.rewards]
+                 for group in groups]
+        right_PK = sum(fsdp_utils.gather_objects(right), [])
+        metrics |= {f"eval/{name}{key}": x for key, x in accuracy_at_k(right_PK).items()}
     write_metrics(run, metrics)
 
 def write_metrics(run, metrics):
@@ -479,18 +418,13 @@ def setup(config):
     run.problems = load_problems(config, run.prompts)
     run.plan = make_plan(config, run.world, len(run.problems))
     for name, spec in config.eval_datasets.items():
-        c = make_config(asdict(config) | ({"dataset_name": spec} if isinstance(spec, str) else spec))
-        c = replace(c, rl_type="grpo", num_generations=c.eval_samples,
-                    temperature=c.eval_temperature, max_completion_length=(
-                        c.eval_max_completion_length or c.max_completion_length))
+        c = eval_config(config, spec)
         run.eval_sets[name] = c, load_problems(c, run.prompts)
     run.compute_dtype = getattr(torch, config.torch_dtype)
     run.master_dtype = torch.promote_types(run.compute_dtype, torch.float32)
     logging.disable_progress_bar()
     run.policy = load_policy(run)
     run.reference = load_policy(run).requires_grad_(False).eval() if config.beta else None
-    is_varlen = run.policy.model.config._attn_implementation == "flash_attention_2"
-    run.is_packed = is_varlen if config.packing is None else config.packing
     run.optimizer = torch.optim.AdamW(
         run.policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
         betas=(config.adam_beta1, config.adam_beta2), fused=run.device.type == "cuda")
@@ -505,24 +439,18 @@ def setup(config):
     tokenizer = run.prompts.tokenizer
     ends = np.ravel(run.policy.model.generation_config.eos_token_id).tolist()  # one, several, None
     ends = {tokenizer.eos_token_id, *ends} - {None}
-    if config.engine == "hf":
-        run.engine = rollout.HfEngine(run.policy, tokenizer, ends)
-    else:
-        engine = {"vllm": rollout.VllmEngine, "server": rollout.ServerEngine}[config.engine]
-        configs = [config, *(c for c, _ in run.eval_sets.values())]
-        longest = max(c.max_prompt_length + c.max_completion_length for c in configs)
-        run.engine = engine(config, tokenizer, ends, longest, run.device)
+    engines = {"hf": rollout.HfEngine, "vllm": rollout.VllmEngine, "server": rollout.ServerEngine}
+    configs = [config, *(c for c, _ in run.eval_sets.values())]
+    longest = max(c.max_prompt_length + c.max_completion_length for c in configs)
+    run.engine = engines[config.engine](config, tokenizer, ends, longest, run.policy)
     return run
 
 def load_policy(run):
     """The causal LM, its weights float32 (or float64), sharded."""
-    c, attention = run.config, run.config.attn_implementation
-    if attention == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
-        say("attn_implementation: flash-attn is not installed, using sdpa")
-        attention = "sdpa"
+    c = run.config
     model = AutoModelForCausalLM.from_pretrained(
         c.model_name_or_path, revision=c.model_revision, dtype=run.master_dtype,
-        attn_implementation=attention)
+        attn_implementation=c.attn_implementation)
     if c.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()  # it is loaded in eval mode, in which nothing would be checkpointed
@@ -541,10 +469,8 @@ def startup_pass(run):
 
 def open_folder(run):
     """Starts, resumes or refuses output_dir; what was written is moved aside, never deleted."""
-    c, folder, mine = run.config, run.folder, asdict(run.config)
-    settings, metrics = folder / "config.yaml", folder / "metrics.jsonl"
-    theirs = yaml.safe_load(settings.read_text()) if settings.is_file() else mine
-    changed = [k for k in mine if k not in KEYS["resumable"] and theirs.get(k) != mine[k]]
+    c, folder, metrics = run.config, run.folder, run.folder / "metrics.jsonl"
+    changed = changed_settings(c, folder / "config.yaml")
     need(not changed or c.overwrite_output_dir, f"output_dir={folder} holds another run ("
          f"{', '.join(changed)} differ): choose another, or overwrite_output_dir=true to move it")
     fsdp_utils.gather_objects("every rank has looked")
@@ -552,9 +478,7 @@ def open_folder(run):
         if changed:
             folder.rename(f"{folder}.{time.strftime('%Y%m%d-%H%M%S')}")
         (folder / "rollouts").mkdir(parents=True, exist_ok=True)
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-        settings.write_text(f"# {' '.join(sys.argv)}\n# git {git.strip()}\n"
-                            + yaml.safe_dump(mine, sort_keys=False))
+        save_config(c, folder / "config.yaml")
     fsdp_utils.gather_objects("the folder is there")
     run.state = {"step": 0, "cursor": 0, "queue": [], "history": {}, "metrics_bytes": 0,
                  "prompts": run.plan.prompts}
@@ -572,7 +496,8 @@ def open_folder(run):
             stale.write(file.read())
             file.truncate(run.state["metrics_bytes"])
     if "wandb" in c.report_to and run.rank == 0:
-        run.wandb = importlib.import_module("wandb").init(project="ghpo", config=mine, dir=folder)
+        import wandb
+        run.wandb = wandb.init(project="ghpo", config=asdict(c), dir=folder)
 
 def main():
     """The command line; what the user can mend ends the program with one message, status 2."""

@@ -98,10 +98,6 @@ def baseline(rewards_G, ratios_G):
     mean = rewards_G.mean() if np.ptp(rewards_G) else rewards_G[0]  # equal rewards: exactly zero
     return mean, rewards_G.std(ddof=1) if len(rewards_G) > 1 else 0.0
 
-def unhinted(size):
-    """A Try of `size` samples that shows nothing."""
-    return Try([0.0] * size, [""] * size)
-
 def plan_try(group, config, history, step, fit=make_hint):
     """(The next Try at a group or None when it is final, its tries so far). A stage whose text is
     empty or that of the stage before joins the tries as skipped, unsampled. fit: as make_hint."""

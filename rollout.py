@@ -3,9 +3,7 @@
 Token ids in, token ids and behaviour log-probs out; text is decoded for the rewards only. To add
 an engine, subclass Engine and name the class in `setup` of ghpo.py.
 """
-
 import itertools
-import math
 import os
 import socket
 import time
@@ -56,9 +54,9 @@ class Group:
 def collect(engine, groups, pool, next_request, merge, trigger=0):
     """Samples blank groups until next_request(group, slot) gives None for each; in the same order.
 
-    A group is judged and, if hard, asked again the moment its own samples are there: nobody waits
-    for the batch. With a deterministic engine every verdict is awaited one poll later, so that the
-    time it takes cannot change what is batched with what. trigger: column of Try.pass_rate.
+    A group is judged and, if hard, asked again the moment its own samples are there. With a
+    deterministic engine every verdict is awaited one poll later, so that the time it takes cannot
+    change what is batched with what. trigger: the column of the rewards that is Try.pass_rate.
     """
     groups, under_way = list(groups), len(groups)
     for slot, group in enumerate(groups):
@@ -83,17 +81,14 @@ def collect(engine, groups, pool, next_request, merge, trigger=0):
     return groups
 
 class Engine:
-    """What the engines share: a request becomes a call for each of its samples.
-
-    An engine has _start(prompt, fields), the handle of a call; _ended(), which makes progress and
-    gives (handle, ids, log-probs, reason); update_weights(stream of (name, full tensor)).
-    """
+    """What the engines share: a request becomes a call for each of its samples. Engines have
+    _start(prompt, fields), the handle of a call; _ended(), which makes progress and gives
+    (handle, ids, log-probs, reason); update_weights(stream of (name, full tensor))."""
     deterministic = False  # do the same requests give the same bits, whenever verdicts arrive?
     busy = property(lambda self: bool(self.calls))
 
-    def __init__(self, tokenizer, eos_ids, max_model_len=math.inf):
-        self.tokenizer, self.eos_ids = tokenizer, sorted(eos_ids)
-        self.max_model_len = max_model_len  # tokens, prompt and answer
+    def __init__(self, tokenizer, eos_ids, max_model_len):
+        self.tokenizer, self.eos_ids, self.max_model_len = tokenizer, sorted(eos_ids), max_model_len
         self.calls, self.numbers = {}, map(str, itertools.count())  # {handle: see submit}
 
     def submit(self, request):
@@ -133,13 +128,12 @@ class Engine:
 class HfEngine(Engine):
     """Samples with the training model itself, by transformers' generate: all that waits, at once.
 
-    policy(generate={...}) runs generate under the FSDP root, whose weights are whole from wake to
-    sleep: ranks then generate different numbers of tokens without a collective.
+    The FSDP root's weights are whole from wake to sleep: no collective while ranks generate.
     """
     deterministic = True
 
-    def __init__(self, policy, tokenizer, eos_ids, max_rows=256):
-        super().__init__(tokenizer, eos_ids)
+    def __init__(self, config, tokenizer, eos_ids, max_model_len, policy, max_rows=256):
+        super().__init__(tokenizer, eos_ids, max_model_len)
         self.policy, self.max_rows = policy, max_rows
 
     def wake(self):
@@ -181,9 +175,8 @@ class SeededDraws(LogitsProcessor):
 
     def __init__(self, config, seeds):
         self.config, self.logp = config, []  # logp: a (B,) tensor for each token
-        length = config.max_completion_length
-        numbers = [np.random.default_rng(seed).random(length) for seed in seeds]
-        self.uniform_BT = torch.from_numpy(np.stack(numbers))
+        self.uniform_BT = torch.from_numpy(np.stack([
+            np.random.default_rng(seed).random(config.max_completion_length) for seed in seeds]))
 
     def __call__(self, ids, logits_BV):
         logits_BV = logits_BV.float() / (self.config.temperature or 1.0)
@@ -201,13 +194,11 @@ class SeededDraws(LogitsProcessor):
         return torch.full_like(logits_BV, -torch.inf).scatter(-1, token_B1, 0.0)
 
 class VllmEngine(Engine):
-    """vLLM inside this training process: one engine per rank, weights streamed into it.
+    """vLLM inside this training process, one engine per rank. Build it on all ranks at the same
+    point, after init_process_group: it joins the default group, which close() ends, so that comes
+    last. VLLM_LOGGING_LEVEL=INFO shows memory at sleep."""
 
-    Build it on all ranks at the same point, after init_process_group: it joins the default group.
-    close() ends that group too, so it comes last. VLLM_LOGGING_LEVEL=INFO shows memory at sleep.
-    """
-
-    def __init__(self, config, tokenizer, eos_ids, max_model_len, device):
+    def __init__(self, config, tokenizer, eos_ids, max_model_len, policy):
         super().__init__(tokenizer, eos_ids, max_model_len)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in-process: update_weights needs it
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -215,7 +206,7 @@ class VllmEngine(Engine):
         from vllm.platforms import current_platform
         from vllm.sampling_params import RequestOutputKind, SamplingParams
         options = {"gpu_memory_utilization": config.vllm_gpu_memory_utilization}
-        if device.type == "cpu":
+        if not torch.cuda.is_available():
             from tests.vllm_ext import cpu_options
             options = cpu_options(max_model_len)
         if "RANK" in os.environ:  # torchrun: a plain LLM would take cuda:0 on every rank
@@ -246,10 +237,10 @@ class VllmEngine(Engine):
         """Loads the tensors in place, one by one; RuntimeError when the stream lacks some."""
         torch.cuda.empty_cache()
         self.llm.wake_up(tags=["weights"])  # of an engine that is awake: does nothing
-        (loaded,) = self.llm.apply_model(lambda model: model.load_weights(tensors))
-        (names,) = self.llm.apply_model(lambda model: dict(model.named_parameters()).keys())
-        if names - loaded:
-            raise RuntimeError(f"vLLM was not given {sorted(names - loaded)[:8]}")
+        (missing,) = self.llm.apply_model(lambda model: dict(model.named_parameters()).keys()
+                                          - model.load_weights(tensors))
+        if missing:
+            raise RuntimeError(f"vLLM was not given {sorted(missing)[:8]}")
         self.llm.wake_up(tags=["kv_cache"])
         # trap: vLLM would keep the KV of the old weights and use it wherever a block matches
         if not self.llm.reset_prefix_cache():
@@ -257,12 +248,10 @@ class VllmEngine(Engine):
 
 class ServerEngine(Engine):
     """A vLLM server started by `./run.sh serve CONFIG`: the same calls, by HTTP, from every rank.
-
     Rank 0 sends the weights by vLLM's weight transfer, NCCL (gloo on CPU: tests/vllm_ext.py), and
-    listens for that on port + 1. What fails is a RuntimeError with host and port.
-    """
+    listens for that on port + 1. What fails is a RuntimeError with host and port."""
 
-    def __init__(self, config, tokenizer, eos_ids, max_model_len, device):
+    def __init__(self, config, tokenizer, eos_ids, max_model_len, policy):
         super().__init__(tokenizer, eos_ids, max_model_len)
         host, port = config.vllm_server_host, config.vllm_server_port
         self.url, self.next_check, self.link = f"http://{host}:{port}", 0.0, None
@@ -273,7 +262,7 @@ class ServerEngine(Engine):
                  "world_size": 1 + self._http("/get_world_size", method="GET")["world_size"]}
         with socket.create_connection((host, port), 5) as probe:
             place["master_address"] = probe.getsockname()[0]  # ours, as the server can reach it
-        if device.type == "cpu":
+        if not torch.cuda.is_available():
             import tests.vllm_ext  # noqa: F401, puts gloo in the place of NCCL
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
         link = self.pool.apply_async(trainer_init, [place])

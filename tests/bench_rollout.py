@@ -167,7 +167,7 @@ def main():
             vllm_gpu_memory_utilization=0.3,
         )  # fmt: skip
         no_text = SimpleNamespace(decode=lambda ids, skip_special_tokens: "")
-        engine = Engine(config, no_text, [], PROMPT + TRACE + args.cap, device)
+        engine = Engine(config, no_text, [], PROMPT + TRACE + args.cap, None)
     variants = {"grpo": run_grpo, "ladder": run_ladder, "inline": run_inline}
     variants["deferred"] = Deferred()
     clock = time.perf_counter if device.type == "cuda" else time.process_time

@@ -5,6 +5,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # two threads on two busy cores are far slower
 
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +20,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import configs  # noqa: E402
 import fsdp_utils  # noqa: E402
 import ghpo  # noqa: E402
 import hints  # noqa: E402
@@ -43,7 +45,7 @@ def settings(**changes):
 
 
 def make_config(**changes):
-    return ghpo.make_config(settings(**changes))
+    return configs.make_config(settings(**changes))
 
 
 def sampling(temperature=1.0, length=2048, top_p=1.0, top_k=0):
@@ -105,7 +107,7 @@ class Policies:
         policy, weights = self._policy(config.torch_dtype)
         policy.load_state_dict(weights)
         run = SimpleNamespace(
-            config=config, policy=policy, device=self.alone.device, rank=0, world=1, is_packed=False,
+            config=config, policy=policy, device=self.alone.device, rank=0, world=1,
             master_dtype=next(policy.parameters()).dtype, reference=None, folder=Path("/tmp"),
             state={"step": 0}, optimizer=torch.optim.SGD(policy.parameters(), lr=0.0))
         run.__dict__.update(changes)
@@ -129,7 +131,8 @@ def make_run(alone):
 
 def new_engine(policy, kind=HfEngine, **options):
     """An hf engine with the tiny tokenizer."""
-    return kind(policy, ghpo.Prompts(make_config()).tokenizer, {EOS}, **options)
+    config = make_config()
+    return kind(config, ghpo.Prompts(config).tokenizer, {EOS}, math.inf, policy, **options)
 
 
 @pytest.fixture
@@ -146,9 +149,14 @@ def problem(i=0, question="4a3b5c2?", answer="(7,2,4)", trace="a37\nb52\nc24\nen
     return hints.Problem(i, [{"role": "user", "content": question}], answer, trace)
 
 
+def unhinted(size):
+    """A Try that shows nothing."""
+    return hints.Try([0.0] * size, [""] * size)
+
+
 def request(prompt_ids, samples=2, seed=0, slot=0, config=None, of=None):
     """A request with given prompt ids and no hint."""
-    return Request(of or problem(), [list(prompt_ids)] * samples, hints.unhinted(samples), [],
+    return Request(of or problem(), [list(prompt_ids)] * samples, unhinted(samples), [],
                    [""] * samples, seed, config or sampling(1.0, 12), slot)
 
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import DATA, SHARED, ScriptedPool, make_config, problem, read_jsonl
+from conftest import (
+    DATA, SHARED, ScriptedPool, make_config, problem, read_jsonl, unhinted)
 
 import ghpo
 import hints
@@ -188,7 +189,7 @@ def test_stages_with_nothing_new_are_skipped_and_recorded(trace, expected):
 
 def test_skipped_tries_cost_nothing():
     config = make_config()
-    tries = [replace(hints.unhinted(4), tokens=7)]
+    tries = [replace(unhinted(4), tokens=7)]
     shown, tries = hints.plan_try(Group(problem(trace=""), tries), config, {}, 0)
     assert shown is None and [t.tokens for t in tries] == [7, 0, 0, 0]
     assert [t.skipped for t in tries] == [False, True, True, True]
@@ -197,9 +198,9 @@ def test_skipped_tries_cost_nothing():
 
 def test_history_counts_sampled_tries():
     history = {}
-    tried = replace(hints.unhinted(2), pass_rate=0.5)
+    tried = replace(unhinted(2), pass_rate=0.5)
     hints.remember(history, 3, [tried, replace(tried, ratios=[0.5, 0.5], skipped=True)])
-    hints.remember(history, 3, [hints.unhinted(2), replace(tried, ratios=[0.25, 0.25])])
+    hints.remember(history, 3, [unhinted(2), replace(tried, ratios=[0.25, 0.25])])
     assert history == {3: {"attempts": 2, "pass_rate": 0.5, "ratio": 0.25}}
 
 

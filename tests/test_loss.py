@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from conftest import make_config, problem, recorded_groups
 import ghpo
 import hints
 from rollout import Completion, Group
+from tests.estimates import pass_at_k
 
 
 def float64(**changes):
@@ -240,11 +242,11 @@ def test_advantages_by_hand(rewards, changes, expected):
 @pytest.mark.parametrize("n, c, k", [(4, 1, 2), (4, 0, 2), (4, 4, 2), (8, 3, 4), (6, 5, 2), (5, 2, 5)])
 def test_pass_at_k_counts_subsets(n, c, k):
     subsets = list(itertools.combinations([i < c for i in range(n)], k))
-    assert ghpo.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+    assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
 def test_pass_at_k_by_hand():
-    assert ghpo.pass_at_k(4, 1, 2) == 0.5  # 1 - C(3, 2) / C(4, 2) = 1 - 3 / 6
+    assert pass_at_k(4, 1, 2) == 0.5  # 1 - C(3, 2) / C(4, 2) = 1 - 3 / 6
 
 
 @pytest.mark.parametrize("shape, warmup, expected", [
@@ -304,7 +306,7 @@ def test_packed_rows_do_not_see_each_other(budget, make_run, prompts):
     config = float64(micro_batch_tokens=budget, temperature=0.9)
     groups = recorded_groups()
     _, padded = step_of(make_run(config), groups, prompts)
-    metrics, packed = step_of(make_run(config, is_packed=True), groups, prompts)
+    metrics, packed = step_of(make_run(replace(config, packing=True)), groups, prompts)
     rows = ghpo.make_rows(groups, prompts, config)
     assert max(len(b) for b in ghpo.micro_batches(rows, budget, True)) > 1
     assert torch.allclose(packed, padded, rtol=0, atol=1e-9)

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import soak_resume
 import torch
+import yaml
 
+import configs
 import fsdp_utils
 import ghpo
 import hints
@@ -26,7 +28,7 @@ def config(**settings):
     base = {"model_name_or_path": str(TINY / "base"), "max_prompt_length": 128,
             "dataset_name": str(TINY / "data" / "train.jsonl"), "torch_dtype": "float64",
             "num_generations": 4, "max_completion_length": 48, "engine": "hf"}
-    return ghpo.make_config(base | settings)
+    return configs.make_config(base | settings)
 
 
 # ---- what runs in forked ranks ----
@@ -45,7 +47,7 @@ def recorded_groups(c, n=7):
                 prompts.ids(problem)[0], rng.integers(4, 200, length).tolist(),
                 (-rng.uniform(1, 15, length)).tolist(), "length" if number == 2 else "stop", 0.0))
         rewards = np.zeros((4, 2)) if number == 1 else rng.integers(0, 2, (4, 2)).astype(float)
-        groups.append(Group(problem, [hints.unhinted(4)], completions, rewards.tolist()))
+        groups.append(Group(problem, [hints.Try([0.0] * 4, [""] * 4)], completions, rewards.tolist()))
     return prompts, groups
 
 
@@ -61,7 +63,7 @@ class Capture(torch.optim.SGD):
 def gradients(place, replicas, **settings):
     """Gradients of one step on the recorded groups through ghpo's own rows and loss."""
     c = config(max_grad_norm=0.0, micro_batch_tokens=200, replicas=replicas, **settings)
-    run = SimpleNamespace(config=c, device=place.device, rank=place.rank, world=place.world, is_packed=False,
+    run = SimpleNamespace(config=c, device=place.device, rank=place.rank, world=place.world,
                           master_dtype=torch.float64, compute_dtype=torch.float64, reference=None,
                           state={"step": 0})
     prompts, groups = recorded_groups(c)
@@ -92,17 +94,17 @@ def compare_export(folder, out_file):
     """Greedy text of the resumed trainer and of transformers on the exported folder."""
     from transformers import AutoModelForCausalLM
 
-    from conftest import sampling
+    from conftest import sampling, unhinted
     from rollout import Request
 
-    saved = ghpo.yaml.safe_load((Path(folder) / "config.yaml").read_text())
+    saved = yaml.safe_load((Path(folder) / "config.yaml").read_text())
     saved["per_device_train_batch_size"] *= 2  # one rank instead of two: as many prompts a step
-    run = ghpo.setup(ghpo.make_config(saved))
+    run = ghpo.setup(configs.make_config(saved))
     model = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32).eval()
     texts = []
     for number, problem in enumerate(run.problems[:6]):
         ids = run.prompts.ids(problem)[0]
-        run.engine.submit(Request(problem, [ids], hints.unhinted(1), [], [""], number,
+        run.engine.submit(Request(problem, [ids], unhinted(1), [], [""], number,
                                   sampling(0.0, 48), number))
     run.engine.wake()
     ours = {}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import (
     DATA, EOS, PAD, ScriptedPool, make_config, new_engine, problem, read_jsonl, request, run_engine,
-    sampling)
+    sampling, unhinted)
 
 import ghpo
 import hints
@@ -189,8 +189,8 @@ def test_a_request_of_different_prompts(engine, prompt_ids):
 def test_seed_of_a_request(prompts):
     """It differs with run seed, step, problem and stage; the place in the batch plays no part."""
     def seed(run_seed=0, step=0, number=0, stage=0, slot=0):
-        group = Group(problem(number), [hints.unhinted(2)] * stage)
-        return prompts.request(group, hints.unhinted(2), make_config(seed=run_seed), slot, step).seed
+        group = Group(problem(number), [unhinted(2)] * stage)
+        return prompts.request(group, unhinted(2), make_config(seed=run_seed), slot, step).seed
 
     seeds = [seed(*place) for place in itertools.product((0, 1), repeat=4)]
     assert len(set(seeds)) == 16 and all(0 <= s < 2**63 for s in seeds)
@@ -316,7 +316,7 @@ def test_ranks_may_sample_different_lengths(two_ranks, make_run, prompts):
     for rank, calls in enumerate(gathered):
         config = sampling(1.0, [60, 2][rank])
         for call in calls:
-            asked = [prompts.request(Group(problem(i)), hints.unhinted(4), config, i, 0)
+            asked = [prompts.request(Group(problem(i)), unhinted(4), config, i, 0)
                      for i in range(len(call))]  # fmt: skip
             done = run_engine(new_engine(policy), asked)
             assert [tokens_of(done[i]) for i in range(len(call))] == call

@@ -35,7 +35,6 @@ TESTS = Path(__file__).parent
 BASE = TESTS / "tiny/base"
 EOS = {1, 7}  # two, of which the model's own config names none
 LENGTH = 300
-CPU = torch.device("cpu")
 
 
 NO_TEXT = SimpleNamespace(decode=lambda ids, skip_special_tokens: "", pad_token_id=0)
@@ -108,7 +107,7 @@ def greedy_tokens(engine):
 
 def assert_greedy_equals_hf(engine, model):
     tokens = greedy_tokens(engine)
-    assert tokens == greedy_tokens(HfEngine(Policy(model), NO_TEXT, EOS))
+    assert tokens == greedy_tokens(HfEngine(None, NO_TEXT, EOS, LENGTH, Policy(model)))
     assert len(set(map(tuple, tokens.values()))) > 1
 
 
@@ -128,7 +127,7 @@ def optimizer_steps(model, found, steps):
 def colocated(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     random_model(folder, request.param == "tied")
-    engine = VllmEngine(settings(folder), NO_TEXT, EOS, LENGTH, CPU)
+    engine = VllmEngine(settings(folder), NO_TEXT, EOS, LENGTH, None)
     yield engine, folder
     engine.close()
 
@@ -251,7 +250,7 @@ def test_two_ranks_with_an_engine_each(tmp_path):
 def server_engine(port):
     if not dist.is_initialized():
         fsdp_utils.setup_distributed()
-    return ServerEngine(settings("", port), NO_TEXT, EOS, LENGTH, CPU)
+    return ServerEngine(settings("", port), NO_TEXT, EOS, LENGTH, None)
 
 
 def free_port():

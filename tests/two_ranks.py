@@ -34,7 +34,7 @@ def new_run(rank, sharding, **changes):
                          micro_batch_tokens=40, gradient_checkpointing=sharding == "zero2",
                          **changes)  # fmt: skip
     run = SimpleNamespace(config=config, compute_dtype=torch.float64, master_dtype=torch.float64,
-                          rank=rank, world=2, is_packed=False, reference=None,
+                          rank=rank, world=2, reference=None,
                           state={"step": 0, "history": {}}, device=torch.device("cpu"))  # fmt: skip
     run.policy = compute_exactly(ghpo.load_policy(run))
     run.optimizer = torch.optim.SGD(run.policy.parameters(), lr=0.0)

@@ -1,14 +1,15 @@
-"""Settings: default.yaml has each one with its default and meaning; here they are read and checked.
+"""The settings: default.yaml has each one with its default and meaning; this reads and checks them.
 
-    load_config("configs/x.yaml", ["learning_rate=2e-6"])
+    load_config("configs/x.yaml", ["learning_rate=2e-6"])      a frozen record, one field a setting
 """
 import difflib
 import importlib.util
 import math
 import os
 import re
+import subprocess
 import sys
-from dataclasses import make_dataclass, replace
+from dataclasses import asdict, make_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,6 @@ from tqdm import tqdm
 
 from reward import UserError, resolve_reward
 
-# settings, what they may be (see there), and special keys
 DEFAULTS, ALLOWED, KEYS = yaml.safe_load_all(Path(__file__).with_name("default.yaml").read_text())
 Config = make_dataclass("Config", DEFAULTS, frozen=True)
 
@@ -65,7 +65,30 @@ def make_config(values):
     if "wandb" in c.report_to and not importlib.util.find_spec("wandb"):
         say("config: report_to: wandb is not installed; metrics.jsonl has everything")
         c = replace(c, report_to=[])
-    return replace(c, engine=engine)
+    attention = c.attn_implementation
+    if attention == "flash_attention_2" and not importlib.util.find_spec("flash_attn"):
+        say("config: attn_implementation: flash-attn is not installed, using sdpa")
+        attention = "sdpa"
+    packing = attention == "flash_attention_2" if c.packing is None else c.packing
+    return replace(c, engine=engine, attn_implementation=attention, packing=packing)
+
+def eval_config(config, spec):
+    """The config of an eval set, a path or a dict of settings: G = k, no hints."""
+    c = make_config(asdict(config) | ({"dataset_name": spec} if isinstance(spec, str) else spec))
+    return replace(c, rl_type="grpo", num_generations=c.eval_samples, temperature=c.eval_temperature,
+                   max_completion_length=c.eval_max_completion_length or c.max_completion_length)
+
+def changed_settings(config, path):
+    """What differs from the config in a run folder and makes it another run."""
+    mine = asdict(config)
+    theirs = yaml.safe_load(path.read_text()) if path.is_file() else mine
+    return [key for key in mine if key not in KEYS["resumable"] and theirs.get(key) != mine[key]]
+
+def save_config(config, path):
+    """Writes the config with the command line and the commit."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    path.write_text(f"# {' '.join(sys.argv)}\n# git {git.strip()}\n"
+                    + yaml.safe_dump(asdict(config), sort_keys=False))
 
 def cast(key, value, kind):
     """A YAML value as the type and within the range of a setting; UserError otherwise."""
@@ -96,4 +119,6 @@ def make_plan(config, world, n_problems):
     steps = config.max_steps if config.max_steps > 0 else int(config.num_train_epochs * per_epoch)
     say(f"batch: {world} ranks * {batch} per device * {accumulation} accumulation / {G} generations"
         f" = {prompts} prompts a step; {per_epoch} steps an epoch; {steps} steps")
-    return SimpleNamespace(prompts=prompts, per_epoch=per_epoch, steps=max(1, steps))
+    every = {"steps": config.save_steps, "epoch": per_epoch, "no": steps}[config.save_strategy]
+    return SimpleNamespace(prompts=prompts, per_epoch=per_epoch, steps=max(1, steps),
+                           save_every=max(1, every))
