@@ -242,6 +242,21 @@ def test_two_ranks_with_an_engine_each(tmp_path):
     assert [line["step"] for line in lines] == [1, 2, 3]
     for line in lines:
         assert line["grad_norm"] > 0 and 0 < line["mismatch_max"] < 1e-3
+    exported = tmp_path / "run" / "model"  # loads in vLLM and in transformers, with the same text
+    code = f"import test_vllm; test_vllm.print_greedy_tokens({str(exported)!r})"
+    told = subprocess.run([sys.executable, "-c", code], cwd=TESTS, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(TESTS.parent)}, timeout=300)
+    assert told.returncode == 0, told.stderr[-4000:]
+    model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
+    ours = greedy_tokens(HfEngine(None, NO_TEXT, EOS, LENGTH, Policy(model)))
+    assert json.loads(told.stdout.splitlines()[-1]) == [ours[key] for key in sorted(ours)]
+
+
+def print_greedy_tokens(folder):
+    """In a process of its own: what vLLM samples from an exported model."""
+    engine = VllmEngine(settings(folder), NO_TEXT, EOS, LENGTH, None)
+    print(json.dumps(list(dict(sorted(greedy_tokens(engine).items())).values())), flush=True)
+    engine.close()
 
 
 # ---- over HTTP -----------------------------------------------------------------------------------
