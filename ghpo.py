@@ -159,7 +159,7 @@ def make_rows(groups, prompts, config):
     return whole
 
 def token_loss(logp, old_logp, ref_logp, batch, config):
-    """E4, E5, E7: (loss, ratio, clipped ratio) of each token, (M,). ref_logp: None if beta is 0."""
+    """E4, E5, E7: (loss, was the ratio clipped) of each token, (M,). ref_logp: None if beta is 0."""
     advantage, high = batch["advantage"], config.epsilon_high
     ratio = torch.exp(logp - old_logp)
     clipped = ratio.clamp(1 - config.epsilon, 1 + (config.epsilon if high is None else high))
@@ -170,7 +170,7 @@ def token_loss(logp, old_logp, ref_logp, batch, config):
     if ref_logp is not None:
         loss = loss + config.beta * (torch.exp(ref_logp - logp) - (ref_logp - logp) - 1)  # E5
     loss = loss * batch["policy_weight"] - batch["likelihood_weight"] * logp
-    return loss, ratio.detach(), clipped.detach()
+    return loss, (clipped - ratio).detach() * advantage < 0
 
 class Policy(torch.nn.Module):
     """The FSDP root: transformer and LM head under one forward, for scoring and for decoding."""
@@ -260,10 +260,9 @@ def optimize(run, rows, lr):
             fsdp_utils.last_micro_batch(policy, i == most - 1)
             logp, entropy = policy(**inputs, heat=c.temperature)
             old += [logp.detach()] * (iteration == 0)
-            loss, ratio, clipped = token_loss(logp, old[i], ref[i], batch, c)
+            loss, is_clipped = token_loss(logp, old[i], ref[i], batch, c)
             loss = loss * batch["scale"]  # E6
             loss.sum().backward()
-            is_clipped = (clipped - ratio) * batch["advantage"] < 0
             sums.append(token_sums(loss.detach(), is_clipped, entropy, old[i], batch, c))
         norm = float(fsdp_utils.clip_grad_norm(policy.parameters(), c.max_grad_norm))
         if math.isfinite(norm):
@@ -465,6 +464,7 @@ def startup_pass(run):
     rows = [row] * max(1, c.micro_batch_tokens // width)
     optimize(run, rows, 0.0)
     run.optimizer.state.clear()
+    torch.cuda.empty_cache()  # for the engine, which is built later
     say(f"start-up pass: {len(rows)} rows of {width} tokens and Adam's moments fit")
 
 def open_folder(run):
