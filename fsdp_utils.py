@@ -3,7 +3,6 @@
 Works in one plain process or under torchrun. Every sharding is fully_shard on a (replicate, shard)
 mesh, and gradients are SUMMED over ranks: the loss divides by global counts. Fork point: `shard`.
 """
-import atexit
 import faulthandler
 import json
 import os
@@ -41,8 +40,6 @@ def setup_distributed(timeout_s=600):
     store = None if "RANK" in os.environ else dist.HashStore()  # one process needs no port
     dist.init_process_group(
         backend, timeout=_now["timeout"], store=store, rank=rank, world_size=world)
-    # where no engine has ended it: threads of gloo must not outlive the interpreter
-    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     faulthandler.enable()  # NCCL's watchdog aborts the process: show where it stood
 
     def report(kind, error, trace):

@@ -39,9 +39,11 @@ def read_rows(config):
     name, kind, where = config.dataset_name, Path(config.dataset_name).suffix[1:], ""
     try:
         if kind == "jsonl":
-            lines = enumerate(Path(name).read_text(encoding="utf-8").split("\n"), 1)
-            return [{**json.loads(line)} for number, line in lines
-                    if line.strip() and (where := f", line {number}")]
+            rows = []
+            for number, line in enumerate(Path(name).read_text(encoding="utf-8").split("\n"), 1):
+                where = f", line {number}"
+                rows += [{**json.loads(line)}] if line.strip() else []
+            return rows
         from datasets import load_dataset
         if kind in ("json", "parquet"):
             return list(load_dataset(kind, data_files=name, split="train"))
@@ -54,15 +56,14 @@ def load_problems(config, prompts):
     c, rows, found = config, read_rows(config), defaultdict(list)  # why not usable: problems
     columns = [c.dataset_prompt_column, c.dataset_answer_column, c.dataset_hint_column]
     columns = columns if c.rl_type == "ghpo" else columns[:2]
-    need(rows, f"dataset_name={c.dataset_name} has no rows")
-    missing = [column for column in columns if column not in rows[0]]
-    need(not missing, f"{c.dataset_name}: no column {missing} in {sorted(rows[0])}: set "
+    missing = [column for column in columns if rows and column not in rows[0]]
+    need(not missing, f"{c.dataset_name}: no column {missing} in {[*rows[0]] if rows else 0}: set "
          "dataset_prompt_column, dataset_answer_column or dataset_hint_column")
     system = [{"role": "system", "content": c.system_prompt}] if c.system_prompt else []
     for number, row in enumerate(rows):
         question, answer, *trace = ("" if row.get(k) is None else row[k] for k in columns)
-        if isinstance(question, str):
-            question = [{"role": "user", "content": question}] if question.strip() else []
+        if not isinstance(question, list):
+            question = [{"role": "user", "content": str(question)}] * bool(str(question).strip())
         level = re.search(r"\d+|$", str(row.get(c.dataset_level_column)))[0]  # "Level 5" is 5
         problem = hints.Problem(number, system + question, str(answer).strip(),
                                 "".join(map(str, trace)), float(level or 0))
@@ -75,7 +76,8 @@ def load_problems(config, prompts):
     say(f"data: {c.dataset_name}: {len(problems)} of {len(rows)} rows usable"
         + f", {bare} without a solution to hint from" * bool(bare))
     for reason, dropped in found.items():
-        say(f"data: dropped {len(dropped)}, {reason}: rows {str([p.id for p in dropped[:5]])[1:-1]}")
+        say(f"data: dropped {len(dropped)}, {reason}: rows {[p.id for p in dropped[:5]]}")
+    need(problems, f"dataset_name={c.dataset_name}: none of its {len(rows)} rows is usable")
     return problems
 
 class Prompts:
@@ -159,7 +161,7 @@ def make_rows(groups, prompts, config):
     return whole
 
 def token_loss(logp, old_logp, ref_logp, batch, config):
-    """E4, E5, E7: (loss, was the ratio clipped) of each token, (M,). ref_logp: None if beta is 0."""
+    """E4, E5, E7: (loss, was the ratio clipped) of each token (M,). ref_logp: None if beta is 0."""
     advantage, high = batch["advantage"], config.epsilon_high
     ratio = torch.exp(logp - old_logp)
     clipped = ratio.clamp(1 - config.epsilon, 1 + (config.epsilon if high is None else high))
@@ -276,7 +278,7 @@ def optimize(run, rows, lr):
 
 def roll_out(run, blank, c, step):
     """Blank groups to final ones, with the current weights; and each one's last plan_try."""
-    planned = {}
+    planned = {}  # slot: (next Try or None, tries so far)
 
     def next_request(group, slot):
         shown, tries = planned[slot] = hints.plan_try(
@@ -289,8 +291,8 @@ def roll_out(run, blank, c, step):
         run.engine.wake()
         run.engine.update_weights(fsdp_utils.full_tensors(run.policy.model, run.compute_dtype))
     with phase("generate"):
-        groups = rollout.collect(run.engine, blank, run.pool, next_request, hints.merge,
-                                 run.columns.get(c.hint_trigger, 0))
+        groups = rollout.collect(
+            run.engine, blank, run.pool, next_request, hints.merge, run.trigger)
         run.engine.sleep()
     return groups, list(planned.values())
 
@@ -328,7 +330,6 @@ def train(run):
         if c.eval_strategy == "steps" and (is_last or state["step"] % c.eval_steps == 0):
             evaluate(run)
         if is_last or state["step"] % plan.save_every == 0:
-            state["metrics_bytes"] = (run.folder / "metrics.jsonl").stat().st_size
             fsdp_utils.save_checkpoint(
                 run.folder, step + 1, run.policy, run.optimizer, state, c.save_total_limit or 0,
                 lambda folder: export(run, folder / "model"))
@@ -340,7 +341,7 @@ def next_groups(run):
     queue, state["queue"] = state["queue"][:most], state["queue"][most:]
     fresh = run.plan.prompts - len(queue)
     epoch, start = divmod(state["cursor"], n)
-    if start + fresh > n:  # a step never straddles two epochs: no problem twice in one step
+    if start + fresh > n:  # a step never straddles two epochs: no fresh problem twice in one
         epoch, start = epoch + 1, 0
     state["cursor"] = epoch * n + start + fresh
     order = np.random.default_rng([c.seed, epoch]).permutation(n)
@@ -379,8 +380,7 @@ def evaluate(run):
     for name, (c, problems) in run.eval_sets.items():
         blank = [Group(problem) for problem in problems[run.rank :: run.world]]
         groups, _ = roll_out(run, blank, c, name)
-        right = [[scores[run.columns.get("accuracy", 0)] > 0 for scores in group.rewards]
-                 for group in groups]
+        right = [[scores[run.accuracy] > 0 for scores in group.rewards] for group in groups]
         right_PK = sum(fsdp_utils.gather_objects(right), [])
         metrics |= {f"eval/{name}{key}": x for key, x in accuracy_at_k(right_PK).items()}
     write_metrics(run, metrics)
@@ -391,6 +391,7 @@ def write_metrics(run, metrics):
     if run.rank == 0:
         with open(run.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
+            run.state["metrics_bytes"] = file.tell()  # only rank 0's state is saved
     if run.wandb:
         run.wandb.log(metrics, step=step)
     if "loss" not in metrics or step % run.config.logging_steps == 0:
@@ -406,13 +407,15 @@ def export(run, folder, **hub):
         run.policy.model.save_pretrained(folder, state_dict=weights, **hub)
         run.prompts.tokenizer.save_pretrained(folder, **hub)
 
-def setup(config):
+def setup(config, is_eval=False):
     """What `train` needs, in the order that matters: verifiers, process group, weights, engine."""
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     pool = VerifierPool(config.reward_funcs, max(1, min(8, cores)), config.verifier_timeout)
     run = SimpleNamespace(**vars(fsdp_utils.setup_distributed()), config=config, pool=pool,
                           folder=Path(config.output_dir), wandb=None, eval_sets={})
-    run.columns = {name: i for i, name in enumerate(config.reward_funcs)}
+    columns = {name: i for i, name in enumerate(config.reward_funcs)}
+    run.accuracy = columns.get("accuracy", columns.get(config.hint_trigger, 0))
+    run.trigger = columns.get(config.hint_trigger, run.accuracy)
     run.prompts = Prompts(config)
     run.problems = load_problems(config, run.prompts)
     run.plan = make_plan(config, run.world, len(run.problems))
@@ -432,9 +435,7 @@ def setup(config):
     rate = get_scheduler(config.lr_scheduler_type, run.optimizer, warmup, steps).lr_lambdas[0]
     # differs from reference: warm-up begins above 0, for a step at rate 0 is a step lost
     run.learning_rate = lambda step: config.learning_rate * rate(step + (step < warmup))
-    if torch.cuda.is_available() if config.startup_pass is None else config.startup_pass:
-        startup_pass(run)
-    open_folder(run)
+    open_folder(run, is_eval)
     tokenizer = run.prompts.tokenizer
     ends = np.ravel(run.policy.model.generation_config.eos_token_id).tolist()  # one, several, None
     ends = {tokenizer.eos_token_id, *ends} - {None}
@@ -457,17 +458,18 @@ def load_policy(run):
                             c.replicas, c.cpu_offload)
 
 def startup_pass(run):
-    """A step of rows at maximum length that weigh nothing, before a checkpoint is loaded:
+    """Steps of rows at maximum length that weigh nothing, before a checkpoint is loaded:
     out-of-memory comes in minute one, not hour ten."""
     c, width = run.config, run.config.max_prompt_length + run.config.max_completion_length
     row = Row([0] * width, c.max_prompt_length, 0.0, 0.0, 0.0, 0.0, 1.0, 0)
     rows = [row] * max(1, c.micro_batch_tokens // width)
-    optimize(run, rows, 0.0)
+    for _ in range(2):  # activations beside gradients, then beside Adam's moments too
+        optimize(run, 2 * rows, 0.0)
     run.optimizer.state.clear()
     torch.cuda.empty_cache()  # for the engine, which is built later
     say(f"start-up pass: {len(rows)} rows of {width} tokens and Adam's moments fit")
 
-def open_folder(run):
+def open_folder(run, is_eval):
     """Starts, resumes or refuses output_dir; what was written is moved aside, never deleted."""
     c, folder, metrics = run.config, run.folder, run.folder / "metrics.jsonl"
     changed = changed_settings(c, folder / "config.yaml")
@@ -482,19 +484,21 @@ def open_folder(run):
     fsdp_utils.gather_objects("the folder is there")
     run.state = {"step": 0, "cursor": 0, "queue": [], "history": {}, "metrics_bytes": 0,
                  "prompts": run.plan.prompts}
-    for latest in fsdp_utils.checkpoints(folder)[-1:]:
-        run.state = fsdp_utils.load_checkpoint(latest, run.policy, run.optimizer)
-        run.state["history"] = {int(key): value for key, value in run.state["history"].items()}
-        run.state["queue"] = [(i, [hints.Try(**t) for t in tries]) for i, tries in run.state["queue"]]
-        need(run.state["prompts"] == run.plan.prompts, f"{latest} had {run.state['prompts']} "
-             "prompts a step: change gradient_accumulation_steps")
-        say(f"resuming {latest}")
+    if not is_eval and (c.startup_pass or c.startup_pass is None and torch.cuda.is_available()):
+        startup_pass(run)
+    if found := fsdp_utils.checkpoints(folder):
+        state = run.state = fsdp_utils.load_checkpoint(found[-1], run.policy, run.optimizer)
+        state["history"] = {int(key): value for key, value in state["history"].items()}
+        state["queue"] = [(i, [hints.Try(**t) for t in tries]) for i, tries in state["queue"]]
+        need(state["prompts"] == run.plan.prompts, f"{found[-1]} had {state['prompts']} prompts a "
+             "step: change gradient_accumulation_steps")
+        say(f"resuming {found[-1]}")
     run.first_step = run.state["step"]
-    if run.rank == 0 and metrics.is_file():  # lines after the checkpoint will be computed again
+    if run.rank == 0 and metrics.is_file() and not is_eval:  # later lines will be computed again
         with open(metrics, "r+b") as file, open(f"{metrics}.stale", "ab") as stale:
-            file.seek(run.state["metrics_bytes"])
+            kept = file.read(run.state["metrics_bytes"])
             stale.write(file.read())
-            file.truncate(run.state["metrics_bytes"])
+            file.truncate(len(kept))
     if "wandb" in c.report_to and run.rank == 0:
         import wandb
         run.wandb = wandb.init(project="ghpo", config=asdict(c), dir=folder)
@@ -506,13 +510,14 @@ def main():
     parser.add_argument("--dry_run", action="store_true", help="show what would run, and stop")
     parser.add_argument("--eval", action="store_true", help="evaluate the model, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     try:
         config = load_config(args.config, args.overrides)
         if args.dry_run:
             from tests.estimates import dry_run
             return dry_run(config)
-        run = setup(config)
+        need(config.eval_datasets or not args.eval, "config: --eval needs eval_datasets")
+        run = setup(config, args.eval)
         if args.eval or (config.eval_strategy == "steps" and run.state["step"] == 0):
             evaluate(run)
         if not args.eval:
@@ -523,9 +528,13 @@ def main():
         fsdp_utils.gather_objects("every rank is done")
         run.engine.close()
         run.pool.close()
+        if run.wandb:
+            run.wandb.finish()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # threads of gloo must not outlive the interpreter: that aborts now and then

@@ -43,10 +43,7 @@ class Try:
     trimmed: bool = False  # the leak guard shortened a hint
     skipped: bool = False  # nothing new to show: not sampled
 
-    @property
-    def ratio(self):
-        """The largest ratio of the try."""
-        return max(self.ratios)
+    ratio = property(lambda self: max(self.ratios))  # the largest one
 
 def needs_hint(tries, config):
     """E2: hard iff no sample of the last try passed (mean trigger reward <= threshold)."""

@@ -53,7 +53,6 @@ class Group:
 
 def collect(engine, groups, pool, next_request, merge, trigger=0):
     """Samples blank groups until next_request(group, slot) gives None for each; in the same order.
-
     A group is judged and, if hard, asked again the moment its own samples are there. With a
     deterministic engine every verdict is awaited one poll later, so that the time it takes cannot
     change what is batched with what. trigger: the column of the rewards that is Try.pass_rate.
@@ -121,7 +120,7 @@ class Engine:
         return finished
 
     def wake(self):
-        """Before sampling; sleep() comes after it, close() at the very end."""
+        """Before sampling; as sleep() after it and close() at the very end: nothing to do here."""
 
     sleep = close = wake
 
@@ -163,6 +162,7 @@ class HfEngine(Engine):
             "inputs": ids, "attention_mask": mask, "max_new_tokens": c.max_completion_length,
             "do_sample": False, "logits_processor": [draws], "eos_token_id": self.eos_ids,
             "pad_token_id": self.tokenizer.pad_token_id, "use_cache": True,
+            "repetition_penalty": 1.0,  # the model's own generation config may have another
             "synced_gpus": False})[:, ids.shape[1] :].tolist()  # no collective at every token
         logp = torch.stack(draws.logp, 1).tolist()
         for call, tokens, logp_T in zip([*self.calls], output, logp):  # poll removes calls
@@ -203,21 +203,19 @@ class VllmEngine(Engine):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in-process: update_weights needs it
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
-        from vllm.platforms import current_platform
         from vllm.sampling_params import RequestOutputKind, SamplingParams
         options = {"gpu_memory_utilization": config.vllm_gpu_memory_utilization}
-        if not torch.cuda.is_available():
+        if not (is_gpu := torch.cuda.is_available()):
             from tests.vllm_ext import cpu_options
             options = cpu_options(max_model_len)
         if "RANK" in os.environ:  # torchrun: a plain LLM would take cuda:0 on every rank
             options["distributed_executor_backend"] = "external_launcher"
-        can_sleep = current_platform.is_sleep_mode_available()  # not on CPU
         self.llm = LLM(
             config.model_name_or_path, revision=config.model_revision, dtype=config.torch_dtype,
             max_model_len=max_model_len, skip_tokenizer_init=True,
-            logprobs_mode="processed_logprobs", enable_sleep_mode=can_sleep, **options)
+            logprobs_mode="processed_logprobs", enable_sleep_mode=is_gpu, **options)
         self.close = self.llm.llm_engine.engine_core.shutdown
-        if can_sleep:  # level 2 drops weights and KV cache; update_weights brings them back
+        if is_gpu:  # level 2 drops weights and KV cache; update_weights brings them back
             self.sleep = partial(self.llm.sleep, level=2)
         self.params = partial(SamplingParams, output_kind=RequestOutputKind.FINAL_ONLY)
 

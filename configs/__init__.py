@@ -33,7 +33,9 @@ def load_config(path, overrides=()):
     """YAML file and key=value strings to a checked Config; UserError names key and remedy."""
     try:
         values = dict(yaml.safe_load(Path(path).read_text()) or {})
-        for key, _, value in (text.partition("=") for text in overrides):
+        for text in overrides:
+            key, equals, value = text.partition("=")
+            need(equals, "an override is written key=value")
             values[key] = yaml.safe_load(value)
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} {' '.join(overrides)}: {error}") from None
@@ -74,9 +76,17 @@ def make_config(values):
 
 def eval_config(config, spec):
     """The config of an eval set, a path or a dict of settings: G = k, no hints."""
-    c = make_config(asdict(config) | ({"dataset_name": spec} if isinstance(spec, str) else spec))
-    return replace(c, rl_type="grpo", num_generations=c.eval_samples, temperature=c.eval_temperature,
-                   max_completion_length=c.eval_max_completion_length or c.max_completion_length)
+    spec = {"dataset_name": spec} if isinstance(spec, str) else spec
+    need(isinstance(spec, dict) and "dataset_name" in spec,
+         f"config: eval_datasets: {spec!r} must be a path or name, or have a dataset_name")
+    for key, instead in {"temperature": "eval_temperature", "num_generations": "eval_samples",
+                         "engine": "that of the run", "reward_funcs": "those of the run"}.items():
+        need(key not in spec, f"config: eval_datasets: {key} has no meaning there, use {instead}")
+    c = make_config(asdict(config) | spec)
+    if c.eval_max_completion_length and "max_completion_length" not in spec:
+        c = replace(c, max_completion_length=c.eval_max_completion_length)
+    return replace(
+        c, rl_type="grpo", num_generations=c.eval_samples, temperature=c.eval_temperature)
 
 def changed_settings(config, path):
     """What differs from the config in a run folder and makes it another run."""
@@ -86,9 +96,11 @@ def changed_settings(config, path):
 
 def save_config(config, path):
     """Writes the config with the command line and the commit."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    path.write_text(f"# {' '.join(sys.argv)}\n# git {git.strip()}\n"
-                    + yaml.safe_dump(asdict(config), sort_keys=False))
+    git = subprocess.run("git rev-parse HEAD", shell=True, capture_output=True, text=True).stdout
+    new = path.with_suffix(".new")  # a kill leaves the old file or the whole new one
+    new.write_text(f"# {sys.argv}\n# git {git.strip()}\n"
+                   + yaml.safe_dump(asdict(config), sort_keys=False))
+    new.rename(path)
 
 def cast(key, value, kind):
     """A YAML value as the type and within the range of a setting; UserError otherwise."""
@@ -100,7 +112,8 @@ def cast(key, value, kind):
     # YAML 1.1: a bare no is false, and 1e-6 is text
     value = "no" if kind == "str" and value is False else value
     if kind in ("int", "float") and re.fullmatch(r"[-+]?\d+\.?\d*(e[-+]?\d+)?", str(value), re.I):
-        value = int(value) if kind == "int" and float(value).is_integer() else float(value)
+        number = float(value)
+        value = int(number) if kind == "int" and number.is_integer() else number
     need(type(value).__name__ == kind and (kind != "float" or math.isfinite(value)),
          f"config: {key}={value!r} must be of type {kind}")
     limit = ALLOWED.get(key)

@@ -78,9 +78,11 @@ def token_metrics(sums) -> dict:
 
 
 def costs(run, rows, generated, seconds) -> dict:
-    """What a step took: seconds by phase (of this rank), tokens, GPU memory, verifier failures."""
+    """What a step took: seconds of this rank by phase (verify is part of generate, logprob of
+    train), tokens, GPU memory, verifier failures."""
     stats = {f"verifier/{name}": count for name, count in run.pool.stats.items()}
-    stats["tokens/trained"] = sum(len(row.input_ids) for row in rows)
+    used = [row for row in rows if row.advantage or run.config.beta or any(row.likelihood_weight)]
+    stats["tokens/trained"] = run.config.num_iterations * sum(len(row.input_ids) for row in used)
     metrics = fsdp_utils.all_reduce_scalars(stats) | {"tokens/s": generated / seconds}
     metrics |= {f"seconds/{name}": spent for name, spent in fsdp_utils.seconds.items()}
     if torch.cuda.is_available():  # the engine's memory is in what is free

@@ -35,15 +35,16 @@ def command(model, host, port, max_model_len, dtype, device):
 
 def main():
     sys.path.insert(0, str(TESTS.parent))
-    from ghpo import load_config
-
     import torch
 
+    from configs import eval_config, load_config
+
     config = load_config(sys.argv[1], sys.argv[2:])
-    longest = max(config.max_completion_length, config.eval_max_completion_length or 0)
+    configs = [config, *(eval_config(config, spec) for spec in config.eval_datasets.values())]
+    longest = max(c.max_prompt_length + c.max_completion_length for c in configs)
     argv, environment = command(
         config.model_name_or_path, config.vllm_server_host, config.vllm_server_port,
-        config.max_prompt_length + longest, config.torch_dtype,
+        longest, config.torch_dtype,
         "cuda" if torch.cuda.is_available() else "cpu",
     )  # fmt: skip
     if torch.cuda.device_count() > 1:  # a copy of the model on each GPU of this machine

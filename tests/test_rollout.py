@@ -175,6 +175,18 @@ def test_top_p_and_top_k(top_p, top_k, engine, prompt_ids):
     assert (beyond_greedy > 0) == (top_k != 1)
 
 
+def test_the_models_own_generation_config_plays_no_part(engine, prompt_ids):
+    """Some released models ship a repetition penalty, which the trainer knows nothing of."""
+    engine, one = engine(), request(prompt_ids[2], 4, seed=3, config=sampling(1.4, 40))
+    plain = run_engine(engine, [one])[0]
+    theirs = engine.policy.model.generation_config
+    theirs.repetition_penalty, theirs.top_k, theirs.temperature = 1.5, 3, 0.2
+    try:
+        assert run_engine(engine, [one])[0] == plain
+    finally:
+        theirs.repetition_penalty, theirs.top_k, theirs.temperature = None, None, None
+
+
 def test_a_request_of_different_prompts(engine, prompt_ids):
     """Per-sample hints: each sample of a group has its own prompt."""
     config = sampling(1.4, 20)

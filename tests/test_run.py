@@ -101,11 +101,11 @@ def tokenizer_without(key):
      "3 .* 2 = 6 is not divisible by num_generations 4"),
     (data_file([{"problem": "4a3b5?", "answer": "(7,2)"}] * 9), "no column .'solution', 'solution_hint'. in .*answer"),
     (data_file([{k: ROW[k] for k in ("problem", "solution")}] * 9), "no column .'solution_hint'"),
-    (data_file([]), "has no rows"),
+    (data_file([]), "none of its 0 rows"),
     (data_file([ROW, ROW, '{"problem": "4a'] + [ROW] * 9), "rows.jsonl, line 3.*Unterminated"),
     (data_file([ROW, ROW, "[1, 2]"] + [ROW] * 9), "rows.jsonl, line 3"),
     (data_file([ROW] * 3), "3 usable problems, a step takes 4"),
-    (data_file([ROW | {"solution": None}] * 9), "0 usable problems"),
+    (data_file([ROW | {"solution": None}] * 9), "none of its 9 rows is usable"),
     (lambda folder: {"dataset_name": str(folder / "none.jsonl")}, "none.jsonl"),
     (lambda folder: {"dataset_name": str(folder / "none.parquet")}, "none.parquet"),
     (tokenizer_without("pad_token"), "no pad token"),
@@ -129,9 +129,13 @@ def test_bad_command_lines(main, tmp_path):
         (["--config", str(tmp_path / "none.yaml")], "none.yaml"),
         (["--config", str(tmp_path / "broken.yaml")], "broken.yaml"),
         (["--config", str(tmp_path / "list.yaml")], "list.yaml"),
-        (["--config", str(good), "max_steps"], "max_steps=None must be of type int"),
+        (["--config", str(good), "max_steps"], "key=value"),
         (["--config", str(good), "max_stepz=3"], "not max_steps"),
         (["--config", str(good), "hint_ratio=[0.5"], "[0.5"),
+        (["--config", str(good), "importance_cap"], "key=value"),
+        (["--config", str(good), "micro_batch_tokens=1e4", "top_k=-1"], "top_k=-1 must be >= 0"),
+        (["--config", str(good), "save_total_limit=-1"], "save_total_limit=-1 must be >= 1"),
+        (["--config", str(good), "verifier_timeout=0"], "verifier_timeout=0.0 must be >= 0.01"),
     ]:
         done = main.command(*arguments, "--dry_run")
         assert done.status == 2 and message in done.err, arguments
@@ -294,9 +298,9 @@ def test_unusable_rows_are_dropped_counted_and_named(tmp_path, capsys):
                                     {"role": "user", "content": "4a3b5?"}]  # fmt: skip
     assert [m["role"] for m in problems[2].messages] == ["system", "user", "assistant", "user"]
     assert "4 of 8 rows usable" in told
-    assert re.search("dropped 1, no problem text: rows 1", told)
-    assert re.search("dropped 2, no answer: rows 2, 3", told)
-    assert re.search("dropped 1, prompt over max_prompt_length=128 tokens: rows 5", told)
+    assert re.search("dropped 1, no problem text: rows .1.", told)
+    assert re.search("dropped 2, no answer: rows .2, 3.", told)
+    assert re.search("dropped 1, prompt over max_prompt_length=128 tokens: rows .5.", told)
     assert re.search("usable, 1 without a solution", told)
 
 
@@ -548,6 +552,49 @@ def test_evaluation_is_in_the_metrics(main, tmp_path):
                 output_dir=str(tmp_path / "only"))  # fmt: skip
     lines = read_jsonl(only.folder / "metrics.jsonl")
     assert only.status == 0 and len(lines) == 1 and lines[0]["eval/easy"] == 1.0
+
+
+@pytest.mark.parametrize("sets, message", [
+    ({}, "--eval needs eval_datasets"),
+    ({"x": None}, "None must be a path or name"),
+    ({"x": {}}, "must be a path or name, or have a dataset_name"),
+    ({"x": {"dataset_name": "a.jsonl", "temperature": 0.6}}, "use eval_temperature"),
+])
+def test_eval_sets_that_would_not_be_what_they_say(sets, message, main, tmp_path):
+    done = main(tmp_path, "--eval", eval_datasets=sets)
+    assert done.status == 2 and message in done.err and "Traceback" not in done.err
+
+
+def test_evaluation_twice_keeps_both_lines(main, tmp_path):
+    changes = {"eval_datasets": {"x": {"dataset_name": str(DATA / "eval_easy.jsonl")}},
+               "eval_max_completion_length": 2, "system_prompt": "Think.\n\nThen: answer."}
+    for count in (1, 2):
+        done = main(tmp_path, "--eval", **changes)
+        assert done.status == 0 and len(read_jsonl(done.folder / "metrics.jsonl")) == count
+
+
+def test_own_rewards_decide_what_is_hard_and_what_is_right(setup, tmp_path):
+    """Without a reward named accuracy the trigger reward is reported, whatever its place."""
+    own = tmp_path / "own.py"
+    own.write_text("def right(response, gold):\n    return 0.0\n")
+    names = ["format", f"{own}:right"]
+    for order in (names, names[::-1]):
+        run = setup(reward_funcs=order, hint_trigger=names[1], reward_weights=[1.0, 1.0])
+        assert order[run.trigger] == order[run.accuracy] == names[1]
+    run = setup(reward_funcs=["format", "accuracy"], hint_trigger="always")
+    assert run.trigger == run.accuracy == 1
+
+
+def test_the_start_up_pass_changes_no_bit(main, tmp_path):
+    lines = []
+    for is_on in (False, True):
+        changes = {"output_dir": str(tmp_path / f"{is_on}"), "startup_pass": is_on,
+                   "micro_batch_tokens": 400, "weight_decay": 0.1, "save_strategy": "no"}
+        done = main(tmp_path, **changes)
+        assert done.status == 0 and ("start-up pass: 2 rows of 192 tokens" in done.err) == is_on
+        lines.append((timeless(done.folder / "metrics.jsonl"),
+                      (done.folder / "model" / "model.safetensors").read_bytes()))  # fmt: skip
+    assert lines[0] == lines[1]
 
 
 def test_evaluation_numbers_by_hand(setup, prompts):

@@ -6,6 +6,7 @@ A step of the real program first, then gradients under every sharding, then unev
 """
 
 import json
+import os
 import sys
 from itertools import product
 from pathlib import Path
@@ -67,7 +68,7 @@ def gradients(rank, folder):
 def uneven_sampling(rank, folder):
     """Rank 0 decodes 60 tokens of 3 problems, rank 1 two tokens of one, then none at all."""
     run = new_run(rank, "zero3")
-    run.prompts, run.columns = ghpo.Prompts(run.config), {}
+    run.prompts, run.trigger = ghpo.Prompts(run.config), 0
     run.engine, run.pool = new_engine(run.policy), ScriptedPool(lambda step, slot: 0)
     tokens = []
     for count in ([3, 1][rank], [2, 0][rank]):
@@ -86,3 +87,5 @@ if __name__ == "__main__":
     one_step(folder)
     gradients(dist.get_rank(), folder)
     uneven_sampling(dist.get_rank(), folder)
+    fsdp_utils.gather_objects("done")
+    os._exit(0)  # as ghpo.py ends
