@@ -56,9 +56,10 @@ def load_problems(config, prompts):
     c, rows, found = config, read_rows(config), defaultdict(list)  # why not usable: problems
     columns = [c.dataset_prompt_column, c.dataset_answer_column, c.dataset_hint_column]
     columns = columns if c.rl_type == "ghpo" else columns[:2]
-    missing = [column for column in columns if rows and column not in rows[0]]
+    wanted = columns + [c.dataset_level_column] * c.curriculum
+    missing = [column for column in wanted if rows and column not in rows[0]]
     need(not missing, f"{c.dataset_name}: no column {missing} in {[*rows[0]] if rows else 0}: set "
-         "dataset_prompt_column, dataset_answer_column or dataset_hint_column")
+         "dataset_prompt_column and so on (eval_datasets: in a set's own settings)")
     system = [{"role": "system", "content": c.system_prompt}] if c.system_prompt else []
     for number, row in enumerate(rows):
         question, answer, *trace = ("" if row.get(k) is None else row[k] for k in columns)
@@ -358,7 +359,7 @@ def record(run, groups, blank, planned):
             "id": group.problem.id, "problem": group.problem.messages[-1]["content"],
             "prompt": run.prompts.tokenizer.decode(group.request.prompts[0]),
             "hint": group.request.shown.hints[0], "hint_ratio": group.request.shown.ratios[0],
-            "tries": tries, "earlier_tries": len(before.tries),
+            "answer": group.problem.answer, "tries": tries, "earlier_tries": len(before.tries),
             "is_deferred": c.hint_timing == "deferred" and shown is not None,
             "completions": [{
                 "text": o.text, **dict(zip(c.reward_funcs, scores)), "tokens": len(o.token_ids),
@@ -512,11 +513,10 @@ def main():
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     try:
-        config = load_config(args.config, args.overrides)
+        config = load_config(args.config, args.overrides, args.eval)
         if args.dry_run:
             from tests.estimates import dry_run
             return dry_run(config)
-        need(config.eval_datasets or not args.eval, "config: --eval needs eval_datasets")
         run = setup(config, args.eval)
         if args.eval or (config.eval_strategy == "steps" and run.state["step"] == 0):
             evaluate(run)
@@ -524,7 +524,7 @@ def main():
             train(run)
             hub = {"push_to_hub": True, "repo_id": config.hub_model_id or run.folder.name}
             export(run, run.folder / "model", **(hub if config.push_to_hub else {}))
-            say(f"done: {run.folder}, {len(run.state['queue'])} problems still queued")
+            say(f"done: {run.folder}, {len(run.state['queue'])} deferred problems still queued")
         fsdp_utils.gather_objects("every rank is done")
         run.engine.close()
         run.pool.close()

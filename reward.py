@@ -319,7 +319,7 @@ def parse_gold(gold: str) -> str | None:
     with LOCK:
         if re.sub(r"\\text|[${}.\s]", "", gold).isalpha() or len(readings(gold)) > 1:
             return None
-    return f"not read, or longer than {MAX_CHARS} characters" if gold.strip() else "no answer"
+    return f"answer not read, or longer than {MAX_CHARS}" if gold.strip() else "no answer"
 
 def accuracy_reward(response: str, gold: str) -> float:
     """1.0 when the answer in `response` (see extract_answer) has the value of `gold`, else 0.0.
@@ -351,7 +351,7 @@ def resolve_reward(name: str):
         raise UserError(f"reward {name!r}: none of {', '.join(REWARDS)}; {error!r}") from error
 
 def serve(timeout: str, *names: str) -> None:
-    """A worker's life: lines of [text, gold] in, of its rewards or null out."""
+    """A worker's life: lines of [text, gold] in, of its rewards or an error out."""
     functions = [resolve_reward(name) for name in names]
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what functions print does not mix with the replies
@@ -359,20 +359,19 @@ def serve(timeout: str, *names: str) -> None:
         faulthandler.dump_traceback_later(float(timeout), exit=True)  # even out of a long C call
         try:
             reply = json.dumps([float(f(*json.loads(line))) for f in functions], allow_nan=False)
-        except Exception:  # a user's function may raise anything
-            reply = "null"
+        except Exception as error:  # a user's function may raise anything
+            reply = json.dumps(repr(error))
         faulthandler.cancel_dump_traceback_later()
         print(reply, file=replies, flush=True)
 
 class VerifierPool:
     """Scores groups of texts in worker processes; nothing that a text does reaches the caller.
-
     A text that takes longer than `timeout` s costs its worker its life and scores 0; when a worker
     dies otherwise its text is tried once more. `stats` counts both, and functions that raise.
     """
 
     def __init__(self, reward_funcs: list[str], workers: int, timeout: float = 5.0):
-        self.zeros = [0.0 for name in reward_funcs if resolve_reward(name)]
+        self.zeros, self.error = [0.0 for name in reward_funcs if resolve_reward(name)], None
         command = [sys.executable, os.path.abspath(__file__), str(timeout), *reward_funcs]
         self.start = functools.partial(Popen, command, stdin=PIPE, stdout=PIPE, bufsize=0)
         self.stats = {"timeouts": 0, "crashes": 0}
@@ -406,10 +405,11 @@ class VerifierPool:
         if not (reply or is_late) and may_retry:
             return self._ask(text, gold, may_retry=False)
         rewards = json.loads(reply or "null")
-        if rewards is None:
+        if not isinstance(rewards, list):
             with LOCK:
                 self.stats["timeouts" if is_late else "crashes"] += 1
-        return rewards or self.zeros
+            self.error, rewards = rewards or "its worker died", self.zeros
+        return rewards
 
 if __name__ == "__main__":
     serve(*sys.argv[1:])

@@ -106,7 +106,10 @@ launch() {
         fi
     fi
     # --standalone: a free port is found, so that two runs on one machine do not meet.
-    torchrun --standalone --nproc_per_node "$processes" ghpo.py "$@"
+    if [ "$processes" = 1 ]; then
+        exec python ghpo.py "$@"
+    fi
+    exec torchrun --standalone --nproc_per_node "$processes" ghpo.py "$@"
 }
 
 command="${1:-demo}"
@@ -122,7 +125,7 @@ case "$command" in
         ;;
     test)
         setup
-        exec python -m pytest tests --ignore-glob='tests/test_vllm*' "$@"
+        exec python -m pytest --ignore-glob='tests/test_vllm*' "$@"
         ;;
     test-vllm)
         setup

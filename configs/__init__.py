@@ -3,6 +3,7 @@
     load_config("configs/x.yaml", ["learning_rate=2e-6"])      a frozen record, one field a setting
 """
 import difflib
+import fcntl
 import importlib.util
 import math
 import os
@@ -20,6 +21,7 @@ from reward import UserError, resolve_reward
 
 DEFAULTS, ALLOWED, KEYS = yaml.safe_load_all(Path(__file__).with_name("default.yaml").read_text())
 Config = make_dataclass("Config", DEFAULTS, frozen=True)
+locks = {}  # path: the open file that holds a lock until the process ends
 
 def need(condition, message):
     if not condition:
@@ -29,7 +31,7 @@ def say(message):
     if int(os.environ.get("RANK", 0)) == 0:
         tqdm.write(message, file=sys.stderr)
 
-def load_config(path, overrides=()):
+def load_config(path, overrides=(), is_eval=False):
     """YAML file and key=value strings to a checked Config; UserError names key and remedy."""
     try:
         values = dict(yaml.safe_load(Path(path).read_text()) or {})
@@ -39,7 +41,10 @@ def load_config(path, overrides=()):
             values[key] = yaml.safe_load(value)
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} {' '.join(overrides)}: {error}") from None
-    return make_config(values)
+    c = make_config(values)
+    need(c.eval_datasets or not is_eval, "config: --eval needs eval_datasets")
+    is_used = is_eval or c.eval_strategy != "no"
+    return c if is_used and c.eval_datasets else replace(c, eval_strategy="no", eval_datasets={})
 
 def make_config(values):
     """A dict of settings to a checked Config; what it does not name has its default."""
@@ -64,6 +69,8 @@ def make_config(values):
     need(c.bf16 in (None, c.torch_dtype == "bfloat16"), "config: bf16 and torch_dtype disagree")
     for name in c.reward_funcs:
         resolve_reward(name)
+    need(engine == "hf" or importlib.util.find_spec("vllm"), f"config: engine={engine}: vllm is "
+         "not installed: pip install -r requirements-vllm.txt, or ./run.sh test-vllm on a CPU")
     if "wandb" in c.report_to and not importlib.util.find_spec("wandb"):
         say("config: report_to: wandb is not installed; metrics.jsonl has everything")
         c = replace(c, report_to=[])
@@ -86,17 +93,26 @@ def eval_config(config, spec):
     if c.eval_max_completion_length and "max_completion_length" not in spec:
         c = replace(c, max_completion_length=c.eval_max_completion_length)
     return replace(
-        c, rl_type="grpo", num_generations=c.eval_samples, temperature=c.eval_temperature)
+        c, rl_type="grpo", curriculum=False, num_generations=c.eval_samples,
+        temperature=c.eval_temperature)
 
 def changed_settings(config, path):
     """What differs from the config in a run folder and makes it another run."""
-    mine = asdict(config)
-    theirs = yaml.safe_load(path.read_text()) if path.is_file() else mine
+    mine, is_run = asdict(config), path.with_name("metrics.jsonl").is_file()
+    theirs = yaml.safe_load(path.read_text()) if is_run and path.is_file() else mine
     return [key for key in mine if key not in KEYS["resumable"] and theirs.get(key) != mine[key]]
 
 def save_config(config, path):
-    """Writes the config with the command line and the commit."""
-    git = subprocess.run("git rev-parse HEAD", shell=True, capture_output=True, text=True).stdout
+    """Writes the config with the command line and the commit; locks its folder for this process."""
+    locks[path] = open(path.with_name("lock"), "w")
+    try:
+        fcntl.lockf(locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"output_dir={path.parent}: another process writes there, end it first")
+    except OSError as error:
+        say(f"output_dir={path.parent} cannot be locked, see that no other run uses it: {error}")
+    git = subprocess.run("git describe --always --dirty --abbrev=40 --exclude '*'", shell=True,
+                         capture_output=True, text=True).stdout
     new = path.with_suffix(".new")  # a kill leaves the old file or the whole new one
     new.write_text(f"# {sys.argv}\n# git {git.strip()}\n"
                    + yaml.safe_dump(asdict(config), sort_keys=False))

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import fsdp_utils
 import hints
+from configs import say
 
 
 def pass_at_k(n, c, k):
@@ -80,6 +81,8 @@ def token_metrics(sums) -> dict:
 def costs(run, rows, generated, seconds) -> dict:
     """What a step took: seconds of this rank by phase (verify is part of generate, logprob of
     train), tokens, GPU memory, verifier failures."""
+    if any(run.pool.stats.values()):
+        say(f"rewards: {run.pool.stats} so far, these texts scored 0; last: {run.pool.error}")
     stats = {f"verifier/{name}": count for name, count in run.pool.stats.items()}
     used = [row for row in rows if row.advantage or run.config.beta or any(row.likelihood_weight)]
     stats["tokens/trained"] = run.config.num_iterations * sum(len(row.input_ids) for row in used)

@@ -13,6 +13,7 @@ import yaml
 from conftest import (
     BASE, DATA, ROOT, SHARED, ScriptedPool, make_config, read_jsonl, settings, write_jsonl)
 
+import configs
 import ghpo
 import hints
 
@@ -552,6 +553,38 @@ def test_evaluation_is_in_the_metrics(main, tmp_path):
                 output_dir=str(tmp_path / "only"))  # fmt: skip
     lines = read_jsonl(only.folder / "metrics.jsonl")
     assert only.status == 0 and len(lines) == 1 and lines[0]["eval/easy"] == 1.0
+
+
+def test_a_reward_that_raises_is_told(main, tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text("def boom(response, gold):\n    return 1 / 0\n")
+    done = main(tmp_path, reward_funcs=[f"{own}:boom"], reward_weights=[1.0], max_steps=1,
+                hint_trigger=f"{own}:boom")  # fmt: skip
+    assert done.status == 0 and "ZeroDivisionError" in done.err and "scored 0" in done.err
+
+
+def test_one_process_at_a_time_writes_a_folder(main, tmp_path):
+    first = main(tmp_path, max_steps=1)
+    code = (f"import fcntl, time; file = open({str(first.folder / 'lock')!r}, 'w'); "
+            "fcntl.lockf(file, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(60)")
+    configs.locks.clear()  # a process ends with its locks
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "locked\n"
+    second = main(tmp_path, max_steps=1)
+    other.kill()
+    assert second.status == 2 and "another process writes there" in second.err
+
+
+def test_a_start_that_failed_claims_no_folder(main, tmp_path):
+    first = main(tmp_path, max_steps=1, save_strategy="no")
+    (first.folder / "metrics.jsonl").unlink()  # as when it failed before its first step
+    shutil.rmtree(first.folder / "checkpoint-000001")
+    assert main(tmp_path, max_steps=2, save_strategy="no").status == 0
+
+
+def test_a_curriculum_needs_its_column(main, tmp_path):
+    done = main(tmp_path, curriculum=True, dataset_level_column="nowhere")
+    assert done.status == 2 and "nowhere" in done.err
 
 
 @pytest.mark.parametrize("sets, message", [
