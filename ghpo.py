@@ -513,7 +513,7 @@ def main():
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
     try:
-        config = load_config(args.config, args.overrides, args.eval)
+        config = load_config(args.config, args.overrides, args.eval, args.dry_run)
         if args.dry_run:
             from tests.estimates import dry_run
             return dry_run(config)

@@ -31,7 +31,7 @@ def say(message):
     if int(os.environ.get("RANK", 0)) == 0:
         tqdm.write(message, file=sys.stderr)
 
-def load_config(path, overrides=(), is_eval=False):
+def load_config(path, overrides=(), is_eval=False, is_dry=True):
     """YAML file and key=value strings to a checked Config; UserError names key and remedy."""
     try:
         values = dict(yaml.safe_load(Path(path).read_text()) or {})
@@ -43,6 +43,8 @@ def load_config(path, overrides=(), is_eval=False):
         raise UserError(f"--config {path} {' '.join(overrides)}: {error}") from None
     c = make_config(values)
     need(c.eval_datasets or not is_eval, "config: --eval needs eval_datasets")
+    need(is_dry or c.engine == "hf" or importlib.util.find_spec("vllm"), f"config: engine={c.engine}"
+         ": vllm is not installed: pip install -r requirements-vllm.txt (CPU: ./run.sh test-vllm)")
     is_used = is_eval or c.eval_strategy != "no"
     return c if is_used and c.eval_datasets else replace(c, eval_strategy="no", eval_datasets={})
 
@@ -69,8 +71,6 @@ def make_config(values):
     need(c.bf16 in (None, c.torch_dtype == "bfloat16"), "config: bf16 and torch_dtype disagree")
     for name in c.reward_funcs:
         resolve_reward(name)
-    need(engine == "hf" or importlib.util.find_spec("vllm"), f"config: engine={engine}: vllm is "
-         "not installed: pip install -r requirements-vllm.txt, or ./run.sh test-vllm on a CPU")
     if "wandb" in c.report_to and not importlib.util.find_spec("wandb"):
         say("config: report_to: wandb is not installed; metrics.jsonl has everything")
         c = replace(c, report_to=[])
