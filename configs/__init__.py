@@ -43,8 +43,8 @@ def load_config(path, overrides=(), is_eval=False, is_dry=True):
         raise UserError(f"--config {path} {' '.join(overrides)}: {error}") from None
     c = make_config(values)
     need(c.eval_datasets or not is_eval, "config: --eval needs eval_datasets")
-    need(is_dry or c.engine == "hf" or importlib.util.find_spec("vllm"), f"config: engine={c.engine}"
-         ": vllm is not installed: pip install -r requirements-vllm.txt (CPU: ./run.sh test-vllm)")
+    need(is_dry or c.engine == "hf" or importlib.util.find_spec("vllm"), "config: engine: vllm is "
+         "not installed: pip install -r requirements-vllm.txt (on a CPU: ./run.sh test-vllm)")
     is_used = is_eval or c.eval_strategy != "no"
     return c if is_used and c.eval_datasets else replace(c, eval_strategy="no", eval_datasets={})
 
