@@ -619,15 +619,20 @@ def test_own_rewards_decide_what_is_hard_and_what_is_right(setup, tmp_path):
 
 
 def test_the_start_up_pass_changes_no_bit(main, tmp_path):
+    own = tmp_path / "own.py"  # rewards that differ, for gradients
+    own.write_text("import zlib\ndef coin(text, gold):\n    return zlib.crc32(text.encode()) % 2\n")
     lines = []
     for is_on in (False, True):
         changes = {"output_dir": str(tmp_path / f"{is_on}"), "startup_pass": is_on,
-                   "micro_batch_tokens": 400, "weight_decay": 0.1, "save_strategy": "no"}
+                   "micro_batch_tokens": 400, "weight_decay": 0.1, "save_strategy": "no",
+                   "reward_funcs": [f"{own}:coin"], "hint_trigger": f"{own}:coin",
+                   "reward_weights": [1.0], "temperature": 2.0}
         done = main(tmp_path, **changes)
         assert done.status == 0 and ("start-up pass: 2 rows of 192 tokens" in done.err) == is_on
         lines.append((timeless(done.folder / "metrics.jsonl"),
                       (done.folder / "model" / "model.safetensors").read_bytes()))  # fmt: skip
     assert lines[0] == lines[1]
+    assert lines[0][0][-1]["grad_norm"] > 0
 
 
 def test_evaluation_numbers_by_hand(setup, prompts):
