@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,11 +68,29 @@ def all_reduce_scalars(values, op="sum"):
     dist.all_reduce(total, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
     return dict(zip(values, total.tolist()))
 
-def gather_objects(item):
-    """The item of every rank, in rank order, on every rank; also serves as a CPU barrier."""
+def gather_objects(item: Any) -> list:
+    """The item of every rank, in rank order, on every rank."""
     items = [None] * dist.get_world_size()
     dist.all_gather_object(items, item)
     return items
+
+def barrier(why: str) -> None:
+    """All ranks get here before any goes on; `why` is for the reader and for a timeout's report."""
+    before, _now["phase"] = _now["phase"], f"{_now['phase']}, barrier: {why}"
+    dist.all_gather_object([None] * dist.get_world_size(), None)
+    _now["phase"] = before
+
+def phase_seconds() -> dict[str, float]:
+    """Seconds of this rank in each phase since `seconds` was cleared."""
+    return {f"seconds/{name}": spent for name, spent in seconds.items()}
+
+def gpu_memory() -> dict[str, float]:
+    """GiB of this rank's GPU in use, by the engine too, and this process's peak; empty on a CPU."""
+    if not torch.cuda.is_available():
+        return {}
+    free, whole = torch.cuda.mem_get_info()
+    peak = torch.cuda.max_memory_allocated()
+    return {"gib/used": (whole - free) / 2**30, "gib/peak": peak / 2**30}
 
 def shard(module, blocks, sharding="zero3", dtype=None, replicate=1, cpu_offload=False):
     """Shard each block and the root in place; `dtype` is the compute type, masters stay fp32.
@@ -156,13 +175,13 @@ def save_checkpoint(folder, step, model, optimizer, state, keep=0, export=None):
             for left_by_a_kill in Path(folder).glob("checkpoint-*.tmp"):
                 shutil.rmtree(left_by_a_kill)
             temporary.mkdir(parents=True)
-        gather_objects(None)
+        barrier("checkpoint")
         reshard(model)
         weights, moments = get_state_dict(model, optimizer)
         dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
         if export:
             export(temporary)
-        gather_objects(None)
+        barrier("checkpoint")
         if is_writer:
             (temporary / "state.json").write_text(json.dumps(state, default=vars))
             for path in [*temporary.rglob("*"), temporary]:
@@ -172,7 +191,7 @@ def save_checkpoint(folder, step, model, optimizer, state, keep=0, export=None):
             temporary.rename(final)
             for old in checkpoints(folder)[:-keep] if keep else []:
                 shutil.rmtree(old.rename(old.with_suffix(".tmp")))
-        gather_objects(None)
+        barrier("checkpoint")
 
 def checkpoints(folder):
     """Paths of the complete checkpoints, oldest first; what a kill left is named .tmp."""

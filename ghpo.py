@@ -3,9 +3,13 @@
     torchrun --nproc_per_node 8 ghpo.py --config configs/x.yaml learning_rate=2e-6     (or python)
     python ghpo.py --config configs/x.yaml --dry_run                        show what would run
 
-`train` is the algorithm, E1-E8 are the README's equations, configs/default.yaml has every setting.
-Fork here for loss and loop, in hints.py for the method, in rollout.py for samplers.
+`train` is the algorithm, E1-E8 are the README's equations, configs/settings.py has every setting.
+The data flows so: row -> Problem -> prompt ids -> Group (rollout.collect, hints) -> Row (make_rows,
+E6) -> micro-batches -> Policy -> token_loss (E4, E5, E7) -> one optimizer step.
+Fork here for loss and loop, in hints.py for the method, in rollout.py for samplers. A launcher may
+also assign hints.NAME or ghpo.token_loss and then call ghpo.main().
 """
+
 import argparse
 import hashlib
 import json
@@ -15,12 +19,14 @@ import re
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler, logging
@@ -30,9 +36,82 @@ import hints
 import rollout
 from configs import changed_settings, eval_config, load_config, make_plan, need, save_config, say
 from fsdp_utils import phase
+from hints import Group, Problem, Stage
 from reward import UserError, VerifierPool, parse_gold
-from rollout import Group, Request
-from tests.estimates import accuracy_at_k, costs, rollout_metrics, token_metrics, token_sums
+from tests.estimates import bytes_per_gpu
+
+SEED_BITS = 62  # of a request's seed: sample j adds j
+MISMATCH_STEPS = 10  # their mean is looked at
+START_STEPS = 2  # of the start-up pass: activations beside gradients, then beside Adam's moments
+FILLER_IDS = [0, 0]  # of a row that runs and weighs nothing
+PADDED_SHARE, PADDED_TOKENS = 0.97, 512  # a micro-batch has so little padding, or so few tokens
+MISMATCH_LIMITS = {"bfloat16": 1e-2}  # k3, where the config says auto; elsewhere 1e-4
+MAX_WORKERS = 8  # verifiers of a process
+SHOWN = re.compile(r"accuracy_|hard_|reward/|grad_norm|mismatch_k3|eval/(?!.*stderr)")
+
+
+@dataclass
+class State:
+    """What a checkpoint holds beside weights and optimizer; alike on all ranks. A key that a fork
+    adds has its default when an older run is resumed."""
+
+    step: int = 0  # rollout batches done
+    cursor: int = 0  # problems taken, over all epochs
+    queue: list = field(default_factory=list)  # deferred: (problem id, its stages), oldest first
+    history: dict = field(default_factory=dict)  # see hints.py
+    method: dict = field(default_factory=dict)  # see hints.py
+    mismatch: list = field(default_factory=list)  # k3 of the last steps that compared something
+    prompts_per_step: int = 0
+    metrics_bytes: int = 0  # of metrics.jsonl, rank 0's
+
+    def load(self, saved: dict) -> None:
+        """Takes over what was saved as JSON."""
+        for known in fields(self):
+            if known.name in saved:
+                setattr(self, known.name, saved[known.name])
+        self.history = {int(key): value for key, value in self.history.items()}
+        self.queue = [(i, [Stage(**stage) for stage in stages]) for i, stages in self.queue]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What does not change while a run goes on; `state` is what does."""
+
+    config: Any
+    state: State
+    rank: int
+    world: int
+    device: torch.device
+    folder: Path
+    prompts: "Prompts"
+    problems: list[Problem]
+    plan: Any  # prompts, steps, per_epoch, save_every
+    eval_sets: dict  # name: (config, problems)
+    policy: "Policy"
+    reference: "Policy | None"  # a frozen copy when beta > 0
+    optimizer: torch.optim.Optimizer
+    learning_rate: Callable[[int], float]  # of a step
+    master_dtype: torch.dtype  # of weights, moments and loss
+    compute_dtype: torch.dtype
+    pool: VerifierPool
+    engine: Any = None  # the last thing built
+    wandb: Any = None
+
+    @property
+    def accuracy_column(self) -> int:
+        """The reward that is reported as accuracy: the one named so, else the trigger."""
+        names = self.config.reward_funcs
+        return names.index("accuracy") if "accuracy" in names else self.trigger_column
+
+    @property
+    def trigger_column(self) -> int:
+        """The reward that decides whether a problem is hard."""
+        names = self.config.reward_funcs
+        for name in (self.config.hint_trigger, "accuracy"):
+            if name in names:
+                return names.index(name)
+        return 0
+
 
 def read_rows(config):
     """Rows of the data set as dicts; UserError names the file and line."""
@@ -51,11 +130,12 @@ def read_rows(config):
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise UserError(f"dataset_name={name}{where}: {error}") from None
 
+
 def load_problems(config, prompts):
     """Usable problems, ids = row numbers; what is dropped is counted and shown."""
     c, rows, found = config, read_rows(config), defaultdict(list)  # why not usable: problems
     columns = [c.dataset_prompt_column, c.dataset_answer_column, c.dataset_hint_column]
-    columns = columns if c.rl_type == "ghpo" else columns[:2]
+    columns = columns if hints.uses_hints(c) else columns[:2]
     wanted = columns + [c.dataset_level_column] * c.curriculum
     missing = [column for column in wanted if rows and column not in rows[0]]
     need(not missing, f"{c.dataset_name}: no column {missing} in {[*rows[0]] if rows else 0}: set "
@@ -68,12 +148,12 @@ def load_problems(config, prompts):
         level = re.search(r"\d+|$", str(row.get(c.dataset_level_column)))[0]  # "Level 5" is 5
         problem = hints.Problem(number, system + question, str(answer).strip(),
                                 "".join(map(str, trace)), float(level or 0))
-        reason = "no problem text" * (not question) or parse_gold(problem.answer)
+        reason = "no problem text" * (not question) or parse_gold(problem.gold)
         if not reason and len(prompts.ids(problem)[0]) > c.max_prompt_length:
             reason = f"prompt over max_prompt_length={c.max_prompt_length} tokens"
         found[reason].append(problem)
     problems = found.pop(None, [])
-    bare = sum(not problem.trace.strip() for problem in problems) * (c.rl_type == "ghpo")
+    bare = sum(not problem.solution.strip() for problem in problems) * hints.uses_hints(c)
     say(f"data: {c.dataset_name}: {len(problems)} of {len(rows)} rows usable"
         + f", {bare} without a solution to hint from" * bool(bare))
     for reason, dropped in found.items():
@@ -81,11 +161,12 @@ def load_problems(config, prompts):
     need(problems, f"dataset_name={c.dataset_name}: none of its {len(rows)} rows is usable")
     return problems
 
+
 class Prompts:
     """The chat template: what the model reads for a problem and a hint."""
 
-    def __init__(self, config):
-        name, self.config = config.model_name_or_path, config
+    def __init__(self, config, state):
+        name, self.config, self.state = config.model_name_or_path, config, state
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision)
         except (OSError, ValueError) as error:
@@ -95,85 +176,180 @@ class Prompts:
 
     def ids(self, problem, hint=""):
         """(token ids, text the assistant's turn starts with)."""
-        messages, prefix = hints.render(problem, hint, self.config)
+        messages, prefix = hints.render(problem, hint, self.config, self.state)
         text = self.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=False)
         return self.tokenizer(text + prefix, add_special_tokens=False).input_ids, prefix
 
-    def fit(self, problem, ratio):
+    def fit(self, problem: Problem, ratio: float) -> tuple[str, bool]:
         """make_hint, shortened (the hint, never the problem) until max_prompt_length holds."""
-        hint, is_trimmed = hints.make_hint(problem, ratio)
-        while hint and len(self.ids(problem, hint)[0]) > self.config.max_prompt_length:
-            hint, _ = hints.make_hint(problem, ratio, limit=len(hint) - 1)
-        return hint, is_trimmed
+        c, state = self.config, self.state
+        hint, is_trimmed = hints.make_hint(problem, ratio, c, state)
+        if self._fits(problem, hint):
+            return hint, is_trimmed
+        # bisection: of hints of at most `fitting` characters it is known that they fit
+        fitting, too_long = 0, len(hint)
+        while too_long - fitting > 1:
+            limit = (fitting + too_long) // 2
+            shorter, _ = hints.make_hint(problem, ratio, c, state, limit)
+            if self._fits(problem, shorter):
+                fitting = limit
+            else:
+                too_long = max(len(shorter), fitting + 1)
+        shorter, _ = hints.make_hint(problem, ratio, c, state, fitting)
+        return shorter, is_trimmed
 
-    def request(self, group, shown, config, slot, step):
-        """The Request for a Try; its seed: a hash of run, step, problem and stage, not rank."""
-        rendered = {hint: self.ids(group.problem, hint) for hint in set(shown.hints)}
-        ids, prefixes = zip(*(rendered[hint] for hint in shown.hints))
-        key = repr((config.seed, step, group.problem.id, len(group.tries))).encode()
-        seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 2  # 62 bits
-        return Request(group.problem, ids, shown, group.tries, prefixes, seed, config, slot)
+    def _fits(self, problem, hint):
+        return not hint or len(self.ids(problem, hint)[0]) <= self.config.max_prompt_length
 
-def advantages(group, config):
-    """E1 and E3: rewards (G, F) to advantages (G,), float64."""
-    rewards_G = np.array(group.rewards) @ np.array(config.reward_weights)  # E1
-    mean, std = hints.baseline(rewards_G, np.array([c.hint_ratio for c in group.completions]))
-    return (rewards_G - mean) / (std + 1e-4 if config.scale_rewards else 1.0)  # E3
+    def request(self, group: Group, config: Any, slot: int, salt: Any) -> rollout.Request:
+        """The Request for the group's next stage; its seed is a hash of run, salt (step), problem
+        and stage, without the rank."""
+        stage = group.next_stage
+        rendered = {hint: self.ids(group.problem, hint) for hint in set(stage.hints)}
+        key = repr((config.seed, salt, group.problem.id, len(group.stages))).encode()
+        digest = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+        return rollout.Request(
+            problem=group.problem,
+            stage=stage,
+            prompts=[rendered[hint][0] for hint in stage.hints],
+            prefixes=[rendered[hint][1] for hint in stage.hints],
+            seed=digest >> (64 - SEED_BITS),
+            config=config,
+            slot=slot,
+        )
+
 
 @dataclass
 class Row:
-    """One completion as the loss sees it; T targets follow the context."""
-    input_ids: list
-    context: int  # tokens of context
-    behaviour_logp: list  # (T,)
-    policy_weight: list  # (T,)
-    likelihood_weight: list  # (T,)
-    is_on_context: list  # (T,) scored under what it was sampled from: mismatch can be measured
+    """One completion as the loss sees it: T targets follow the context."""
+
+    input_ids: list[int]
+    n_context: int  # tokens of context
+    behaviour_logp: list[float]  # (T,)
+    policy_weight: list[float]  # (T,)
+    sft_weight: list[float]  # (T,)
+    is_comparable: list[bool]  # (T,) scored under what it was sampled from: mismatch can be measured
     advantage: float
-    tokens: int  # that count in E6, 0 when masked as truncated
-    scale: float = 0.0  # E6
+    n_tokens: int  # that count in E6, 0 when masked as truncated
+    token_weight: float = 0.0  # E6: of the loss of each of its tokens, 1 / denominator
 
-def make_rows(groups, prompts, config):
+    @classmethod
+    def filler(cls) -> "Row":
+        """Runs, and weighs nothing."""
+        return cls(FILLER_IDS, 1, [0.0], [0.0], [0.0], [False], advantage=0.0, n_tokens=0)
+
+    @classmethod
+    def longest(cls, config: Any) -> "Row":
+        """As long as a row can be; it has an advantage but weighs nothing."""
+        context, length = config.max_prompt_length, config.max_completion_length
+        zeros, no = [0.0] * length, [False] * length
+        ids = [0] * (context + length)
+        return cls(ids, context, zeros, zeros, zeros, no, advantage=1.0, n_tokens=0)
+
+    def has_gradient(self, config: Any) -> bool:
+        return bool(self.advantage or config.beta or any(self.sft_weight))
+
+
+def make_rows(groups: list[Group], prompts: "Prompts", config: Any, state: State) -> list[Row]:
     """Rows of the groups, with E6 taken over all ranks' groups: every rank must call it."""
-    groups_of_rows = []
-    for group in groups:
-        plain, rows = prompts.ids(group.problem)[0], []
-        for completion, advantage in zip(group.completions, advantages(group, config)):
-            context, targets, *weights = hints.loss_view(completion, plain, config)
-            input_ids, length = [*context, *targets], len(completion.token_ids)
-            taken_over = [0.0] * (len(targets) - length)  # from the prompt
-            is_same = input_ids == [*completion.prompt_ids, *completion.token_ids]
-            is_masked = config.mask_truncated_completions and completion.finish_reason == "length"
-            rows.append(Row(input_ids, len(context), taken_over + completion.behaviour_logp,
-                            *weights, taken_over + [float(is_same)] * length, float(advantage),
-                            0 if is_masked else length))
-        groups_of_rows.append(rows)
-    whole = sum(groups_of_rows, [])
-    counts = {"groups": len(groups), "rows": len(whole), "tokens": sum(r.tokens for r in whole)}
+    rows_of_groups = [make_group_rows(group, prompts, config, state) for group in groups]
+    rows = [row for rows_of_group in rows_of_groups for row in rows_of_group]
+    counts = {"groups": len(groups), "rows": len(rows), "tokens": sum(row.n_tokens for row in rows)}
     counts = fsdp_utils.all_reduce_scalars(counts)
-    for rows in groups_of_rows:
-        for row in [row for row in rows if row.tokens]:
-            row.scale = 1 / {  # E6: means over tokens,
-                "bnpo": counts["groups"] * sum(r.tokens for r in rows),  # over groups, of theirs
-                "dapo": counts["tokens"],  # over all
-                "grpo": counts["rows"] * row.tokens,  # over rows, of theirs
-                "dr_grpo": counts["rows"] * config.max_completion_length}[config.loss_type]
-    return whole
+    for rows_of_group in rows_of_groups:
+        for row in rows_of_group:
+            if row.n_tokens:
+                row.token_weight = 1 / denominator(row, rows_of_group, counts, config)  # E6
+    return rows
 
-def token_loss(logp, old_logp, ref_logp, batch, config):
-    """E4, E5, E7: (loss, was the ratio clipped) of each token (M,). ref_logp: None if beta is 0."""
-    advantage, high = batch["advantage"], config.epsilon_high
+
+def make_group_rows(group, prompts, config, state) -> list[Row]:
+    """The rows of one group, still without E6."""
+    plain_ids, _ = prompts.ids(group.problem)
+    rows = []
+    for j, advantage in enumerate(hints.advantages(group, config, state)):
+        completion = group.completions[j]
+        view = hints.loss_view(group, j, float(advantage), plain_ids, config, state)
+        input_ids = [*view.context, *view.targets]
+        length = len(completion.token_ids)
+        n_prompt = len(view.targets) - length  # targets that were part of the prompt
+        is_as_sampled = input_ids == [*completion.prompt_ids, *completion.token_ids]
+        is_masked = config.mask_truncated_completions and completion.finish_reason == "length"
+        rows.append(Row(
+            input_ids=input_ids,
+            n_context=len(view.context),
+            behaviour_logp=[0.0] * n_prompt + completion.behaviour_logp,
+            policy_weight=view.policy_weight,
+            sft_weight=view.sft_weight,
+            is_comparable=[False] * n_prompt + [is_as_sampled] * length,
+            advantage=float(advantage),
+            n_tokens=0 if is_masked else length,
+        ))
+    return rows
+
+
+def denominator(row: Row, rows_of_group: list[Row], counts: dict, config: Any) -> float:
+    """E6: what the token losses of a row are divided by, so that their sum is the mean over ..."""
+    if config.loss_type == "bnpo":  # groups, of the tokens of each
+        return counts["groups"] * sum(other.n_tokens for other in rows_of_group)
+    if config.loss_type == "dapo":  # all tokens
+        return counts["tokens"]
+    if config.loss_type == "grpo":  # rows, of the tokens of each
+        return counts["rows"] * row.n_tokens
+    return counts["rows"] * config.max_completion_length  # dr_grpo: rows of full length
+
+
+def token_loss(
+    logp: torch.Tensor, old_logp: torch.Tensor, ref_logp: torch.Tensor | None, batch: dict, config: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """E4, E5, E7: (loss, was the ratio clipped) of each token (M,). ref_logp: None if beta is 0.
+    batch: (M,) tensors by the names of Row's fields, and `row`, the number of a token's row."""
+    advantage = batch["advantage"]
+    high = config.epsilon if config.epsilon_high is None else config.epsilon_high
     ratio = torch.exp(logp - old_logp)
-    clipped = ratio.clamp(1 - config.epsilon, 1 + (config.epsilon if high is None else high))
+    clipped = ratio.clamp(1 - config.epsilon, 1 + high)
     loss = -torch.minimum(ratio * advantage, clipped * advantage)  # E4
     if config.importance_cap:
         weight = torch.exp(old_logp - batch["behaviour_logp"]).clamp(max=config.importance_cap)
         loss = loss * weight.detach()  # E7
     if ref_logp is not None:
-        loss = loss + config.beta * (torch.exp(ref_logp - logp) - (ref_logp - logp) - 1)  # E5
-    loss = loss * batch["policy_weight"] - batch["likelihood_weight"] * logp
-    return loss, (clipped - ratio).detach() * advantage < 0
+        delta = ref_logp - logp
+        loss = loss + config.beta * (torch.exp(delta) - delta - 1)  # E5
+    loss = loss * batch["policy_weight"] - batch["sft_weight"] * logp
+    is_clipped = (clipped - ratio).detach() * advantage < 0
+    return loss, is_clipped
+
+
+def token_sums(loss, is_clipped, entropy, old_logp, batch, config) -> dict[str, torch.Tensor]:
+    """Sums over the tokens of a micro-batch, and the largest |old_logp - behaviour_logp|."""
+    is_comparable = batch["is_comparable"]
+    delta = (old_logp - batch["behaviour_logp"]) * is_comparable
+    log_cap = math.log(config.importance_cap or math.inf)
+    return {
+        "loss": loss.double().sum(),
+        "tokens": batch["policy_weight"].double().sum(),
+        "clipped": is_clipped.double().sum(),
+        "entropy": (entropy * batch["policy_weight"]).double().sum(),
+        "compared": is_comparable.double().sum(),
+        "mismatch_k3": (torch.expm1(delta) - delta).double().sum(),
+        "importance_capped": (delta > log_cap).double().sum(),
+        "mismatch_max": delta.abs().max().double(),
+    }
+
+
+def token_metrics(sums: list[dict]) -> dict[str, float]:
+    """The token_sums of a step, over all ranks: sums of loss and tokens, means of the others."""
+    stacked = {key: torch.stack([part[key] for part in sums]) for key in sums[0]}
+    largest = {"mismatch_max": float(stacked.pop("mismatch_max").max())}
+    total = {key: float(values.sum()) for key, values in stacked.items()}
+    total = fsdp_utils.all_reduce_scalars(total)
+    for key in ("entropy", "clipped"):
+        total[key] /= max(total["tokens"], 1)
+    for key in ("mismatch_k3", "importance_capped"):
+        total[key] /= max(total["compared"], 1)
+    return total | fsdp_utils.all_reduce_scalars(largest, "max")
+
 
 class Policy(torch.nn.Module):
     """The FSDP root: transformer and LM head under one forward, for scoring and for decoding."""
@@ -182,9 +358,9 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids=None, positions=None, predict=None, target=None, heat=1.0, generate=None):
+    def forward(self, ids=None, positions=None, predict=None, target=None, temperature=1.0, generate=None):
         """logp and entropy (M,) of the tokens target (M,) predicted at flat positions predict (M,)
-        of ids (B, T), padded on the right or packed with positions restarted, at temperature heat.
+        of ids (B, T), padded on the right or packed with positions restarted, at a temperature.
         generate: arguments of the model's generate, which runs instead."""
         if generate:
             return self.model.generate(**generate)
@@ -194,211 +370,337 @@ class Policy(torch.nn.Module):
         hidden_MH = out.last_hidden_state.flatten(0, 1)[predict]
         # One chunk of (tokens, V) logits exists at a time, forward and backward.
         chunk = max(64, 2**25 // self.model.config.vocab_size)
-        parts = [checkpoint(self._score, h, t, heat, use_reentrant=False)
+        parts = [checkpoint(self._score, h, t, temperature, use_reentrant=False)
                  for h, t in zip(hidden_MH.split(chunk), target.split(chunk))]
         return tuple(torch.cat(part) for part in zip(*parts))
 
-    def _score(self, hidden, target, heat):
+    def _score(self, hidden, target, temperature):
         logits = self.model.get_output_embeddings()(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / heat
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         logp_MV = logits.log_softmax(-1)
         with torch.no_grad():
             entropy_M = -(logp_MV.exp() * logp_MV).sum(-1)
         return logp_MV.gather(-1, target[:, None]).squeeze(-1), entropy_M
 
-def micro_batches(rows, budget, is_packed):
+
+def micro_batches(rows: list[Row], budget: int, is_packed: bool) -> list[list[Row]]:
     """Rows in lists of at most `budget` tokens, longest first; 3 % padding, or none if packed."""
     batches = []
-    for row in sorted(rows, key=lambda r: -len(r.input_ids)):
-        batch = [*batches[-1], row] if batches else []
-        tokens = sum(len(r.input_ids) for r in batch)
-        size = tokens if is_packed or not batch else len(batch) * len(batch[0].input_ids)
-        # up to 512 tokens more padding is let in: splitting further costs more than it saves
-        if batch and size <= budget and (tokens >= 0.97 * size or size <= 512):
-            batches[-1] = batch
+    for row in sorted(rows, key=lambda row: -len(row.input_ids)):
+        if batches and fits([*batches[-1], row], budget, is_packed):
+            batches[-1].append(row)
         else:
             batches.append([row])
     return batches
 
-def collate(rows, is_packed, device, dtype):
+
+def fits(rows: list[Row], budget: int, is_packed: bool) -> bool:
+    """Do rows, the longest first, make a good micro-batch?"""
+    n_tokens = sum(len(row.input_ids) for row in rows)
+    if is_packed:
+        return n_tokens <= budget
+    n_padded = len(rows) * len(rows[0].input_ids)
+    # a little more padding is let in: splitting further costs more than it saves
+    is_dense = n_tokens >= PADDED_SHARE * n_padded or n_padded <= PADDED_TOKENS
+    return n_padded <= budget and is_dense
+
+
+def collate(
+    rows: list[Row], is_packed: bool, device: torch.device, dtype: torch.dtype
+) -> tuple[dict, dict]:
     """(arguments of Policy.forward, per-token tensors of the loss, each (M,)) for some rows."""
     lengths = [len(row.input_ids) for row in rows]
-    width = sum(lengths) if is_packed else max(lengths)
-    starts = np.cumsum([0, *lengths]) if is_packed else np.arange(len(rows)) * width
-    ids = np.zeros((1 if is_packed else len(rows), width), dtype=np.int64)
-    positions, places = np.zeros_like(ids) + np.arange(width), []
-    for row, start, length in zip(rows, starts, lengths):
+    if is_packed:
+        shape, starts = (1, sum(lengths)), np.cumsum([0, *lengths[:-1]])
+    else:
+        shape = (len(rows), max(lengths))
+        starts = np.arange(len(rows)) * max(lengths)
+    ids = np.zeros(shape, dtype=np.int64)
+    positions = np.zeros_like(ids) + np.arange(shape[1])
+    targets, row_numbers = [], []  # flat places of the targets of each row
+    for i, (row, start, length) in enumerate(zip(rows, starts, lengths)):
         ids.flat[start : start + length] = row.input_ids
         positions.flat[start : start + length] = np.arange(length)
-        places.append(np.arange(start + row.context, start + length))
-    target = np.concatenate(places)
+        targets.append(np.arange(start + row.n_context, start + length))
+        row_numbers.append(np.full(length - row.n_context, i))
+    target = np.concatenate(targets)
     inputs = {"ids": ids, "positions": positions, "predict": target - 1, "target": ids.flat[target]}
-    loss_inputs = {key: np.concatenate([np.broadcast_to(getattr(row, key), len(place))
-                                        for row, place in zip(rows, places)])
-                   for key in ("behaviour_logp", "policy_weight", "likelihood_weight",
-                               "is_on_context", "advantage", "scale")}
-    return ({key: torch.from_numpy(value).to(device) for key, value in inputs.items()},
-            {key: torch.from_numpy(value).to(device, dtype) for key, value in loss_inputs.items()})
+    inputs = {key: torch.from_numpy(value).to(device) for key, value in inputs.items()}
+    batch = {"row": torch.from_numpy(np.concatenate(row_numbers)).to(device)}
+    for key in ("behaviour_logp", "policy_weight", "sft_weight", "is_comparable"):
+        values = np.concatenate([getattr(row, key) for row in rows])
+        batch[key] = torch.from_numpy(values).to(device, dtype)
+    for key in ("advantage", "token_weight"):
+        values = np.array([getattr(row, key) for row in rows])
+        batch[key] = torch.from_numpy(values).to(device, dtype)[batch["row"]]
+    return inputs, batch
 
-def optimize(run, rows, lr):
+
+def optimize(run: Run, rows: list[Row], lr: float) -> dict[str, float]:
     """Loss and optimizer steps on the rows of all ranks; returns metrics. Every rank runs the same
     number of micro-batches; gradients are summed, for E6 has divided by the step's counts."""
-    c, policy, sums = run.config, run.policy, []
-    # A row without advantage gives no gradient, but it has been counted.
-    used = [row for row in rows if row.advantage or c.beta or any(row.likelihood_weight)]
+    c, policy = run.config, run.policy
+    used = [row for row in rows if row.has_gradient(c)]  # the others have been counted
     batches = micro_batches(used, c.micro_batch_tokens, c.packing)
-    most = int(fsdp_utils.all_reduce_scalars({"n": max(1, len(batches))}, "max")["n"])
-    filler = Row([0, 0], 1, 0.0, 0.0, 0.0, 0.0, 0.0, 0)  # runs, and weighs nothing
-    batches += [[filler]] * (most - len(batches))
-    batches = [collate(b, c.packing, run.device, run.master_dtype) for b in batches]
-    with phase("logprob"), torch.no_grad():
-        ref = [run.reference(**inputs, heat=c.temperature)[0] if c.beta else None
-               for inputs, _ in batches]
-        torch.get_device_module(run.device).synchronize()
+    n_batches = fsdp_utils.all_reduce_scalars({"n": len(batches)}, "max")["n"]
+    while len(batches) < max(1, n_batches):
+        batches.append([Row.filler()])
+    batches = [collate(batch, c.packing, run.device, run.master_dtype) for batch in batches]
+    ref_logp = [None] * len(batches)
+    if run.reference:
+        with phase("logprob"), torch.no_grad():
+            ref_logp = [run.reference(**inputs, temperature=c.temperature)[0] for inputs, _ in batches]
+            torch.get_device_module(run.device).synchronize()
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    old = []  # from before the first update on this batch
+    old_logp, sums = [], []  # old_logp: from before the first update on this batch
     for iteration in range(c.num_iterations):
         for i, (inputs, batch) in enumerate(batches):
-            fsdp_utils.last_micro_batch(policy, i == most - 1)
-            logp, entropy = policy(**inputs, heat=c.temperature)
-            old += [logp.detach()] * (iteration == 0)
-            loss, is_clipped = token_loss(logp, old[i], ref[i], batch, c)
-            loss = loss * batch["scale"]  # E6
+            fsdp_utils.last_micro_batch(policy, i == len(batches) - 1)
+            logp, entropy = policy(**inputs, temperature=c.temperature)
+            if iteration == 0:
+                old_logp.append(logp.detach())
+            loss, is_clipped = token_loss(logp, old_logp[i], ref_logp[i], batch, c)
+            loss = loss * batch["token_weight"]  # E6
             loss.sum().backward()
-            sums.append(token_sums(loss.detach(), is_clipped, entropy, old[i], batch, c))
-        norm = float(fsdp_utils.clip_grad_norm(policy.parameters(), c.max_grad_norm))
-        if math.isfinite(norm):
-            run.optimizer.step()
-        else:
-            path = run.folder / f"nonfinite_step_{run.state['step']}_rank_{run.rank}.pt"
-            torch.save(rows, path)
-            need(c.nonfinite == "skip", f"gradient norm is {norm}: its batch is in {path}")
-        run.optimizer.zero_grad()
+            sums.append(token_sums(loss.detach(), is_clipped, entropy, old_logp[i], batch, c))
+        norm = update(run, rows)
     return token_metrics(sums) | {"grad_norm": norm, "lr": lr}
 
-def roll_out(run, blank, c, step):
-    """Blank groups to final ones, with the current weights; and each one's last plan_try."""
-    planned = {}  # slot: (next Try or None, tries so far)
 
-    def next_request(group, slot):
-        shown, tries = planned[slot] = hints.plan_try(
-            group, c, run.state["history"], step, run.prompts.fit)
-        if not group.completions or (shown and c.hint_timing == "inline"):
-            shown = shown or hints.Try([0.0] * c.num_generations, [""] * c.num_generations)
-            return run.prompts.request(replace(group, tries=tries), shown, c, slot, step)
+def update(run: Run, rows: list[Row]) -> float:
+    """One optimizer step; returns the gradient's norm. Where that is not finite nothing moves."""
+    norm = float(fsdp_utils.clip_grad_norm(run.policy.parameters(), run.config.max_grad_norm))
+    if math.isfinite(norm):
+        run.optimizer.step()
+    else:
+        path = run.folder / f"nonfinite_step_{run.state.step}_rank_{run.rank}.pt"
+        torch.save(rows, path)
+        is_skipped = run.config.nonfinite == "skip"
+        need(is_skipped, f"gradient norm is {norm}: its batch is in {path}")
+    run.optimizer.zero_grad()
+    return norm
+
+
+def sample_groups(run: Run, groups: list[Group], c: Any, salt: Any, show=None) -> list[Group]:
+    """Blank groups to final ones, with the current weights. salt: part of the seeds, the step or
+    the eval set's name."""
+    state, fit = run.state, run.prompts.fit
+
+    def ask(group, slot):
+        return run.prompts.request(group, c, slot, salt)
+
+    def after_stage(group, completions, rewards):
+        column = run.trigger_column
+        return hints.after_stage(group, completions, rewards, column, c, state, fit)
 
     with phase("sync"):
         run.engine.wake()
         run.engine.update_weights(fsdp_utils.full_tensors(run.policy.model, run.compute_dtype))
     with phase("generate"):
-        groups = rollout.collect(
-            run.engine, blank, run.pool, next_request, hints.merge, run.trigger)
+        groups = [hints.advance(group, c, state, fit) for group in groups]
+        groups = rollout.collect(run.engine, groups, run.pool, ask, after_stage, show)
         run.engine.sleep()
-    return groups, list(planned.values())
+    return groups
 
-def train(run):
+
+def train(run: Run) -> None:
     """The algorithm: one pass of the loop is one rollout batch. run.state is alike on all ranks."""
     c, state, plan = run.config, run.state, run.plan
-    steps = range(state["step"], plan.steps)
-    for step in tqdm(steps, c.rl_type, plan.steps, initial=state["step"], disable=run.rank > 0):
+    bar = tqdm(total=plan.steps, desc=c.rl_type, initial=state.step, disable=None if run.rank == 0 else True)
+    while state.step < plan.steps:
         started = time.perf_counter()
         fsdp_utils.seconds.clear()
 
         # 1. Roll out G samples a problem; 2. hint: a group that fails is asked again (E2).
         blank = next_groups(run)[run.rank :: run.world]
-        groups, planned = roll_out(run, blank, c, step)
-        metrics = record(run, groups, blank, planned)
-        if c.hint_exhausted == "drop" and c.rl_type == "ghpo" and step >= c.start_hint_step:
-            groups = [group for group, (shown, _) in zip(groups, planned)
-                      if shown or not hints.needs_hint(group.tries, c)]
+        groups = sample_groups(run, blank, c, state.step, bar.set_postfix_str)
+        outcomes = write_rollouts(run, groups)
+        groups = [group for group in groups if hints.enters_batch(group, c, state)]
 
         # 3. Advantages (E1, E3), and what each row weighs in the objective of the step (E6).
-        rows = make_rows(groups, run.prompts, c)
+        rows = make_rows(groups, run.prompts, c, state)
 
         # 4. Micro-batches and loss (E4, E5, E7); 5. optimizer step. The sampler gets the weights
         # when the next rollout begins.
         with phase("train"):
-            metrics |= optimize(run, rows, run.learning_rate(step))
-        state["step"] = step + 1
-        spent = costs(run, rows, metrics["tokens/generated"], time.perf_counter() - started)
-        write_metrics(run, metrics | spent)
-        limit = 1e-2 if c.torch_dtype == "bfloat16" else 1e-4
-        need(step > run.first_step + 2 or metrics["mismatch_k3"] <= limit,
-             f"sampler and trainer disagree, mean k3 {metrics['mismatch_k3']:.2g} > {limit:g}: "
-             "stale weights, another dtype, or top_p and top_k in use?")
-        is_last = state["step"] == plan.steps
-        if c.eval_strategy == "steps" and (is_last or state["step"] % c.eval_steps == 0):
+            metrics = optimize(run, rows, run.learning_rate(state.step))
+        metrics |= hints.after_step(state, outcomes, c)
+        metrics |= costs(run, rows, metrics["tokens/generated"], time.perf_counter() - started)
+        state.step += 1
+        write_metrics(run, metrics)
+        watch_mismatch(run, metrics)
+        bar.update()
+        is_last = state.step == plan.steps
+        if c.eval_strategy == "steps" and (is_last or state.step % c.eval_steps == 0):
             evaluate(run)
-        if is_last or state["step"] % plan.save_every == 0:
-            fsdp_utils.save_checkpoint(
-                run.folder, step + 1, run.policy, run.optimizer, state, c.save_total_limit or 0,
-                lambda folder: export(run, folder / "model"))
+        if is_last or state.step % plan.save_every == 0:
+            save(run)
+    bar.close()
 
-def next_groups(run):
+
+def next_groups(run: Run) -> list[Group]:
     """The blank groups of the next step, for all ranks: returning problems, then fresh ones."""
     c, state, n = run.config, run.state, len(run.problems)
-    most = int(c.deferred_share * run.plan.prompts)
-    queue, state["queue"] = state["queue"][:most], state["queue"][most:]
-    fresh = run.plan.prompts - len(queue)
-    epoch, start = divmod(state["cursor"], n)
-    if start + fresh > n:  # a step never straddles two epochs: no fresh problem twice in one
+    n_returning = int(c.deferred_share * run.plan.prompts)
+    returning, state.queue = state.queue[:n_returning], state.queue[n_returning:]
+    n_fresh = run.plan.prompts - len(returning)
+    epoch, start = divmod(state.cursor, n)
+    if start + n_fresh > n:  # a step never straddles two epochs: no fresh problem twice in one
         epoch, start = epoch + 1, 0
-    state["cursor"] = epoch * n + start + fresh
+    state.cursor = epoch * n + start + n_fresh
     order = np.random.default_rng([c.seed, epoch]).permutation(n)
-    order = sorted(order, key=lambda i: run.problems[i].level if c.curriculum else 0)  # stable
-    known = {problem.id: problem for problem in run.problems}
-    return [Group(known[i], tries) for i, tries in queue] + [
-        Group(run.problems[i]) for i in order[start : start + fresh]]
+    if c.curriculum:
+        order = sorted(order, key=lambda i: run.problems[i].level)  # stable
+    problem_of_id = {problem.id: problem for problem in run.problems}
+    groups = []
+    for problem_id, stages in returning:
+        groups.append(Group(problem_of_id[problem_id], stages, n_earlier=len(stages)))
+    for i in order[start : start + n_fresh]:
+        groups.append(Group(run.problems[i]))
+    return groups
 
-def record(run, groups, blank, planned):
-    """Writes the rollouts of all ranks, updates history and queue; returns the step's metrics."""
-    c, state, lines = run.config, run.state, []
-    for group, before, (shown, tries) in zip(groups, blank, planned):
-        lines.append({
-            "id": group.problem.id, "problem": group.problem.messages[-1]["content"],
-            "prompt": run.prompts.tokenizer.decode(group.request.prompts[0]),
-            "hint": group.request.shown.hints[0], "hint_ratio": group.request.shown.ratios[0],
-            "answer": group.problem.answer, "tries": tries, "earlier_tries": len(before.tries),
-            "is_deferred": c.hint_timing == "deferred" and shown is not None,
-            "completions": [{
-                "text": o.text, **dict(zip(c.reward_funcs, scores)), "tokens": len(o.token_ids),
-                "finish_reason": o.finish_reason, "hint_ratio": o.hint_ratio}
-                for o, scores in zip(group.completions, group.rewards)]})
+
+def write_rollouts(run: Run, groups: list[Group]) -> list[hints.Outcome]:
+    """A file with a line a group, of all ranks; returns the outcomes of all ranks."""
+    mine = [(rollout_line(run, group), hints.outcome_of(group)) for group in groups]
     with phase("wait"):  # for the slowest rank
-        lines = sum(fsdp_utils.gather_objects(lines), [])
+        gathered = fsdp_utils.gather_objects(mine)
+    pairs = [pair for rank in gathered for pair in rank]
     if run.rank == 0:
-        path = run.folder / "rollouts" / f"step_{state['step'] + 1:06d}.jsonl"
-        path.write_text("".join(json.dumps(line, default=vars) + "\n" for line in lines))
-    for line in lines:
-        hints.remember(state["history"], line["id"], line["tries"])
-        state["queue"] += [(line["id"], line["tries"])] * line["is_deferred"]
-    return rollout_metrics(lines, c) | {"queue": len(state["queue"])}
+        path = run.folder / "rollouts" / f"step_{run.state.step + 1:06d}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line, _ in pairs))
+    return [outcome for _, outcome in pairs]
 
-def evaluate(run):
+
+def rollout_line(run: Run, group: Group) -> dict:
+    """A group as it is logged. Prompt, hint and ratio of a sample stand with it where they differ
+    from those of the first one."""
+    first, decode = group.completions[0], run.prompts.tokenizer.decode
+    samples = []
+    for completion, scores in zip(group.completions, group.rewards):
+        sample = {"text": completion.text, **dict(zip(run.config.reward_funcs, scores))}
+        sample["tokens"] = len(completion.token_ids)
+        sample["finish_reason"] = completion.finish_reason
+        sample["hint_ratio"] = completion.hint_ratio
+        if completion.prompt_ids != first.prompt_ids:
+            sample["prompt"] = decode(completion.prompt_ids)
+            sample["hint"] = completion.hint
+        samples.append(sample)
+    return {
+        "id": group.problem.id,
+        "problem": group.problem.messages[-1]["content"],
+        "prompt": decode(first.prompt_ids),
+        "hint": first.hint,
+        "hint_ratio": first.hint_ratio,
+        "gold": group.problem.gold,
+        "stages": [asdict(stage) for stage in group.stages],
+        "n_earlier": group.n_earlier,
+        "is_deferred": group.is_deferred,
+        "completions": samples,
+    }
+
+
+def costs(run: Run, rows: list[Row], n_generated: float, seconds: float) -> dict[str, float]:
+    """What a step took: seconds of rank 0 by phase (verify is part of generate, logprob of train),
+    tokens of all ranks, GPU memory, verifier failures."""
+    c, pool = run.config, run.pool
+    if any(pool.stats.values()):
+        say(f"rewards: {pool.stats} so far, these texts scored 0; last: {pool.error}")
+    n_trained = sum(len(row.input_ids) for row in rows if row.has_gradient(c))
+    counts = {f"verifier/{name}": count for name, count in pool.stats.items()}
+    counts["tokens/trained"] = c.num_iterations * n_trained
+    metrics = fsdp_utils.all_reduce_scalars(counts)
+    metrics["tokens/s"] = n_generated / seconds
+    metrics |= fsdp_utils.phase_seconds() | fsdp_utils.gpu_memory()
+    if c.gpu_tflops:  # model FLOPs utilization: attention and recomputation not counted
+        n_weights = sum(p.numel() for p in run.policy.parameters())
+        flops = 6 * n_weights * metrics["tokens/trained"]
+        speed = flops / run.world / metrics["seconds/train"]
+        metrics["mfu"] = speed / (c.gpu_tflops * 1e12)
+    return metrics
+
+
+def watch_mismatch(run: Run, metrics: dict) -> None:
+    """Warns of a step in which sampler and trainer disagree; stops, after a checkpoint, when the
+    first step that compared tokens or the mean of the last ten does."""
+    c, seen, k3 = run.config, run.state.mismatch, metrics["mismatch_k3"]
+    if not metrics["compared"]:
+        return
+    is_first = not seen
+    seen.append(k3)
+    del seen[:-MISMATCH_STEPS]
+    limit = mismatch_limit(c)
+    if max(k3, np.mean(seen)) <= limit:
+        return
+    told = f"sampler and trainer disagree: mean k3 {k3:.2g} > mismatch_limit={limit:g}: "
+    if c.top_p < 1 or c.top_k:
+        say(told + "expected, for top_p and top_k change the sampler's distribution")
+        return
+    told += "stale weights in the sampler, another dtype, or a model that it computes otherwise?"
+    is_stopped = (is_first or np.mean(seen) > limit)
+    if is_stopped:
+        save(run)
+    need(not is_stopped, f"{told} A checkpoint is saved; mismatch_limit: null only warns")
+    say(told)
+
+
+def mismatch_limit(config: Any) -> float:
+    return MISMATCH_LIMITS.get(config.torch_dtype, 1e-4)
+
+
+def evaluate(run: Run) -> None:
     """Accuracy without hints on each eval set: avg@k, its standard error over problems, pass@k."""
     metrics = {}
     for name, (c, problems) in run.eval_sets.items():
         blank = [Group(problem) for problem in problems[run.rank :: run.world]]
-        groups, _ = roll_out(run, blank, c, name)
-        right = [[scores[run.accuracy] > 0 for scores in group.rewards] for group in groups]
-        right_PK = sum(fsdp_utils.gather_objects(right), [])
-        metrics |= {f"eval/{name}{key}": x for key, x in accuracy_at_k(right_PK).items()}
+        groups = sample_groups(run, blank, c, name)
+        column = run.accuracy_column
+        is_right = [[scores[column] > 0 for scores in group.rewards] for group in groups]
+        is_right_PK = [row for rank in fsdp_utils.gather_objects(is_right) for row in rank]
+        for key, value in accuracy_at_k(is_right_PK).items():
+            metrics[f"eval/{name}{key}"] = value
     write_metrics(run, metrics)
 
-def write_metrics(run, metrics):
+
+def accuracy_at_k(is_right_PK: list) -> dict[str, float]:
+    """avg@k, its standard error over problems, pass@k and pass@k/2, from P problems' k samples."""
+    is_right_PK = np.array(is_right_PK)
+    n, k = is_right_PK.shape
+    rates = is_right_PK.mean(1)
+    error = rates.std(ddof=1) / math.sqrt(n) if n > 1 else 0.0
+    found = {"": float(rates.mean()), "_stderr": float(error)}
+    for j in {k // 2, k} - {0, 1}:
+        passed = [pass_at_k(k, int(n_right), j) for n_right in is_right_PK.sum(1)]
+        found[f"_pass@{j}"] = float(np.mean(passed))
+    return found
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The unbiased chance that one of k of n samples is right when c are."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)  # E8
+
+
+def write_metrics(run: Run, metrics: dict) -> None:
     """One line to metrics.jsonl, a shorter one to the terminal, all of it to wandb if asked."""
-    step = run.state["step"]
+    step = run.state.step
     if run.rank == 0:
         with open(run.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-            run.state["metrics_bytes"] = file.tell()  # only rank 0's state is saved
+            run.state.metrics_bytes = file.tell()  # only rank 0's state is saved
     if run.wandb:
         run.wandb.log(metrics, step=step)
     if "loss" not in metrics or step % run.config.logging_steps == 0:
-        keys = "accuracy_|hard_|reward/|grad_norm|mismatch_k3|eval/(?!.*stderr)"
-        say(f"step {step}: " + ", ".join(
-            f"{key} {value:.3g}" for key, value in metrics.items() if re.match(keys, key)))
+        shown = [f"{key} {value:.3g}" for key, value in metrics.items() if SHOWN.match(key)]
+        say(f"step {step}: " + ", ".join(shown))
+
+
+def save(run: Run) -> None:
+    """A checkpoint of the state as it is, with an export in it."""
+    fsdp_utils.save_checkpoint(
+        run.folder, run.state.step, run.policy, run.optimizer, asdict(run.state),
+        run.config.save_total_limit or 0, lambda folder: export(run, folder / "model"))
+
 
 def export(run, folder, **hub):
     """Weights, config and tokenizer as transformers and vLLM load them; called on all ranks."""
@@ -408,103 +710,167 @@ def export(run, folder, **hub):
         run.policy.model.save_pretrained(folder, state_dict=weights, **hub)
         run.prompts.tokenizer.save_pretrained(folder, **hub)
 
-def setup(config, is_eval=False):
+
+def setup(config: Any, is_eval: bool = False) -> Run:
     """What `train` needs, in the order that matters: verifiers, process group, weights, engine."""
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    pool = VerifierPool(config.reward_funcs, max(1, min(8, cores)), config.verifier_timeout)
-    run = SimpleNamespace(**vars(fsdp_utils.setup_distributed()), config=config, pool=pool,
-                          folder=Path(config.output_dir), wandb=None, eval_sets={})
-    columns = {name: i for i, name in enumerate(config.reward_funcs)}
-    run.accuracy = columns.get("accuracy", columns.get(config.hint_trigger, 0))
-    run.trigger = columns.get(config.hint_trigger, run.accuracy)
-    run.prompts = Prompts(config)
-    run.problems = load_problems(config, run.prompts)
-    run.plan = make_plan(config, run.world, len(run.problems))
+    n_workers = max(1, min(MAX_WORKERS, cores))
+    pool = VerifierPool(config.reward_funcs, n_workers, config.verifier_timeout)
+    place = fsdp_utils.setup_distributed()
+    state = State()
+    prompts = Prompts(config, state)
+    problems = load_problems(config, prompts)
+    plan = make_plan(config, place.world, len(problems))
+    state.prompts_per_step = plan.prompts
+    eval_sets = {}
     for name, spec in config.eval_datasets.items():
         c = eval_config(config, spec)
-        run.eval_sets[name] = c, load_problems(c, run.prompts)
-    run.compute_dtype = getattr(torch, config.torch_dtype)
-    run.master_dtype = torch.promote_types(run.compute_dtype, torch.float32)
+        eval_sets[name] = c, load_problems(c, prompts)
+    compute_dtype, master_dtype = dtypes(config)
     logging.disable_progress_bar()
-    run.policy = load_policy(run)
-    run.reference = load_policy(run).requires_grad_(False).eval() if config.beta else None
-    run.optimizer = torch.optim.AdamW(
-        run.policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
-        betas=(config.adam_beta1, config.adam_beta2), fused=run.device.type == "cuda")
-    steps = run.plan.steps
-    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
-    rate = get_scheduler(config.lr_scheduler_type, run.optimizer, warmup, steps).lr_lambdas[0]
-    # differs from reference: warm-up begins above 0, for a step at rate 0 is a step lost
-    run.learning_rate = lambda step: config.learning_rate * rate(step + (step < warmup))
-    open_folder(run, is_eval)
-    tokenizer = run.prompts.tokenizer
-    ends = np.ravel(run.policy.model.generation_config.eos_token_id).tolist()  # one, several, None
-    ends = {tokenizer.eos_token_id, *ends} - {None}
-    engines = {"hf": rollout.HfEngine, "vllm": rollout.VllmEngine, "server": rollout.ServerEngine}
-    configs = [config, *(c for c, _ in run.eval_sets.values())]
-    longest = max(c.max_prompt_length + c.max_completion_length for c in configs)
-    run.engine = engines[config.engine](config, tokenizer, ends, longest, run.policy)
-    return run
+    policy = load_policy(config)
+    reference = None
+    if config.beta:
+        reference = load_policy(config).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2), fused=place.device.type == "cuda")
+    folder = Path(config.output_dir)
+    open_folder(config, folder, place.rank)
+    run = Run(
+        config=config, state=state, rank=place.rank, world=place.world, device=place.device,
+        folder=folder, prompts=prompts, problems=problems, plan=plan, eval_sets=eval_sets,
+        policy=policy, reference=reference, optimizer=optimizer,
+        learning_rate=schedule(config, optimizer, plan.steps),
+        master_dtype=master_dtype, compute_dtype=compute_dtype, pool=pool)
+    if not is_eval and wants_startup_pass(config):
+        startup_pass(run)
+    resume(run, is_eval)
+    return replace(run, engine=build_engine(run), wandb=start_wandb(run))
 
-def load_policy(run):
+
+def schedule(config: Any, optimizer: Any, steps: int) -> Callable[[int], float]:
+    """The learning rate of each step, 0 the first."""
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
+    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, warmup, steps)
+    (factor,) = scheduler.lr_lambdas
+
+    def learning_rate(step):
+        # differs from reference: warm-up begins above 0, for a step at rate 0 is a step lost
+        if step < warmup:
+            return config.learning_rate * factor(step + 1)
+        return config.learning_rate * factor(step)
+
+    return learning_rate
+
+
+def build_engine(run: Run) -> Any:
+    c, tokenizer = run.config, run.prompts.tokenizer
+    eos_ids = {tokenizer.eos_token_id}
+    eos_ids.update(np.ravel(run.policy.model.generation_config.eos_token_id).tolist())
+    eos_ids.discard(None)  # the model may name one, several or none
+    configs = [c, *(eval_c for eval_c, _ in run.eval_sets.values())]
+    longest = max(one.max_prompt_length + one.max_completion_length for one in configs)
+    return rollout.ENGINES[c.engine](c, tokenizer, eos_ids, longest, run.policy)
+
+
+def start_wandb(run: Run) -> Any:
+    if "wandb" not in run.config.report_to or run.rank > 0:
+        return None
+    import wandb
+
+    return wandb.init(project="ghpo", config=asdict(run.config), dir=run.folder)
+
+
+def load_policy(config: Any) -> Policy:
     """The causal LM, its weights float32 (or float64), sharded."""
-    c = run.config
+    c = config
+    compute_dtype, master_dtype = dtypes(config)
     model = AutoModelForCausalLM.from_pretrained(
-        c.model_name_or_path, revision=c.model_revision, dtype=run.master_dtype,
+        c.model_name_or_path, revision=c.model_revision, dtype=master_dtype,
         attn_implementation=c.attn_implementation)
     if c.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()  # it is loaded in eval mode, in which nothing would be checkpointed
-    return fsdp_utils.shard(Policy(model), model.base_model.layers, c.sharding, run.compute_dtype,
+    return fsdp_utils.shard(Policy(model), model.base_model.layers, c.sharding, compute_dtype,
                             c.replicas, c.cpu_offload)
 
-def startup_pass(run):
+
+def dtypes(config: Any) -> tuple[torch.dtype, torch.dtype]:
+    """(of the computation, of weights, moments and loss: at least float32)."""
+    compute_dtype = getattr(torch, config.torch_dtype)
+    return compute_dtype, torch.promote_types(compute_dtype, torch.float32)
+
+
+def wants_startup_pass(config: Any) -> bool:
+    return torch.cuda.is_available() if config.startup_pass is None else config.startup_pass
+
+
+def startup_pass(run: Run) -> None:
     """Steps of rows at maximum length that weigh nothing, before a checkpoint is loaded:
     out-of-memory comes in minute one, not hour ten."""
-    c, width = run.config, run.config.max_prompt_length + run.config.max_completion_length
-    row = Row([0] * width, c.max_prompt_length, 0.0, 0.0, 0.0, 0.0, 1.0, 0)
-    rows = [row] * max(1, c.micro_batch_tokens // width)
-    for _ in range(2):  # activations beside gradients, then beside Adam's moments too
-        optimize(run, 2 * rows, 0.0)
+    row = Row.longest(run.config)
+    width = len(row.input_ids)
+    rows = [row] * max(1, run.config.micro_batch_tokens // width)
+    for _ in range(START_STEPS):
+        optimize(run, rows + rows, 0.0)
     run.optimizer.state.clear()
     torch.cuda.empty_cache()  # for the engine, which is built later
     say(f"start-up pass: {len(rows)} rows of {width} tokens and Adam's moments fit")
 
-def open_folder(run, is_eval):
-    """Starts, resumes or refuses output_dir; what was written is moved aside, never deleted."""
-    c, folder, metrics = run.config, run.folder, run.folder / "metrics.jsonl"
-    changed = changed_settings(c, folder / "config.yaml")
-    need(not changed or c.overwrite_output_dir, f"output_dir={folder} holds another run ("
-         f"{', '.join(changed)} differ): choose another, or overwrite_output_dir=true to move it")
-    fsdp_utils.gather_objects("every rank has looked")
-    if run.rank == 0:
+
+def open_folder(config: Any, folder: Path, rank: int) -> None:
+    """Starts or refuses output_dir; a run of another config is moved aside, never deleted."""
+    changed = changed_settings(config, folder / "config.yaml")
+    need(
+        not changed or config.overwrite_output_dir,
+        f"output_dir={folder} holds another run ({', '.join(changed)} differ): choose another, or "
+        "overwrite_output_dir=true to move it",
+    )
+    fsdp_utils.barrier("every rank has looked at the folder")
+    if rank == 0:
         if changed:
             folder.rename(f"{folder}.{time.strftime('%Y%m%d-%H%M%S')}")
         (folder / "rollouts").mkdir(parents=True, exist_ok=True)
-        save_config(c, folder / "config.yaml")
-    fsdp_utils.gather_objects("the folder is there")
-    run.state = {"step": 0, "cursor": 0, "queue": [], "history": {}, "metrics_bytes": 0,
-                 "prompts": run.plan.prompts}
-    if not is_eval and (c.startup_pass or c.startup_pass is None and torch.cuda.is_available()):
-        startup_pass(run)
-    if found := fsdp_utils.checkpoints(folder):
-        state = run.state = fsdp_utils.load_checkpoint(found[-1], run.policy, run.optimizer)
-        state["history"] = {int(key): value for key, value in state["history"].items()}
-        state["queue"] = [(i, [hints.Try(**t) for t in tries]) for i, tries in state["queue"]]
-        need(state["prompts"] == run.plan.prompts, f"{found[-1]} had {state['prompts']} prompts a "
-             "step: change gradient_accumulation_steps")
+        save_config(config, folder / "config.yaml")
+    fsdp_utils.barrier("the folder is there")
+
+
+def resume(run: Run, is_eval: bool) -> None:
+    """Weights, optimizer and state of the newest checkpoint, if there is one."""
+    found = fsdp_utils.checkpoints(run.folder)
+    if found:
+        run.state.load(fsdp_utils.load_checkpoint(found[-1], run.policy, run.optimizer))
+        before, now = run.state.prompts_per_step, run.plan.prompts
+        need(
+            before == now,
+            f"{found[-1]} had {before} prompts a step, not {now}: change gradient_accumulation_steps",
+        )
         say(f"resuming {found[-1]}")
-    run.first_step = run.state["step"]
+    metrics = run.folder / "metrics.jsonl"
     if run.rank == 0 and metrics.is_file() and not is_eval:  # later lines will be computed again
         with open(metrics, "r+b") as file, open(f"{metrics}.stale", "ab") as stale:
-            kept = file.read(run.state["metrics_bytes"])
+            kept = file.read(run.state.metrics_bytes)
             stale.write(file.read())
             file.truncate(len(kept))
-    if "wandb" in c.report_to and run.rank == 0:
-        import wandb
-        run.wandb = wandb.init(project="ghpo", config=asdict(c), dir=folder)
 
-def main():
+
+def dry_run(config: Any) -> None:
+    """Prints config, arithmetic, data, a problem as the model sees it at each stage, and memory."""
+    print(yaml.safe_dump(asdict(config), sort_keys=False))
+    prompts, world = Prompts(config, State()), int(os.environ.get("WORLD_SIZE", 1))
+    problems = load_problems(config, prompts)
+    make_plan(config, world, len(problems))
+    problem = max(problems, key=lambda problem: bool(problem.solution))
+    for omega in [0.0, *config.hint_ratio]:
+        hint, is_trimmed = prompts.fit(problem, omega)
+        ids, _ = prompts.ids(problem, hint)
+        print(f"---- row {problem.id}, omega {omega:g}, {len(ids)} tokens, trimmed: {is_trimmed}")
+        print(prompts.tokenizer.decode(ids))
+    print(f"---- bytes per GPU, activations excluded: {bytes_per_gpu(config, world)}")
+
+
+def main() -> None:
     """The command line; what the user can mend ends the program with one message, status 2."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", required=True)
@@ -515,17 +881,15 @@ def main():
     try:
         config = load_config(args.config, args.overrides, args.eval, args.dry_run)
         if args.dry_run:
-            from tests.estimates import dry_run
-            return dry_run(config)
+            dry_run(config)
+            return
         run = setup(config, args.eval)
-        if args.eval or (config.eval_strategy == "steps" and run.state["step"] == 0):
+        if args.eval or (config.eval_strategy == "steps" and run.state.step == 0):
             evaluate(run)
         if not args.eval:
             train(run)
-            hub = {"push_to_hub": True, "repo_id": config.hub_model_id or run.folder.name}
-            export(run, run.folder / "model", **(hub if config.push_to_hub else {}))
-            say(f"done: {run.folder}, {len(run.state['queue'])} deferred problems still queued")
-        fsdp_utils.gather_objects("every rank is done")
+            finish(run)
+        fsdp_utils.barrier("every rank is done")
         run.engine.close()
         run.pool.close()
         if run.wandb:
@@ -533,6 +897,16 @@ def main():
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
+
+
+def finish(run: Run) -> None:
+    """The trained model, in the run's folder and on the hub if asked."""
+    hub = {}
+    if run.config.push_to_hub:
+        hub = {"push_to_hub": True, "repo_id": run.config.hub_model_id or run.folder.name}
+    export(run, run.folder / "model", **hub)
+    say(f"done: {run.folder}, {len(run.state.queue)} deferred problems still queued")
+
 
 if __name__ == "__main__":
     main()

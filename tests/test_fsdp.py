@@ -308,7 +308,7 @@ def run_check(name, folder):
     if dist.get_world_size() == 1:  # HSDP needs two ranks
         MODES.update(hsdp={"sharding": "zero3"})
     globals()[f"check_{name}"](folder)
-    fu.gather_objects(None)
+    fu.barrier("test")
 
 
 # ---- pytest side ----
@@ -377,7 +377,7 @@ def fail_on_rank_1():
     with fu.phase("train step 7"):
         if dist.get_rank() == 1:
             raise RuntimeError("no more tea")
-        fu.gather_objects(None)
+        fu.barrier("test")
 
 
 def hang_on_rank_1():
@@ -385,7 +385,7 @@ def hang_on_rank_1():
     if dist.get_rank() == 1:
         time.sleep(20)
     with fu.phase("sync weights"):
-        fu.gather_objects(None)
+        fu.barrier("test")
 
 
 def save_and_save(folder):

@@ -16,6 +16,7 @@ import configs
 import fsdp_utils
 import ghpo
 import hints
+from conftest import row
 from rollout import Completion, Group
 
 TINY = Path(__file__).parent / "tiny"
@@ -37,7 +38,7 @@ def config(**settings):
 def recorded_groups(c, n=7):
     """n groups of uneven lengths and rewards; one has no advantage, one is truncated."""
     rng = np.random.default_rng(3)
-    prompts = ghpo.Prompts(c)
+    prompts = ghpo.Prompts(c, ghpo.State())
     groups = []
     for number, problem in enumerate(ghpo.load_problems(c, prompts)[:n]):
         completions = []
@@ -47,7 +48,7 @@ def recorded_groups(c, n=7):
                 prompts.ids(problem)[0], rng.integers(4, 200, length).tolist(),
                 (-rng.uniform(1, 15, length)).tolist(), "length" if number == 2 else "stop", 0.0))
         rewards = np.zeros((4, 2)) if number == 1 else rng.integers(0, 2, (4, 2)).astype(float)
-        groups.append(Group(problem, [hints.Try([0.0] * 4, [""] * 4)], completions, rewards.tolist()))
+        groups.append(Group(problem, [hints.Stage([0.0] * 4, [""] * 4)], completions, rewards.tolist()))
     return prompts, groups
 
 
@@ -65,16 +66,17 @@ def gradients(place, replicas, **settings):
     c = config(max_grad_norm=0.0, micro_batch_tokens=200, replicas=replicas, **settings)
     run = SimpleNamespace(config=c, device=place.device, rank=place.rank, world=place.world,
                           master_dtype=torch.float64, compute_dtype=torch.float64, reference=None,
-                          state={"step": 0})
+                          state=ghpo.State())
     prompts, groups = recorded_groups(c)
-    run.policy = ghpo.load_policy(run)
+    run.policy = ghpo.load_policy(c)
     if c.beta:
-        run.reference = ghpo.load_policy(run).requires_grad_(False).eval()
+        run.reference = ghpo.load_policy(c).requires_grad_(False).eval()
         with torch.no_grad():  # another policy than the reference's
             for p in run.reference.parameters():
                 p.mul_(1.01)
     run.optimizer = Capture(run.policy.parameters(), lr=1.0)
-    metrics = ghpo.optimize(run, ghpo.make_rows(groups[place.rank :: place.world], prompts, c), 1.0)
+    metrics = ghpo.optimize(
+        run, ghpo.make_rows(groups[place.rank :: place.world], prompts, c, run.state), 1.0)
     return run.optimizer.seen, metrics
 
 
@@ -87,7 +89,7 @@ def save_gradients(folder):
     results = [gradients(place, 2 if place.world == 4 else 1, **case) for case in CASES]
     if place.rank == 0:
         (Path(folder) / f"gradients-{place.world}").write_bytes(pickle.dumps(results))
-    fsdp_utils.gather_objects(None)
+    fsdp_utils.barrier("gradients are there")
 
 
 def compare_export(folder, out_file):
@@ -104,11 +106,11 @@ def compare_export(folder, out_file):
     texts = []
     for number, problem in enumerate(run.problems[:6]):
         ids = run.prompts.ids(problem)[0]
-        run.engine.submit(Request(problem, [ids], unhinted(1), [], [""], number,
+        run.engine.submit(Request(problem, unhinted(1), [ids], [""], number,
                                   sampling(0.0, 48), number))
     run.engine.wake()
     ours = {}
-    while run.engine.busy:
+    while run.engine.is_busy():
         for request, (completion,) in run.engine.poll():
             ours[request.slot] = completion.token_ids
     for number, problem in enumerate(run.problems[:6]):
@@ -117,7 +119,7 @@ def compare_export(folder, out_file):
                              attention_mask=torch.ones_like(ids))
         texts.append((out[0, ids.shape[1]:].tolist(), ours[number]))
     run.pool.close()
-    out_file.write_text(json.dumps({"texts": texts, "step": run.state["step"]}))
+    out_file.write_text(json.dumps({"texts": texts, "step": run.state.step}))
 
 
 # ---- tests ----
@@ -204,7 +206,7 @@ def test_shipped_configs_load_and_their_arithmetic_is_right(path):
 def test_padded_micro_batches_hold_three_percent_of_padding():
     """112 problems by 8 samples with a long tail of lengths, as GSM8K and MATH have."""
     lengths = np.random.default_rng(0).lognormal(4.7, 0.6, 896).astype(int) + 20
-    rows = [ghpo.Row([0] * int(n), 1, [], [], [], 1.0, 1, True) for n in lengths]
+    rows = [row(n) for n in lengths]
     batches = [[len(row.input_ids) for row in b] for b in ghpo.micro_batches(rows, 16384, False)]
     computed = sum(max(batch) * len(batch) for batch in batches)
     assert sum(map(len, batches)) == 896 and len(batches) < 60
