@@ -93,7 +93,7 @@ def run_ours(args):
         began, _ = now(), memory()
         metrics = optimize(run, rows, *rest)
         steps.append({"generate": began - ended[-1], "train": now() - began,
-                      "generated": sum(len(row.input_ids) - row.context for row in rows),
+                      "generated": sum(len(row.input_ids) - row.n_context for row in rows),
                       "trained": sum(len(row.input_ids) for row in rows if row.advantage),
                       **memory()})
         ended.append(now())

@@ -101,7 +101,7 @@ def padding_share(files, ranks, budget=16384, prompts=112):
     for _ in range(5):
         chosen = rng.choice(len(lines), prompts, replace=prompts > len(lines))
         for rank in range(ranks):
-            rows = [ghpo.Row([0] * (context + solution), context, [], [], [], 1.0, 1, True)
+            rows = [ghpo.Row([0] * (context + solution), context, [], [], [], [], 1.0, 1)
                     for context in length[chosen[rank::ranks], 0]
                     for solution in rng.choice(length[:, 1], SAMPLES)]
             for batch in ghpo.micro_batches(rows, budget, False):

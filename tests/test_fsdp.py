@@ -369,7 +369,7 @@ def test_failed_rank_is_named_and_ends_the_others_at_once(tmp_path):
 
 def test_collective_timeout_names_rank_and_phase(tmp_path):
     done = run_this_file(tmp_path, "hang_on_rank_1", torchrun=True)
-    assert "[rank 0 of 2] failed in phase 'sync weights'" in done.stderr
+    assert "[rank 0 of 2] failed in phase 'sync weights, barrier: test'" in done.stderr
 
 
 def fail_on_rank_1():

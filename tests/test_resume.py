@@ -1,8 +1,12 @@
 """Survival: kills and resume, another number of ranks, HSDP gradients, export. gloo on the CPU."""
 
 import json
+import os
 import pickle
 import re
+import signal
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +20,7 @@ import configs
 import fsdp_utils
 import ghpo
 import hints
+import conftest
 from conftest import row
 from rollout import Completion, Group
 
@@ -139,6 +144,45 @@ def test_killed_runs_end_with_the_same_bits(folder):
     hits, wrong = soak_resume.soak(folder, kills=3, seed=1)
     assert len(hits) == 3 and "write" in hits
     assert not wrong
+
+
+def test_what_a_method_remembers_survives_a_kill_and_is_equal_on_two_ranks(tmp_path):
+    """state.method holds the ids of every group of every step."""
+
+    def work(folder):
+        known = hints.after_step
+
+        def after_step(state, outcomes, config):
+            seen = state.method.setdefault("seen", [])
+            seen.extend(outcome.problem_id for outcome in outcomes)
+            metrics = known(state, outcomes, config)
+            os.write(1, f"method {state.step} {seen}\n".encode())  # past pytest's own stdout
+            return {**metrics, "seen": len(seen)}
+
+        hints.after_step = after_step
+        sys.argv = [
+            "ghpo.py", "--config", "configs/tiny.yaml", *soak_resume.SETTINGS, "save_steps=1",
+            f"output_dir={folder}", "per_device_train_batch_size=8", "max_steps=4"]
+        ghpo.main()
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    soak_resume.end_well(soak_resume.fork(2, whole, lambda: work(whole)), whole)
+    pids = soak_resume.fork(2, killed, lambda: work(killed))
+    while not (killed / "checkpoint-000002").exists():
+        time.sleep(0.01)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    soak_resume.wait(pids)
+    assert not (killed / "model").exists()  # it was in the middle
+    soak_resume.end_well(soak_resume.fork(2, killed, lambda: work(killed)), killed)
+    states = [json.loads((folder / "checkpoint-000004" / "state.json").read_text())
+              for folder in (whole, killed)]
+    assert states[0]["method"] == states[1]["method"]
+    assert len(states[0]["method"]["seen"]) == 4 * 4  # 4 problems a step
+    assert [line["seen"] for line in conftest.read_jsonl(killed / "metrics.jsonl")] == [4, 8, 12, 16]
+    logs = [[line for line in Path(f"{whole}.log{rank}").read_text().splitlines()
+             if line.startswith("method")] for rank in (0, 1)]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
 
 
 def test_two_ranks_continue_on_one_with_the_same_data_order(folder):
