@@ -838,15 +838,16 @@ def open_folder(config: Any, folder: Path, rank: int) -> None:
 
 def resume(run: Run, is_eval: bool) -> None:
     """Weights, optimizer and state of the newest checkpoint, if there is one."""
-    found = fsdp_utils.checkpoints(run.folder)
+    found = fsdp_utils.load_newest(run.folder, run.policy, run.optimizer)
     if found:
-        run.state.load(fsdp_utils.load_checkpoint(found[-1], run.policy, run.optimizer))
+        path, saved = found
+        run.state.load(saved)
         before, now = run.state.prompts_per_step, run.plan.prompts
         need(
             before == now,
-            f"{found[-1]} had {before} prompts a step, not {now}: change gradient_accumulation_steps",
+            f"{path} had {before} prompts a step, not {now}: change gradient_accumulation_steps",
         )
-        say(f"resuming {found[-1]}")
+        say(f"resuming {path}")
     metrics = run.folder / "metrics.jsonl"
     if run.rank == 0 and metrics.is_file() and not is_eval:  # later lines will be computed again
         with open(metrics, "r+b") as file, open(f"{metrics}.stale", "ab") as stale:
