@@ -11,16 +11,19 @@ also assign hints.NAME or ghpo.token_loss and then call ghpo.main().
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +32,13 @@ import torch
 import yaml
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler, logging
+from transformers import PreTrainedModel, get_scheduler, logging
 
 import fsdp_utils
 import hints
 import rollout
 from configs import changed_settings, eval_config, load_config, make_plan, need, save_config, say
+from configs.model import as_user_error, blocks_of, load_model, load_tokenizer
 from fsdp_utils import phase
 from hints import Group, Problem, Stage
 from reward import UserError, VerifierPool, parse_gold
@@ -43,6 +47,14 @@ from tests.estimates import bytes_per_gpu
 SEED_BITS = 62  # of a request's seed: sample j adds j
 MISMATCH_STEPS = 10  # their mean is looked at
 START_STEPS = 2  # of the start-up pass: activations beside gradients, then beside Adam's moments
+PROMPT_DATE = datetime(2025, 1, 1)  # what a chat template shows as today
+THINK_OPENED = re.compile(r"<think>\s*$")
+MARK = re.compile("\ue000(\\d+)\ue001")  # private characters, see Prompts
+SYSTEM_PROBE = {"role": "system", "content": "Be brief."}
+USER_PROBE = {"role": "user", "content": "What is 1 + 2?"}
+CHECK_LENGTHS = [48, 48, 29]  # tokens of the sequences that check_policy compares
+CHECK_LIMITS = {"bfloat16": (0.02, 0.2)}  # mean and largest |dlogp|; of other types EXACT
+EXACT = (1e-4, 1e-4)
 FILLER_IDS = [0, 0]  # of a row that runs and weighs nothing
 PADDED_SHARE, PADDED_TOKENS = 0.97, 512  # a micro-batch has so little padding, or so few tokens
 MISMATCH_LIMITS = {"bfloat16": 1e-2}  # k3, where the config says auto; elsewhere 1e-4
@@ -162,24 +174,78 @@ def load_problems(config, prompts):
     return problems
 
 
+def system_in_user_turn(messages):
+    """Chat messages without a system turn: its text stands in front of the first user turn."""
+    if messages[0]["role"] != "system":
+        return messages
+    system, *turns = messages
+    first = [turn["role"] for turn in turns].index("user")
+    content = f"{system['content']}\n\n{turns[first]['content']}"
+    return [*turns[:first], {**turns[first], "content": content}, *turns[first + 1 :]]
+
+
 class Prompts:
     """The chat template: what the model reads for a problem and a hint."""
 
-    def __init__(self, config, state):
-        name, self.config, self.state = config.model_name_or_path, config, state
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision)
-        except (OSError, ValueError) as error:
-            raise UserError(f"model_name_or_path={name}: {error}") from None
-        need(self.tokenizer.chat_template and self.tokenizer.pad_token_id is not None,
-             f"{name}: its tokenizer has no chat template, or no pad token")
+    def __init__(self, config: Any, state: State):
+        self.config, self.state = config, state
+        self.tokenizer = load_tokenizer(config)
+        self.special = [token for token in self.tokenizer.all_special_tokens
+                        if not re.fullmatch("</?(think|answer)>", token)]
+        # the date that a template shows must not change the prompts when a run is resumed
+        self.template_values = {"strftime_now": PROMPT_DATE.strftime}
+        self.template_values |= getattr(config, "chat_template_kwargs", None) or {}
+        if "strftime_now" in str(self.tokenizer.chat_template):
+            say(f"chat template: the date that it shows is always {PROMPT_DATE:%Y-%m-%d}")
+        name = f"model_name_or_path={config.model_name_or_path}"
+        self._rendered([USER_PROBE], name)
+        self.has_system_role = self._knows_the_system_role()
+        if not self.has_system_role:
+            say("chat template: no system role, its text goes in front of the first user turn")
 
     def ids(self, problem, hint=""):
-        """(token ids, text the assistant's turn starts with)."""
+        """(token ids, text the assistant's turn starts with: what the template opens, then the
+        hint); UserError names the row that the template refuses."""
         messages, prefix = hints.render(problem, hint, self.config, self.state)
-        text = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False)
-        return self.tokenizer(text + prefix, add_special_tokens=False).input_ids, prefix
+        if not self.has_system_role:
+            messages = system_in_user_turn(messages)
+        marked = [{**turn, "content": self._marked(turn["content"])} for turn in messages]
+        text = self._rendered(marked, f"{self.config.dataset_name}: row {problem.id}")
+        opened = THINK_OPENED.search(text)
+        opening = opened[0] if opened else ""
+        if opening:
+            prefix = prefix.removeprefix(hints.ASSISTANT_OPENING)
+        return self._encoded(text + self._marked(prefix)), opening + prefix
+
+    def _rendered(self, messages, what):
+        with as_user_error(f"{what}: chat template"):
+            return self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, **self.template_values)
+
+    def _knows_the_system_role(self):
+        """Gemma's template raises, others leave the system turn out."""
+        try:
+            return SYSTEM_PROBE["content"] in self._rendered([SYSTEM_PROBE, USER_PROBE], "probe")
+        except UserError:
+            return False
+
+    def _marked(self, content):
+        """A row's own text in which special tokens are replaced, so that a template's stand out."""
+        if isinstance(content, str):
+            for i, token in enumerate(self.special):
+                content = content.replace(token, f"\ue000{i}\ue001")
+        return content
+
+    def _encoded(self, text):
+        """Token ids; special tokens of the row's own text are read as the plain text they are."""
+        ids = []
+        for i, piece in enumerate(MARK.split(text)):
+            if i % 2:
+                ids += self.tokenizer(self.special[int(piece)], add_special_tokens=False,
+                                      split_special_tokens=True).input_ids
+            else:
+                ids += self.tokenizer(piece, add_special_tokens=False).input_ids
+        return ids
 
     def fit(self, problem: Problem, ratio: float) -> tuple[str, bool]:
         """make_hint, shortened (the hint, never the problem) until max_prompt_length holds."""
@@ -235,17 +301,11 @@ class Row:
     token_weight: float = 0.0  # E6: of the loss of each of its tokens, 1 / denominator
 
     @classmethod
-    def filler(cls) -> "Row":
-        """Runs, and weighs nothing."""
-        return cls(FILLER_IDS, 1, [0.0], [0.0], [0.0], [False], advantage=0.0, n_tokens=0)
-
-    @classmethod
-    def longest(cls, config: Any) -> "Row":
-        """As long as a row can be; it has an advantage but weighs nothing."""
-        context, length = config.max_prompt_length, config.max_completion_length
+    def only(cls, input_ids: list[int], n_context: int = 1, advantage: float = 0.0) -> "Row":
+        """A row that runs and weighs nothing."""
+        length = len(input_ids) - n_context
         zeros, no = [0.0] * length, [False] * length
-        ids = [0] * (context + length)
-        return cls(ids, context, zeros, zeros, zeros, no, advantage=1.0, n_tokens=0)
+        return cls(input_ids, n_context, zeros, zeros, zeros, no, advantage, n_tokens=0)
 
     def has_gradient(self, config: Any) -> bool:
         return bool(self.advantage or config.beta or any(self.sft_weight))
@@ -351,6 +411,40 @@ def token_metrics(sums: list[dict]) -> dict[str, float]:
     return total | fsdp_utils.all_reduce_scalars(largest, "max")
 
 
+class HiddenStates(tuple):
+    """(hidden states,) as a transformer would answer: None for all else that a head may ask for."""
+
+    @property
+    def last_hidden_state(self):
+        return self[0]
+
+    def __getattr__(self, name):
+        return None
+
+
+class GivenStates:
+    """Stands where a causal LM keeps its transformer, and answers with the states it is given."""
+
+    def __init__(self, transformer):
+        self.transformer = transformer
+        self.decoder = self  # OPT calls the decoder that its transformer wraps
+
+    def __call__(self, *args, inputs_embeds, **kwargs):
+        return HiddenStates([inputs_embeds])
+
+    def __getattr__(self, name):
+        return getattr(self.transformer, name)  # FalconH1 keeps a factor of the logits there
+
+
+def head_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The causal LM with all that its family does to the last hidden states, and nothing before:
+    head_of(model)(inputs_embeds=hidden).logits. A shallow copy that shares the weights."""
+    head, place = copy.copy(model), model.base_model_prefix
+    head._modules = {name: part for name, part in model._modules.items() if name != place}
+    head.__dict__[place] = GivenStates(model.base_model)
+    return head
+
+
 class Policy(torch.nn.Module):
     """The FSDP root: transformer and LM head under one forward, for scoring and for decoding."""
 
@@ -358,12 +452,16 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids=None, positions=None, predict=None, target=None, temperature=1.0, generate=None):
+    def forward(self, ids=None, positions=None, predict=None, target=None, temperature=1.0,
+                generate=None, whole=None):
         """logp and entropy (M,) of the tokens target (M,) predicted at flat positions predict (M,)
         of ids (B, T), padded on the right or packed with positions restarted, at a temperature.
-        generate: arguments of the model's generate, which runs instead."""
+        generate: arguments of the model's generate, which runs instead. whole: arguments of the
+        whole causal LM, whose logits (B, T, V) are returned instead."""
         if generate:
             return self.model.generate(**generate)
+        if whole:
+            return self.model(**whole).logits
         # No mask: causal attention never looks right. No cache: only then do restarted positions
         # keep packed rows apart.
         out = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
@@ -375,7 +473,8 @@ class Policy(torch.nn.Module):
         return tuple(torch.cat(part) for part in zip(*parts))
 
     def _score(self, hidden, target, temperature):
-        logits = self.model.get_output_embeddings()(hidden)
+        # trap: families scale or cap their logits after the head, so it is never called alone
+        logits = head_of(self.model)(inputs_embeds=hidden[None]).logits[0]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         logp_MV = logits.log_softmax(-1)
         with torch.no_grad():
@@ -444,7 +543,7 @@ def optimize(run: Run, rows: list[Row], lr: float) -> dict[str, float]:
     batches = micro_batches(used, c.micro_batch_tokens, c.packing)
     n_batches = fsdp_utils.all_reduce_scalars({"n": len(batches)}, "max")["n"]
     while len(batches) < max(1, n_batches):
-        batches.append([Row.filler()])
+        batches.append([Row.only(FILLER_IDS)])
     batches = [collate(batch, c.packing, run.device, run.master_dtype) for batch in batches]
     ref_logp = [None] * len(batches)
     if run.reference:
@@ -504,11 +603,32 @@ def sample_groups(run: Run, groups: list[Group], c: Any, salt: Any, show=None) -
     return groups
 
 
-def train(run: Run) -> None:
-    """The algorithm: one pass of the loop is one rollout batch. run.state is alike on all ranks."""
+class Interrupt:
+    """What asks the run to end: the first SIGTERM, SIGUSR1 or Ctrl-C lets the step finish and a
+    checkpoint be written, a second one ends at once. Status 128 + signal, as shells have it."""
+
+    def __init__(self):
+        self.received = 0
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self.take)
+
+    def take(self, number, frame):
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+        name = signal.Signals(number).name
+        say(f"{name}: ends after this step and its checkpoint; once more ends at once")
+
+
+def train(run: Run, interrupt: Interrupt) -> int:
+    """The algorithm: one pass of the loop is one rollout batch. run.state is alike on all ranks.
+    Returns the signal that ended it, 0 when all steps are done."""
     c, state, plan = run.config, run.state, run.plan
-    bar = tqdm(total=plan.steps, desc=c.rl_type, initial=state.step, disable=None if run.rank == 0 else True)
-    while state.step < plan.steps:
+    is_shown = run.rank == 0 and sys.stderr.isatty()
+    bar = tqdm(total=plan.steps, desc=c.rl_type, initial=state.step, disable=not is_shown)
+    saved_at = time.monotonic()
+    stopped_by = 0
+    while state.step < plan.steps and not stopped_by:
         started = time.perf_counter()
         fsdp_utils.seconds.clear()
 
@@ -534,9 +654,16 @@ def train(run: Run) -> None:
         is_last = state.step == plan.steps
         if c.eval_strategy == "steps" and (is_last or state.step % c.eval_steps == 0):
             evaluate(run)
-        if is_last or state.step % plan.save_every == 0:
+        minutes = (time.monotonic() - saved_at) / 60
+        asked = {"signal": interrupt.received, "minutes": minutes}
+        asked = fsdp_utils.all_reduce_scalars(asked, "max")  # ranks agree
+        stopped_by = int(asked["signal"])
+        is_due = c.save_minutes is not None and asked["minutes"] >= c.save_minutes
+        if is_due or is_last or stopped_by or state.step % plan.save_every == 0:
             save(run)
+            saved_at = time.monotonic()
     bar.close()
+    return stopped_by
 
 
 def next_groups(run: Run) -> list[Group]:
@@ -704,10 +831,15 @@ def save(run: Run) -> None:
 
 def export(run, folder, **hub):
     """Weights, config and tokenizer as transformers and vLLM load them; called on all ranks."""
-    tensors = fsdp_utils.full_tensors(run.policy.model, run.compute_dtype)
+    model = run.policy.model
+    tensors = fsdp_utils.full_tensors(model, run.compute_dtype)
     weights = {name: tensor.cpu() for name, tensor in tensors if run.rank == 0}
     if run.rank == 0:
-        run.policy.model.save_pretrained(folder, state_dict=weights, **hub)
+        saved = model.state_dict().keys()
+        for name, buffer in model.named_buffers():
+            if name in saved:  # as the bias of some MoE routers
+                weights[name] = buffer.cpu()
+        model.save_pretrained(folder, state_dict=weights, **hub)
         run.prompts.tokenizer.save_pretrained(folder, **hub)
 
 
@@ -743,6 +875,7 @@ def setup(config: Any, is_eval: bool = False) -> Run:
         policy=policy, reference=reference, optimizer=optimizer,
         learning_rate=schedule(config, optimizer, plan.steps),
         master_dtype=master_dtype, compute_dtype=compute_dtype, pool=pool)
+    check_policy(run)
     if not is_eval and wants_startup_pass(config):
         startup_pass(run)
     resume(run, is_eval)
@@ -784,22 +917,59 @@ def start_wandb(run: Run) -> Any:
 
 def load_policy(config: Any) -> Policy:
     """The causal LM, its weights float32 (or float64), sharded."""
-    c = config
     compute_dtype, master_dtype = dtypes(config)
-    model = AutoModelForCausalLM.from_pretrained(
-        c.model_name_or_path, revision=c.model_revision, dtype=master_dtype,
-        attn_implementation=c.attn_implementation)
-    if c.gradient_checkpointing:
+    model = load_model(config, master_dtype)
+    if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()  # it is loaded in eval mode, in which nothing would be checkpointed
-    return fsdp_utils.shard(Policy(model), model.base_model.layers, c.sharding, compute_dtype,
-                            c.replicas, c.cpu_offload)
+    return fsdp_utils.shard(
+        Policy(model), blocks_of(model), config.sharding, compute_dtype, config.replicas,
+        config.cpu_offload)
 
 
 def dtypes(config: Any) -> tuple[torch.dtype, torch.dtype]:
     """(of the computation, of weights, moments and loss: at least float32)."""
     compute_dtype = getattr(torch, config.torch_dtype)
     return compute_dtype, torch.promote_types(compute_dtype, torch.float32)
+
+
+def check_policy(run) -> None:
+    """Compares the log-probs of the training pass with those of the whole causal LM on each
+    sequence alone; UserError on a difference. Collective: every rank must call it."""
+    c, model_type = run.config, run.policy.model.config.model_type
+    limits = CHECK_LIMITS.get(c.torch_dtype, EXACT)
+    name = f"model_name_or_path={c.model_name_or_path}: {model_type}"
+    with as_user_error(name), torch.no_grad():
+        mean, largest = policy_error(run, c.packing)
+        is_right = mean <= limits[0] and largest <= limits[1]
+        if c.packing and not is_right:
+            alone, _ = policy_error(run, False)
+            need(alone > limits[0], f"{name}: rows that are packed see each other, log-probs are "
+                 f"off by {largest:.2g}: set packing=false")
+    fsdp_utils.reshard(run.policy)
+    need(is_right, f"{name}: log-probs of the training pass are not the model's: off by {mean:.2g} "
+         f"in the mean, {largest:.2g} at most (allowed: {limits[0]:g}, {limits[1]:g}). Try "
+         "attn_implementation=eager or torch_dtype=float32, else take another model")
+
+
+def policy_error(run, is_packed: bool) -> tuple[float, float]:
+    """(mean, largest) |dlogp| over ranks, of random sequences through Policy and one by one."""
+    policy, rng = run.policy, np.random.default_rng(0)
+    size = policy.model.config.vocab_size
+    sequences = [rng.integers(size, size=length).tolist() for length in CHECK_LENGTHS]
+    rows = [Row.only(ids) for ids in sequences]
+    inputs, _ = collate(rows, is_packed, run.device, run.master_dtype)
+    logp, _ = policy(**inputs)
+    expected = []
+    for ids in sequences:
+        ids = torch.tensor([ids], device=run.device)
+        whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        logits_TV = policy(whole=whole)[0, :-1].to(logp.dtype)
+        expected.append(logits_TV.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1))
+    error = (logp - torch.cat(expected)).abs().nan_to_num(torch.inf)
+    errors = {"mean": float(error.mean()), "largest": float(error.max())}
+    errors = fsdp_utils.all_reduce_scalars(errors, "max")
+    return errors["mean"], errors["largest"]
 
 
 def wants_startup_pass(config: Any) -> bool:
@@ -809,9 +979,10 @@ def wants_startup_pass(config: Any) -> bool:
 def startup_pass(run: Run) -> None:
     """Steps of rows at maximum length that weigh nothing, before a checkpoint is loaded:
     out-of-memory comes in minute one, not hour ten."""
-    row = Row.longest(run.config)
-    width = len(row.input_ids)
-    rows = [row] * max(1, run.config.micro_batch_tokens // width)
+    c = run.config
+    width = c.max_prompt_length + c.max_completion_length
+    row = Row.only([0] * width, c.max_prompt_length, advantage=1.0)  # else it would be left out
+    rows = [row] * max(1, c.micro_batch_tokens // width)
     for _ in range(START_STEPS):
         optimize(run, rows + rows, 0.0)
     run.optimizer.state.clear()
@@ -887,8 +1058,10 @@ def main() -> None:
         run = setup(config, args.eval)
         if args.eval or (config.eval_strategy == "steps" and run.state.step == 0):
             evaluate(run)
+        stopped_by = 0
         if not args.eval:
-            train(run)
+            stopped_by = train(run, Interrupt())
+        if not args.eval and not stopped_by:
             finish(run)
         fsdp_utils.barrier("every rank is done")
         run.engine.close()
@@ -898,6 +1071,8 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
+    if stopped_by:
+        os._exit(128 + stopped_by)
 
 
 def finish(run: Run) -> None:

@@ -100,7 +100,7 @@ def run_ours(args):
         return metrics
 
     ghpo.optimize = watched
-    ghpo.train(run)
+    ghpo.train(run, ghpo.Interrupt())
     run.engine.close()
     return steps
 

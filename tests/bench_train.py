@@ -144,7 +144,7 @@ def time_ours(folder, steps):
         f"hint_trigger={__file__}:parity", f"max_completion_length={LONGEST}", "save_strategy=no", "loss_type=dapo",
         f"num_generations={SAMPLES}", "learning_rate=1e-6", "warmup_steps=0",
         f"per_device_train_batch_size={PROMPTS * SAMPLES}", "gradient_accumulation_steps=1"]))
-    ghpo.train(run)
+    ghpo.train(run, ghpo.Interrupt())
     run.pool.close()
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     parts = [(sum(line[f"seconds/{k}"] for k in ("sync", "generate")),

@@ -214,6 +214,8 @@ class Main:
         self.patch.setattr(fsdp_utils, "setup_distributed", lambda *a: self.alone)
         self.patch.setattr(sys, "argv", ["ghpo.py", *arguments])
         self.patch.setattr(ghpo.os, "_exit", sys.exit)
+        # pytest keeps its own handler of Ctrl-C
+        self.patch.setattr(ghpo, "Interrupt", lambda: SimpleNamespace(received=0))
         self.capsys.readouterr()
         status = 0
         try:
@@ -305,7 +307,7 @@ def scripted_training(setup, monkeypatch, tmp_path):
             return seen[-1][1]
 
         monkeypatch.setattr(ghpo, "make_rows", remember)
-        ghpo.train(run)
+        ghpo.train(run, SimpleNamespace(received=0))
         files = sorted((run.folder / "rollouts").glob("step_*.jsonl"))
         return run, seen, [read_jsonl(path) for path in files]
 
