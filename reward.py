@@ -279,24 +279,78 @@ def boxed(text: str) -> str | None:
     end = next((index for index, depth in enumerate(depths) if depth <= 0), 0)
     return box[1:end].rstrip("\\") or None
 
+STRAY = r"(?:\s|</?[A-Za-z]+>|<\|\w+\|>|\\(?:begin|end)\s*\{answer\}|```\w*)*"  # markup around
+NUMBER = re.compile(r"(?:\\?\$\s*)?-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+|\s*\\?%)?"
+                    r"|-?\d*\s*\\[dtc]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)")
+HEDGES = re.compile(r"(?i)\b(?:not|never|maybe|perhaps|possibly|probably|or|either|unsure)\b|n't\b"
+                    r"|\\neq?\b|≠|\?")
+PHRASE = re.compile(r"(?i)####|\banswer is\b|\banswer:|答案[是为]?[:：]?")
+MAX_OPEN_BLOCK = 200  # characters of an <answer> that is never closed
+
+def answer_blocks(text: str) -> list[str]:
+    """What stands in <answer>..</answer>; a last one that is not closed counts while it is short."""
+    blocks, pieces = [], text.split("<answer>")[1:]
+    for piece in pieces:
+        body, closing, _ = piece.partition("</answer>")
+        if closing or piece is pieces[-1] and len(body) <= MAX_OPEN_BLOCK and "</" not in body:
+            blocks.append(re.sub(rf"\A{STRAY}|{STRAY}\Z", "", body))
+    return blocks
+
+def ends_with_block(text: str) -> bool:
+    """Does nothing but blanks, stray tags and end markers follow the last <answer> block?"""
+    return bool(re.fullmatch(STRAY, text.rpartition("<answer>")[2].partition("</answer>")[2]))
+
+def from_sentence(text: str) -> str:
+    """The one number of a sentence that neither negates nor hedges; what is no sentence, itself."""
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", re.sub(r"\\text\w*|\\mathrm", "", text))
+    if HEDGES.search(text):
+        return text
+    calculation, _, result = text.rpartition("=")
+    if words and re.search(r"\d.*[-+*/×÷]", calculation):  # 330 km / 110 km/h = 3 hours
+        return result
+    if calculation or len(words) < 3:
+        return text
+    numbers = list(NUMBER.finditer(text))
+    if len(numbers) != 1:
+        return text
+    unit = re.match(r"\s*(?:\\text\w*\s*\{[^{}]*\}|[A-Za-z]+(?:/[A-Za-z]+)?)?", text[numbers[0].end():])
+    return numbers[0][0] + unit[0]
+
 def extract_answer(response: str) -> str | None:
     r"""The one final answer in `response`, or None.
 
-    After the last </think> (a <think> never closed has no answer): in the <answer> block, if there
-    is one (two different ones are no answer), the last \boxed{} or the whole block; without it the
-    last \boxed{} (or a list of boxes joined by "," or "and"), else the usual phrases.
+    What is judged is the text after the last </think>; of a <think> that is never closed only an
+    <answer> block at its end. Two different blocks are no answer. In a block: the last \boxed{},
+    else the one number of a sentence, else all of it. Without a block: the last \boxed{} (or a
+    list of boxes joined by "," or "and"), else what follows the usual phrases.
     """
-    _, think, text = response.rpartition("</think>")
-    blocks = {block.partition("</answer>")[0].strip() for block in text.split("<answer>")[1:]}
-    if len(blocks) > 1 or not think and "<think>" in response:
+    text = response.rpartition("</think>")[2]
+    blocks = answer_blocks(text)
+    if "<think>" in text:
+        blocks = blocks[-1:] if ends_with_block(text) else []
+        text = ""
+    if len(set(blocks)) > 1:
         return None
-    text = min(blocks, default=text)
+    text = blocks[0] if blocks else text
     if "\\boxed" in text:
         return boxed(text)
-    *before, last = re.split(r"(?i)####|\banswer is\b|\banswer:", text)
+    if blocks:
+        return from_sentence(text)
+    *before, last = PHRASE.split(text)
     line = last[:MAX_CHARS].lstrip(" :*\n").partition("\n")[0].partition("<|")[0]
-    sentence = re.split(r"\.\s", line + " ")[0].strip(" *")
-    return sentence if before else text if blocks else None
+    sentence = re.split(r"\.\s|\b(?:because|since|so|which|as)\b", line + " ")[0].strip(" *,")
+    sentence = re.sub(r",\s+(?:in total|altogether|in all)\b.*", "", sentence)
+    return from_sentence(sentence) if before else None
+
+def gold_answer(text: str) -> str:
+    """The answer part of a data set's gold column, which may hold a whole solution.
+
+    What follows the last "####", else the last box, else all of the text.
+    """
+    _, mark, answer = text.rpartition("####")
+    if mark:
+        return answer.strip()
+    return boxed(text) or text if "\\boxed" in text else text
 
 REFUSED = (RecursionError, ValueError, ArithmeticError, TypeError, LookupError)
 SIMPLE = re.compile(r"-?\d{1,40}(?:\.\d{1,40})?\Z")
@@ -316,6 +370,7 @@ def readings(text: str) -> tuple:
 
 def parse_gold(gold: str) -> str | None:
     """Why `gold` cannot be compared as mathematics or as words, or None when it can."""
+    gold = gold_answer(gold)
     with LOCK:
         if re.sub(r"\\text|[${}.\s]", "", gold).isalpha() or len(readings(gold)) > 1:
             return None
@@ -326,7 +381,7 @@ def accuracy_reward(response: str, gold: str) -> float:
 
     A list or set needs all elements of the gold and no others: naming candidates earns nothing.
     """
-    answer, gold = (extract_answer(response) or "").strip(), gold.strip()
+    answer, gold = (extract_answer(response) or "").strip(), gold_answer(gold).strip()
     if SIMPLE.match(answer) and SIMPLE.match(gold):
         return float(Fraction(answer) == Fraction(gold))
     with LOCK, contextlib.suppress(*REFUSED):

@@ -15,8 +15,8 @@ from hypothesis import given, settings, strategies as st
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from reward import (  # noqa: E402
-    UserError, VerifierPool, accuracy_reward, extract_answer, format_reward, parse_gold,
-    resolve_reward)
+    UserError, VerifierPool, accuracy_reward, extract_answer, format_reward, gold_answer,
+    parse_gold, resolve_reward)
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 FAST = settings(max_examples=60, deadline=None)
@@ -56,7 +56,15 @@ def load(name: str) -> list[dict]:
     ("either \\boxed{1} or \\boxed{2}", "1\\or 2"),
     ("<answer>1</answer><answer>2</answer>", None),
     ("<answer>1</answer> <answer> 1 </answer>", "1"),
-    ("<answer><answer>1</answer></answer>", None),
+    ("<answer><answer>1</answer></answer>", "1"),  # badly formed is the format's business
+    ("<think>a <answer>7</answer> \n<|im_end|>", "7"),  # never closed, but the block is last
+    ("<think>a <answer>7</answer> and so on", None),
+    ("<think>a</think> <answer>7<|im_end|>", "7"),
+    ("<think>a</think> <answer>%s7" % ("so " * 99), None),
+    ("<think>a</think><answer> 7 \\end{answer}</answer>", "7"),
+    ("<answer>\nTogether they are 1500 feet high.\n</answer>", "1500 feet"),
+    ("<answer>330 km / 110 km/h = 3 hours</answer>", "3 hours"),
+    ("The answer is 72, in total.", "72"),
     ("The final answer is $5$. I hope it is correct.", "$5$"),
     ("work\n#### 12", "12"),
     ("**Answer:** 3/4", "3/4"),
@@ -366,9 +374,19 @@ def test_golds_parse_or_are_reported(name):
     assert all(accuracy_reward("\\boxed{%s}" % gold, gold) == 1.0 for gold in golds)
 
 
+@pytest.mark.parametrize("gold, answer", [
+    ("72", "72"), ("\\boxed{7}", "7"), ("48/2 = <<48/2=24>>24\n#### 72", "72"),
+    ("so $x = \\boxed{\\frac{1}{2}}$, which is right.", "\\frac{1}{2}"), ("x #### 1 #### 2", "2"),
+    ("\\text{no box}", "\\text{no box}"), ("", ""),
+])
+def test_gold_answer(gold, answer):
+    assert gold_answer(gold) == answer
+    assert not answer or accuracy_reward("\\boxed{%s}" % answer, gold) == 1.0
+
+
 @pytest.mark.parametrize("gold, why", [
     ("5", None), ("\\text{Evelyn}", None), ("$x^2$", None), ("", "no answer"), ("  ", "no answer"),
-    ("1" * 4000, "longer"),
+    ("1" * 4000, "longer"), ("48/2 = 24\n#### 72", None), ("so it is $\\boxed{\\frac12}$.", None),
     ("\\mystery{x}", "not read"),
 ])
 def test_parse_gold(gold, why):
