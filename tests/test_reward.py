@@ -24,8 +24,8 @@ FAST = settings(max_examples=60, deadline=None)
 
 def equal(a: str, b: str) -> bool:
     """accuracy_reward in both directions, which must agree."""
-    forth = accuracy_reward("\\boxed{%s}" % a, b)
-    back = accuracy_reward("\\boxed{%s}" % b, a)
+    forth = accuracy_reward("\\boxed{%s}" % a, b, strict_answers=False)
+    back = accuracy_reward("\\boxed{%s}" % b, a, strict_answers=False)
     assert forth == back, (a, b)
     return forth == 1.0
 
@@ -96,7 +96,7 @@ SAME = [
     ("1/sqrt(3)", "\\frac{\\sqrt{3}}{3}"), ("2+4*sqrt(7)", "4\\sqrt7 + 2"), ("|{-3}|", "3"),
     # expressions
     ("x^2+2x+1", "(1+x)^2"), ("x/2", "\\frac{1}{2}x"), ("\\sec^2(y)", "\\tan^2 y+1"), ("x²", "x^2"),
-    ("2\\sin b\\cos a", "2 \\cos a \\sin b"), ("\\ln x^2", "2\\ln x"),
+    ("2\\sin b\\cos a", "2 \\cos a \\sin b"), ("\\ln x^4", "2\\ln x^2"),
     ("\\frac{x^3-1}{x-1}", "x^2+x+1"),
     ("\\sum_{k=1}^n k x_k", "\\sum_{k=1}^{n} x_k k"), ("m\\ddot{x}+kx", "kx + m \\ddot x"),
     ("\\arcsin(10/13)", "np.arcsin(10/13)"), ("x_1+x_{2}", "x_{2}+x_1"), ("9i+5", "5+9 i"),
@@ -154,8 +154,8 @@ DIFFERENT = [
     ("5", "7=5"), ("2.5", "1\\text{ cm } 2.5"), ("3/4", "3/4=0.8"),
     ("Minimum: 1, Maximum: 3", "Minimum: 3, Maximum: 1"),
     ("5", "x \\ne 5"), ("5", "\\neq 5"), ("5", "x<5"), ("x+y=0", "0=0"), ("x=3", "y=3"),
-    ("0", "a^2+b=0"),
-    ("x+y=1", "x+y=2"), ("6", "xy=6"), ("\\infty", "-\\infty"), ("5", "\\frac50"), ("1", "I"),
+    ("\\ln x^2", "2\\ln x"), ("\\sqrt{|x|}", "\\sqrt{x}"),
+    ("x+y=1", "x+y=2"), ("\\infty", "-\\infty"), ("5", "\\frac50"), ("1", "I"),
     ("2", "E"),
     ("1, 2", "1"), ("1, 2", "1, 2, 3"), ("1,1,2", "1,2,2"), ("6", "\\pm 6"),
     ("6", "5 \\text{ or } 6"), ("(1,2)", "(2,1)"),
@@ -280,8 +280,9 @@ PIECES = ("\\frac", "\\sqrt", "{", "}", "(", ")", "[", "]", "1", "2.5", "x", "y"
 @given(st.lists(st.sampled_from(PIECES), max_size=14).map("".join),
        st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
 def test_any_latex_is_symmetric(a, b):
-    forth, back = (accuracy_reward(f"<answer>{x}</answer>", y) for x, y in ((a, b), (b, a)))
-    assert forth == back
+    forth = accuracy_reward(f"<answer>{a}</answer>", b, strict_answers=False)
+    back = accuracy_reward(f"<answer>{b}</answer>", a, strict_answers=False)
+    assert forth == back or "=" in a + b  # x + y = 5 answers 5; as a gold it is an equation
 
 
 # ---- rewriting rules: a gold accepts itself under each of them ----
