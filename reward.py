@@ -49,21 +49,7 @@ REFUSED = (RecursionError, ValueError, ArithmeticError, TypeError, LookupError)
 
 # ---- where the answer stands in a response ----
 
-STRAY = r"(?:\s|</?\s?[A-Za-z]+>|<\|\w+\|>|\\(?:begin|end)\s*\{answer\}|```\w*)*"  # markup around
-HEDGES = re.compile(r"(?i)\b(?:not|never|maybe|perhaps|possibly|probably|or|either|unsure)\b|n't\b"
-                    r"|\\neq?\b|≠|\?")
-NUMBER = re.compile(r"(?:\\?\$\s*)?-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+|\s*\\?%)?"
-                    r"|-?\d*\s*\\[dtc]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)")
-PHRASE = re.compile(r"(?im)####|\banswer(?:\s+is\b|\s*[:：])|\bfinal answer\b\W*\n|^#+ *answer\b"
-                    r"|答案[是为]?\s*[:：]?")
-ANSWER_LINE = re.compile(r"(?im)^[^\w\n]*(?:final )?answer\s*:")
-BEFORE = re.compile(r"(?:[\s:：*#`]|\\\[|\$\$)*")  # the answer that a phrase announces
-AFTER = re.compile(r"[.!]\s|。|，|<\||\b(?:because|since|so|which|as|not)\b|,\s+(?:in|all)\b")
-SAME_BOX = re.compile(r"\\boxed\s*(\{[^{}]*\})(?=[\s$,;.]{1,9}(?:and\s)?\$?\\boxed\s*\1)")
-JOINT = re.compile(  # what may stand between two boxes of one answer, from brace to brace
-    r"\}(?!\})(?:\\text|\\quad|\\[()\[\] ,;]|[${}\s.]|[A-Za-z]\s*=|possibly|maybe"
-    r"|(?P<or>\bor\b)|(?P<and>\band\b|[,;])){1,30}\\boxed\s*\{")
-BRACE, ANY_BRACE = re.compile(r"\\.|[{}]", re.DOTALL), re.compile("[{}]")
+PATTERNS = {name: re.compile(pattern) for name, pattern in NOTATION["responses"].items()}
 MAX_OPEN_BLOCK = 200  # characters of an <answer> that is never closed
 
 
@@ -79,15 +65,15 @@ def boxed(text: str) -> str | None:
 
     "" when it is never closed; None without a box, or with nothing but \boxed in prose.
     """
-    text = SAME_BOX.sub("", text.replace("\\fbox", "\\boxed"))
-    text = JOINT.sub(join_boxes, text)
+    text = PATTERNS["same_box"].sub("", text.replace("\\fbox", "\\boxed"))
+    text = PATTERNS["joint"].sub(join_boxes, text)
     for box in reversed(text.split("\\boxed")[1:]):
         box = box.lstrip()
         bare = re.match(r"-?\d+(?:\.\d+)?", box)
         if bare:  # \boxed 9
             return bare[0]
         if box.startswith("{"):
-            end = closing(box, BRACE) or closing(box, ANY_BRACE)
+            end = closing(box, r"\\.|[{}]") or closing(box, "[{}]")
             if not end:
                 return ""
             if box[1:end].strip():
@@ -95,10 +81,10 @@ def boxed(text: str) -> str | None:
     return None
 
 
-def closing(box: str, brace: re.Pattern) -> int:
+def closing(box: str, brace: str) -> int:
     """Where the brace that opens `box` is closed, or 0."""
     depth = 0
-    for match in brace.finditer(box):
+    for match in re.finditer(brace, box, re.DOTALL):
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
             return match.start()
@@ -112,21 +98,21 @@ def answer_blocks(text: str) -> list[str]:
         body, closing, _ = piece.partition("</answer>")
         body = body.strip()
         if closing or piece is pieces[-1] and len(body) <= MAX_OPEN_BLOCK:
-            tail = re.sub(rf"{STRAY}\Z", "", body[-MAX_OPEN_BLOCK:])
+            tail = re.sub(PATTERNS["stray"].pattern + r"\Z", "", body[-MAX_OPEN_BLOCK:])
             body = body[:-MAX_OPEN_BLOCK] + tail
-            blocks.append(body[re.match(STRAY, body).end():])
+            blocks.append(body[PATTERNS["stray"].match(body).end():])
     return blocks
 
 
 def from_sentence(text: str) -> str:
     """The one number of a sentence that neither negates nor hedges; what is no sentence, itself."""
-    if len(text) > MAX_CHARS or HEDGES.search(text):
+    if len(text) > MAX_CHARS or PATTERNS["hedges"].search(text):
         return text
     words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", re.sub(r"\\text\w*|\\mathrm", "", text))
     calculation, _, result = text.rpartition("=")
     if words and re.search(r"\d.*[-+*/×÷]", calculation):  # 330 km / 110 km/h = 3 hours
         return result
-    numbers = list(NUMBER.finditer(text))
+    numbers = list(PATTERNS["number"].finditer(text))
     if calculation or len(words) < 3 or len(numbers) != 1:
         return text
     rest = text[numbers[0].end():]
@@ -135,9 +121,9 @@ def from_sentence(text: str) -> str:
 
 def announced(text: str) -> str | None:
     """What follows the last "the answer is" or its like, up to the end of the clause."""
-    *before, last = PHRASE.split(text)
-    line = last[BEFORE.match(last).end():][:MAX_CHARS].partition("\n")[0]
-    clause = AFTER.split(line + " ")[0].strip(" *,")
+    *before, last = PATTERNS["phrase"].split(text)
+    line = last[PATTERNS["before"].match(last).end():][:MAX_CHARS].partition("\n")[0]
+    clause = PATTERNS["after"].split(line + " ")[0].strip(" *,")
     return from_sentence(clause) if before else None
 
 
@@ -154,7 +140,7 @@ def extract_answer(response: str) -> str | None:
     blocks = answer_blocks(text)
     if "<think>" in text:
         after = text.rpartition("<answer>")[2].partition("</answer>")[2]
-        if not re.fullmatch(STRAY, after):
+        if not PATTERNS["stray"].fullmatch(after):
             return None
         text, blocks = "", blocks[-1:]
     if len(set(blocks)) > 1:
@@ -164,7 +150,7 @@ def extract_answer(response: str) -> str | None:
         return from_sentence(blocks[0]) if box is None else box or None
     *_, last = text.rpartition("\\boxed")
     box = boxed(text)
-    if box is None or ANSWER_LINE.search(last):
+    if box is None or PATTERNS["answer_line"].search(last):
         return announced(text)
     return box or None
 
@@ -226,7 +212,9 @@ CHAINS = {"sum", "product", "list", "and", "or", "row", "cell", "ratio", "relati
 PRODUCT, ARGUMENT = 15, 16  # an argument without brackets: the product up to the next function
 UNIT, POWER, DEGREE = 13, 17, 18
 ZERO, ONE, TEN = [("num", Fraction(n)) for n in (0, 1, 10)]
-CONSTANTS = {"π", "e", "i", "∞"}
+FACTORS = {"%": ("num", Fraction(1, 100)), "°": ("°",)}  # units that are numbers
+SIZES = {unit: (measure, ("num", Fraction(size)))  # of units that measure the same
+         for measure, sizes in NOTATION["measures"].items() for unit, size in sizes.items()}
 
 
 class Reader:
@@ -264,6 +252,8 @@ class Reader:
                 left = self.measured(left, token.strip('"'))
                 continue
             right = self.tree(strength if kind == "power" else strength + 1)
+            if kind == "difference":
+                kind, right = "sum", ("negative", right)
             link = (token, right) if kind == "relation" else (right,)
             is_longer = kind == left[0] and kind in CHAINS
             left = (*left, *link) if is_longer else (kind, left, *link)
@@ -337,7 +327,8 @@ class Reader:
             return self.measured(value, rest) if rest else value
         if any(word.rstrip("s") in NOTATION["not_units"] for word in words.split()):
             raise ValueError(words)
-        return ("unit", value, unit_name(words))
+        name = unit_name(words)
+        return ("unit", value, *SIZES.get(name, (name, ONE)))
 
     def bracket(self, opening: str) -> tuple:
         closings, kind = BRACKETS[opening]
@@ -375,6 +366,7 @@ def number(token: str) -> Fraction:
 
 MP, LOCK = MPContext(), threading.Lock()  # its precision is not thread-safe
 MP.dps = 100
+CONSTANTS = {"π": +MP.pi, "e": +MP.e, "i": MP.j, "∞": MP.inf, "°": MP.pi / 180}
 
 
 def bits(value) -> int:
@@ -382,26 +374,6 @@ def bits(value) -> int:
     if not isinstance(value, Fraction):
         return 0
     return max(value.numerator.bit_length(), value.denominator.bit_length())
-
-
-def add(*values):
-    return sum(values)
-
-
-def multiply(*values):
-    return math.prod(values)
-
-
-def subtract(a, b):
-    return a + -b
-
-
-def divide(a, b):
-    return a * (1 / b)
-
-
-def negate(a):
-    return -a
 
 
 def power(base, exponent):
@@ -422,25 +394,8 @@ def root(index, base):
     return power(base, 1 / index)
 
 
-def factorial(n):
-    return Fraction(math.factorial(int(n))) if is_count(n) else MP.fac(MP.convert(n))
-
-
-def binomial(n, k):
-    if is_count(n) and is_count(k):
-        return Fraction(math.comb(int(n), int(k)))
-    return MP.binomial(MP.convert(n), MP.convert(k))
-
-
-def is_count(value) -> bool:
-    return isinstance(value, Fraction) and value.denominator == 1 and value >= 0
-
-
-OPERATIONS = {"sum": add, "difference": subtract, "product": multiply, "quotient": divide,
-              "negative": negate, "power": power, "root": root, "mixed": add,
-              "magnitude": multiply}
-COUNTING = {"fac": factorial, "binomial": binomial}
-MAX_COUNT = 3000  # argument of a factorial
+SUMS, PRODUCTS = {"sum", "mixed"}, {"product", "magnitude"}
+COUNTS, COUNTED = {"fac": math.factorial, "binomial": math.comb}, set(range(3001))
 UNBOUNDED = {"ln", "fabs", "floor", "ceil"}  # their arguments may have any size
 # Where a variable is sampled: near and far, negative and positive, so that |x - 5| is not 5 - x
 # and floor(x/5) not floor(x/6).
@@ -454,15 +409,6 @@ def sample(name: str, point: int) -> Fraction:
     return low + share * (high - low)
 
 
-def constant(name: str):
-    return {"π": +MP.pi, "e": +MP.e, "i": MP.j, "∞": MP.inf}[name]
-
-
-def unit_factor(unit: str):
-    """Percent and degrees are numbers too."""
-    return {"%": Fraction(1, 100), "°": MP.pi / 180}[unit]
-
-
 def evaluate(tree: tuple, point=0):
     """The value at a sample point (an int), or with all variables equal to the number `point`."""
     kind, *parts = tree
@@ -471,9 +417,9 @@ def evaluate(tree: tuple, point=0):
     if kind == "var":
         return sample(parts[0], point) if isinstance(point, int) else point
     if kind in CONSTANTS:
-        return constant(kind)
-    if kind == "unit":
-        return evaluate(parts[0], point) * unit_factor(parts[1])
+        return CONSTANTS[kind]
+    if kind == "unit":  # only of percent and degrees
+        return evaluate(("product", parts[0], FACTORS[parts[1]]), point)
     if kind == "scaled":  # 2x - 2 and x - 1 become the same
         return evaluate(parts[0], point) * (1 / evaluate(parts[0]))
     if kind == "piecewise":
@@ -482,12 +428,20 @@ def evaluate(tree: tuple, point=0):
     values = [evaluate(part, point) for part in parts]
     if sum(map(bits, values)) > MAX_SIZE:
         raise ValueError("too large")
-    if kind in OPERATIONS:
-        return OPERATIONS[kind](*values)
-    if kind in COUNTING and all(abs(value) <= MAX_COUNT for value in values):
-        return COUNTING[kind](*values)
-    is_bounded = all(abs(value) <= MAX_SIZE for value in values)
-    if kind not in FUNCTIONS or kind in COUNTING or not (is_bounded or kind in UNBOUNDED):
+    if kind in SUMS:
+        return sum(values)
+    if kind in PRODUCTS:
+        return math.prod(values)
+    if kind == "negative":
+        return -values[0]
+    if kind == "quotient":
+        return values[0] * (1 / values[1])
+    if kind in ("power", "root"):
+        return power(*values) if kind == "power" else root(*values)
+    if kind in COUNTS and COUNTED.issuperset(values):
+        return Fraction(COUNTS[kind](*map(int, values)))
+    limit = max(COUNTED) if kind in COUNTS else MAX_SIZE
+    if kind not in FUNCTIONS or kind not in UNBOUNDED and any(abs(v) > limit for v in values):
         raise ValueError(f"{kind} has no value, or too large an argument")
     return getattr(MP, kind)(*map(MP.convert, values))
 
@@ -581,37 +535,33 @@ def settle_value(tree: tuple):
     kind, *parts = tree
     if variables(tree) & set(BASIS):
         return vector(tree)
-    if kind == "unit" and parts[1] == "transposed":
+    has_matrix = any(part[0] == "matrix" for part in walk(tree))
+    if has_matrix and kind == "unit" and parts[1] == "transposed":
         return transposed(settle(parts[0]))
-    if kind == "negative" and holds_matrix(parts[0]):
+    if has_matrix and kind == "negative":
         return scaled(settle(parts[0]), ("num", Fraction(-1)))
-    if kind == "product" and holds_matrix(parts[-1]):
-        factor = parts[0] if len(parts) == 2 else ("product", *parts[:-1])
-        return scaled(settle(parts[-1]), factor)
+    if has_matrix and kind == "product":
+        return scaled(settle(parts[-1]), ("product", *parts[:-1]))
+    if kind == "unit" and parts[1] == "transposed":
+        return settle(parts[0])
     return tree
-
-
-def holds_matrix(tree: tuple) -> bool:
-    return any(part[0] == "matrix" for part in walk(tree))
 
 
 def scaled(matrix: tuple, factor: tuple) -> tuple:
     """A settled matrix or vector with all its cells multiplied."""
     kind, *parts = matrix
-    if kind in ("matrix", "cells", "tuple"):
-        cells = [scaled(part, factor) if isinstance(part, tuple) else part for part in parts]
-        return (kind, *cells)
-    return ("product", factor, matrix)
+    if kind not in ("matrix", "cells", "tuple"):
+        return ("product", factor, matrix)
+    return (kind, *(scaled(part, factor) if isinstance(part, tuple) else part for part in parts))
 
 
 def transposed(matrix: tuple) -> tuple:
-    """A column and a row are the same tuple."""
+    """A column is a tuple, and so is what a row becomes."""
     if matrix[0] == "tuple":
         return matrix
-    rows = [row[1:] for row in matrix[1:]]
-    if len(rows) == 1:
-        return ("tuple", "()", *rows[0])
-    return ("matrix", *(("cells", *column) for column in zip(*rows)))
+    if len(matrix) == 2:
+        return ("tuple", "()", *matrix[1][1:])
+    return ("matrix", *(("cells", *column) for column in zip(*(row[1:] for row in matrix[1:]))))
 
 
 def vector(tree: tuple) -> tuple:
@@ -652,29 +602,11 @@ def settle_items(kind: str, parts: list):
         return ("union" if kind == "or" else "intersection", *conditions)
     if len(items) == 1:
         return items[0]
-    if kind == "and" and all(measure_of(item) for item in items):
-        measures = [measure_of(item) for item in items]
-        units = {item[2] for item in items}
-        if len(units) == len(items) and len({name for name, _ in measures}) == 1:
-            return in_one_unit(items)
+    units = [item for item in items if isinstance(item, tuple) and item[0] == "unit"]
+    if kind == "and" and len({unit[2] for unit in units}) == 1 < len({unit[3] for unit in units}):
+        values = [evaluate(("product", unit[1], unit[3])) for unit in units]
+        return ("unit", ("num", sum(values)), units[0][2], ONE)
     return ("set" if kind == "set" else "list", *items)
-
-
-def measure_of(tree) -> tuple[str, Fraction] | None:
-    """What a value with a unit measures, and the size of its unit: ("time", 60) of minutes."""
-    if not isinstance(tree, tuple) or tree[0] != "unit":
-        return None
-    for name, sizes in NOTATION["measures"].items():
-        if tree[2] in sizes:
-            return name, Fraction(sizes[tree[2]])
-    return None
-
-
-def in_one_unit(items: list[tuple]) -> tuple:
-    """2 hours and 15 minutes as 2.25 hours."""
-    _, largest = measure_of(items[0])
-    values = [evaluate(item[1]) * measure_of(item)[1] / largest for item in items]
-    return ("unit", ("num", sum(values)), items[0][2])
 
 
 def condition(item, first) -> tuple:
@@ -703,7 +635,7 @@ def settle_relation(parts: list):
         value = None
     whole = None
     if signs == ["="] and any(map(variables, sides)):
-        whole = ("scaled", ("difference", *sides))
+        whole = ("scaled", ("sum", sides[0], ("negative", sides[1])))
     return Equation(names[0] if names else None, value, whole)
 
 
@@ -724,7 +656,7 @@ def same(answer, gold) -> bool:
         return same_sequence(answer, gold)
     if kinds == {"mod"}:
         (a, modulus), (b, other) = answer[1:], gold[1:]
-        steps = evaluate(("quotient", ("difference", a, b), modulus))
+        steps = evaluate(("quotient", ("sum", a, ("negative", b)), modulus))
         return equal(modulus, other) and getattr(steps, "denominator", 0) == 1
     if kinds & STRUCTURES:
         return same_parts(answer, gold)
@@ -783,26 +715,22 @@ def same_sequence(answer: tuple, gold: tuple) -> bool:
 
 
 def bare(tree: tuple) -> tuple:
-    """(the value without its units, with those of them that are factors, their names)."""
+    """(the value without its units, the value times the sizes of its units, their names)."""
     if tree[0] != "unit":
         return tree, tree, set()
-    value, factored, names = bare(tree[1])
-    if tree[2] in ("%", "°"):
-        factored = ("unit", factored, tree[2])
-    return value, factored, names | {tree[2]}
+    value, sized, names = bare(tree[1])
+    size = FACTORS.get(tree[2], tree[3])
+    return value, ("product", sized, size), names | {tree[2]}
 
 
 def same_value(answer: tuple, gold: tuple) -> bool:
     """With units ignored when one side has none; a % or ° may also be a factor."""
     answer = with_names_of(gold, answer)
-    (a, a_factored, a_units), (b, b_factored, b_units) = bare(answer), bare(gold)
-    a_measure, b_measure = measure_of(answer), measure_of(gold)
-    if a_measure and b_measure and a_measure[0] == b_measure[0]:
-        a, b = ("product", a, ("num", a_measure[1])), ("product", b, ("num", b_measure[1]))
-        return equal(a, b)
+    (a, a_sized, a_units), (b, b_sized, b_units) = bare(answer), bare(gold)
     if a_units and b_units:
-        return (a_units <= b_units or b_units <= a_units) and equal(a, b)
-    return equal(a, b) or equal(a_factored, b_factored)
+        return (a_units <= b_units or b_units <= a_units) and equal(a_sized, b_sized)
+    is_factor = a_units | b_units <= set(FACTORS)
+    return equal(a, b) or is_factor and equal(a_sized, b_sized)
 
 
 INTEGER_NAMES, CONSTANT_NAMES = set("kmnl"), set("CcKk")
@@ -864,29 +792,27 @@ def roots(left: tuple, right: tuple) -> list:
         left, right = right, left
     if left[0] == "fabs":
         return roots(left[1], right) + roots(left[1], ("negative", right))
-    slope, offset = linear(("difference", left, right))
-    return [MP.convert(-offset * (1 / slope))] if slope else []
+    difference = ("sum", left, ("negative", right))
+    if degree(difference) > 1:
+        raise ValueError("not linear")
+    at_0, at_1 = evaluate(difference, Fraction(0)), evaluate(difference, Fraction(1))
+    return [] if at_0 == at_1 else [MP.convert(at_0 * (1 / (at_0 - at_1)))]
 
 
-def linear(tree: tuple) -> tuple:
-    """(slope, offset) of a tree that is linear in its variable; ValueError for another."""
+def degree(tree: tuple) -> int:
+    """0 of a constant, 1 of what is linear in its variable, more of all else."""
     kind, *parts = tree
-    if kind == "var":
-        return Fraction(1), Fraction(0)
     if not variables(tree):
-        return Fraction(0), evaluate(tree)
+        return 0
+    if kind == "var":
+        return 1
+    if kind in ("sum", "negative"):
+        return max(map(degree, parts))
+    if kind == "product":
+        return sum(map(degree, parts))
     if kind == "quotient" and not variables(parts[1]):
-        return linear(("product", parts[0], ("quotient", ONE, parts[1])))
-    if kind not in ("sum", "difference", "negative", "product"):
-        raise ValueError("not linear")
-    slopes, offsets = zip(*map(linear, parts))
-    if kind != "product":
-        return OPERATIONS[kind](*slopes), OPERATIONS[kind](*offsets)
-    varying = [index for index, slope in enumerate(slopes) if slope]
-    if len(varying) > 1:
-        raise ValueError("not linear")
-    others = [offset for index, offset in enumerate(offsets) if index not in varying]
-    return multiply(*others, *(slopes[index] for index in varying[:1])), multiply(*offsets)
+        return degree(parts[0])
+    return 2
 
 
 def holds(tree: tuple, x) -> bool:
@@ -1029,23 +955,8 @@ def read(text: str) -> Reading:
         has_words = len(plain) > 1
     tree = None
     with contextlib.suppress(*REFUSED):
-        tree = tree_of(tokens)
+        tree = settle(Reader(tokens).bracket(""))
     return Reading(plain.lower() if has_words else plain, tree, choice)
-
-
-def tree_of(tokens: list[str]):
-    """The settled tree; a left side that is not read, as of max f = 5, is a name."""
-    try:
-        return settle(Reader(tokens).bracket(""))
-    except REFUSED:
-        if "=" not in tokens:
-            raise
-    cut = len(tokens) - tokens[::-1].index("=")
-    left = "".join(tokens[:cut])
-    if re.search('["<>≠≤≥(,]', left):
-        raise ValueError("not an equation")
-    value = settle(Reader(tokens[cut:]).bracket(""))
-    return Equation(("word", left), value, None) if isinstance(value, tuple) else value
 
 
 def parse_gold(gold: str) -> str | None:

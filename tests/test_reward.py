@@ -14,6 +14,7 @@ from hypothesis import given, settings, strategies as st
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+import reward  # noqa: E402
 from reward import (  # noqa: E402
     UserError, VerifierPool, accuracy_reward, extract_answer, format_reward, gold_answer,
     parse_gold, resolve_reward)
@@ -438,7 +439,7 @@ def test_importing_needs_no_torch_and_no_sympy():
 
 
 USER = """
-import os, time
+import os, signal, subprocess, sys, time
 
 def length(response, gold):
     if response == "hang":
@@ -459,6 +460,48 @@ def length(response, gold):
 def pid(response, gold):
     time.sleep(0.05)
     return float(os.getpid())
+
+def forks(response, gold):
+    if response == "fork":
+        subprocess.Popen(["sleep", "61.75"])  # it keeps the pipe of the replies
+        os._exit(0)
+    if response == "fork and hang":
+        subprocess.Popen(["sleep", "61.75"])
+        time.sleep(60)
+    if response == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if response == "exit 1":
+        os._exit(1)
+    return 1.0
+
+def odd(response, gold):
+    values = {"none": None, "inf": float("inf"), "huge": 1e308, "list": [1.0], "true": True}
+    return values.get(response, 0.5)
+
+def see(response, gold, problem, level=0):
+    return float(len(problem) + level)
+
+def see_all(response, gold, **row):
+    return float(len(row))
+
+def lacks(response, gold, no_such_column):
+    return 1.0
+
+def never(response, gold):
+    time.sleep(60)
+
+def nan(response, gold):
+    return float("nan")
+
+def trl(completions, **kwargs):
+    return [0.0 for completion in completions]
+
+def trl_prompts(prompts, completions):
+    return [0.0 for completion in completions]
+
+def heavy(response, gold):
+    names = ("torch", "transformers", "pydantic", "numpy", "sympy", "vllm")
+    return float(sum(name in sys.modules for name in names))
 """
 
 
@@ -526,7 +569,7 @@ def output(*command: str) -> str:
 
 def children() -> list[int]:
     me = os.getpid()
-    listing = output("ps", "--ppid", str(me), "-o", "pid=,args=")
+    listing = output("ps", "-ww", "--ppid", str(me), "-o", "pid=,args=")  # -ww: nothing is cut
     return [int(line.split()[0]) for line in listing.splitlines() if "reward.py" in line]
 
 
@@ -575,3 +618,101 @@ def test_close_with_work_left(make_pool, user):
     pool.close()
     assert time.perf_counter() - start < 3.0
     assert children() == []
+
+
+@pytest.mark.parametrize("what, kind", [
+    ("stop", "timeouts"), ("fork and hang", "timeouts"), ("fork", "crashes"), ("exit 1", "crashes"),
+])
+def test_the_caller_keeps_the_deadline(make_pool, user, what, kind):
+    pool = make_pool([user + ":forks"], workers=1, timeout=0.4)
+    start = time.perf_counter()
+    pool.submit("group", ["a", what, "b"], "5")
+    assert pool.poll(wait=True) == [("group", [[1.0], [0.0], [1.0]])]
+    assert time.perf_counter() - start < 5.0
+    assert pool.stats == {"timeouts": 0, "crashes": 0} | {kind: 1}
+    assert pool.error
+    pool.close()
+    assert children() == []
+    assert "61.75" not in output("ps", "-ww", "-eo", "args=")  # no orphan is left
+
+
+def test_a_stopped_worker_does_not_stop_a_long_request(make_pool, user):
+    pool = make_pool([user + ":forks"], workers=1, timeout=0.4)
+    for worker in children():
+        os.kill(worker, signal.SIGSTOP)
+    pool.submit("group", ["a" * 2_000_000], "5")  # more than a pipe holds
+    assert pool.poll(wait=True) == [("group", [[0.0]])]
+    assert pool.stats == {"timeouts": 1, "crashes": 0}
+
+
+def test_one_broken_reward_leaves_the_others_alone(make_pool, user):
+    pool = make_pool(["accuracy", user + ":odd"], workers=1)
+    texts = ["\\boxed{5}", "none", "inf", "huge", "list", "true"]
+    pool.submit("group", texts, "5")
+    rewards = [[1.0, 0.5], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 1.0]]
+    assert pool.poll(wait=True) == [("group", rewards)]
+    assert pool.stats == {"timeouts": 0, "crashes": 4}
+    assert "float" in pool.error
+
+
+ROW = {"problem": "What is 2+3?", "level": 4, "secret": "x", "strict_answers": False}
+
+
+def test_rewards_see_the_row(make_pool, user):
+    pool = make_pool(["accuracy", user + ":see"], workers=2)
+    assert pool.columns == ["level", "problem", "strict_answers"]  # the secret is not sent
+    pool.submit("group", ["\\boxed{2+3}"] * 2, "5", ROW)
+    pool.submit("strict", ["\\boxed{2+3}"] * 2, "5", ROW | {"strict_answers": True})
+    assert dict(pool.poll(wait=True)) == {"group": [[1.0, 16.0]] * 2, "strict": [[0.0, 16.0]] * 2}
+    pool = make_pool([user + ":see_all"], workers=1)
+    pool.submit("group", ["a"], "5", ROW)
+    assert pool.poll(wait=True) == [("group", [[4.0]])]
+
+
+def test_a_group_is_sent_once(make_pool, user, monkeypatch):
+    sent = []
+    ask = reward.Worker.ask
+    monkeypatch.setattr(reward.Worker, "ask",
+                        lambda self, request, seconds: sent.append(request) or ask(self, request, seconds))
+    pool = make_pool([user + ":see_all"], workers=1)
+    pool.submit("group", ["a", "b", "c"], "5", {"problem": "long " * 1000})
+    pool.poll(wait=True)
+    assert sum(request.count(b"long") for request in sent) == 1000
+    assert sum(len(request) < 10 for request in sent) >= 2
+
+
+def test_probe(make_pool, user):
+    examples = [("5", ROW)] * 6
+    make_pool(["accuracy", "format", user + ":see"], workers=1).probe(examples)
+    pool = make_pool(["accuracy", user + ":lacks"], workers=1)
+    with pytest.raises(UserError, match="lacks.*no_such_column"):
+        pool.probe(examples)
+    pool = make_pool([user + ":odd", user + ":length"], workers=1, timeout=0.4)
+    pool.probe([("ab", ROW), ("hang", ROW), ("inf", ROW)])  # some of it works
+    assert pool.stats == {"timeouts": 0, "crashes": 0} and pool.error is None
+    pool.probe([])
+    for name, why in (("never", "no reply"), ("nan", "nan")):
+        pool = make_pool([f"{user}:{name}"], workers=2, timeout=0.2)
+        with pytest.raises(UserError, match=f"{name}.*{why}"):
+            pool.probe([("5", ROW)])
+
+
+@pytest.mark.parametrize("function", ["trl", "trl_prompts"])
+def test_a_reward_of_trl_is_refused_with_its_adapter(user, function):
+    with pytest.raises(UserError, match=r"TRL; wrap it: def mine\(response, gold"):
+        VerifierPool([f"{user}:{function}"], workers=1)
+
+
+def test_a_file_that_exits_when_imported_is_refused(tmp_path):
+    for name, text in (("quits", "import sys; sys.exit(0)"), ("dies", "import os; os._exit(0)")):
+        path = tmp_path / f"{name}.py"
+        path.write_text(text)
+        with pytest.raises(UserError):
+            VerifierPool([f"{path}:f"], workers=1)
+    assert children() == []
+
+
+def test_a_worker_loads_no_heavy_library(make_pool, user):
+    pool = make_pool(["accuracy", "format", user + ":heavy"], workers=1)
+    pool.submit(0, ["\\boxed{x<1}"], "(-\\infty,1)")
+    assert pool.poll(wait=True) == [(0, [[1.0, 0.0, 0.0]])]
