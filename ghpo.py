@@ -20,7 +20,6 @@ import re
 import signal
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
@@ -38,10 +37,11 @@ import fsdp_utils
 import hints
 import rollout
 from configs import changed_settings, eval_config, load_config, make_plan, need, save_config, say
+from configs.data import fingerprint, load_problems
 from configs.model import as_user_error, blocks_of, load_model, load_tokenizer
 from fsdp_utils import phase
 from hints import Group, Problem, Stage
-from reward import UserError, VerifierPool, parse_gold
+from reward import UserError, VerifierPool
 from tests.estimates import bytes_per_gpu
 
 SEED_BITS = 62  # of a request's seed: sample j adds j
@@ -74,6 +74,7 @@ class State:
     method: dict = field(default_factory=dict)  # see hints.py
     mismatch: list = field(default_factory=list)  # k3 of the last steps that compared something
     prompts_per_step: int = 0
+    data: str = ""  # fingerprint of the problems
     metrics_bytes: int = 0  # of metrics.jsonl, rank 0's
 
     def load(self, saved: dict) -> None:
@@ -125,55 +126,6 @@ class Run:
         return 0
 
 
-def read_rows(config):
-    """Rows of the data set as dicts; UserError names the file and line."""
-    name, kind, where = config.dataset_name, Path(config.dataset_name).suffix[1:], ""
-    try:
-        if kind == "jsonl":
-            rows = []
-            for number, line in enumerate(Path(name).read_text(encoding="utf-8").split("\n"), 1):
-                where = f", line {number}"
-                rows += [{**json.loads(line)}] if line.strip() else []
-            return rows
-        from datasets import load_dataset
-        if kind in ("json", "parquet"):
-            return list(load_dataset(kind, data_files=name, split="train"))
-        return list(load_dataset(name, config.dataset_config, split=config.dataset_split))
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        raise UserError(f"dataset_name={name}{where}: {error}") from None
-
-
-def load_problems(config, prompts):
-    """Usable problems, ids = row numbers; what is dropped is counted and shown."""
-    c, rows, found = config, read_rows(config), defaultdict(list)  # why not usable: problems
-    columns = [c.dataset_prompt_column, c.dataset_answer_column, c.dataset_hint_column]
-    columns = columns if hints.uses_hints(c) else columns[:2]
-    wanted = columns + [c.dataset_level_column] * c.curriculum
-    missing = [column for column in wanted if rows and column not in rows[0]]
-    need(not missing, f"{c.dataset_name}: no column {missing} in {[*rows[0]] if rows else 0}: set "
-         "dataset_prompt_column and so on (eval_datasets: in a set's own settings)")
-    system = [{"role": "system", "content": c.system_prompt}] if c.system_prompt else []
-    for number, row in enumerate(rows):
-        question, answer, *trace = ("" if row.get(k) is None else row[k] for k in columns)
-        if not isinstance(question, list):
-            question = [{"role": "user", "content": str(question)}] * bool(str(question).strip())
-        level = re.search(r"\d+|$", str(row.get(c.dataset_level_column)))[0]  # "Level 5" is 5
-        problem = hints.Problem(number, system + question, str(answer).strip(),
-                                "".join(map(str, trace)), float(level or 0))
-        reason = "no problem text" * (not question) or parse_gold(problem.gold)
-        if not reason and len(prompts.ids(problem)[0]) > c.max_prompt_length:
-            reason = f"prompt over max_prompt_length={c.max_prompt_length} tokens"
-        found[reason].append(problem)
-    problems = found.pop(None, [])
-    bare = sum(not problem.solution.strip() for problem in problems) * hints.uses_hints(c)
-    say(f"data: {c.dataset_name}: {len(problems)} of {len(rows)} rows usable"
-        + f", {bare} without a solution to hint from" * bool(bare))
-    for reason, dropped in found.items():
-        say(f"data: dropped {len(dropped)}, {reason}: rows {[p.id for p in dropped[:5]]}")
-    need(problems, f"dataset_name={c.dataset_name}: none of its {len(rows)} rows is usable")
-    return problems
-
-
 def system_in_user_turn(messages):
     """Chat messages without a system turn: its text stands in front of the first user turn."""
     if messages[0]["role"] != "system":
@@ -187,8 +139,8 @@ def system_in_user_turn(messages):
 class Prompts:
     """The chat template: what the model reads for a problem and a hint."""
 
-    def __init__(self, config: Any, state: State):
-        self.config, self.state = config, state
+    def __init__(self, config: Any, state: State | None = None):
+        self.config, self.state = config, state or State()
         self.tokenizer = load_tokenizer(config)
         self.special = [token for token in self.tokenizer.all_special_tokens
                         if not re.fullmatch("</?(think|answer)>", token)]
@@ -658,7 +610,7 @@ def train(run: Run, interrupt: Interrupt) -> int:
         asked = {"signal": interrupt.received, "minutes": minutes}
         asked = fsdp_utils.all_reduce_scalars(asked, "max")  # ranks agree
         stopped_by = int(asked["signal"])
-        is_due = c.save_minutes is not None and asked["minutes"] >= c.save_minutes
+        is_due = getattr(c, "save_minutes", None) is not None and asked["minutes"] >= c.save_minutes
         if is_due or is_last or stopped_by or state.step % plan.save_every == 0:
             save(run)
             saved_at = time.monotonic()
@@ -716,7 +668,7 @@ def rollout_line(run: Run, group: Group) -> dict:
         samples.append(sample)
     return {
         "id": group.problem.id,
-        "problem": group.problem.messages[-1]["content"],
+        "problem": group.problem.text,
         "prompt": decode(first.prompt_ids),
         "hint": first.hint,
         "hint_ratio": first.hint_ratio,
@@ -853,11 +805,11 @@ def setup(config: Any, is_eval: bool = False) -> Run:
     prompts = Prompts(config, state)
     problems = load_problems(config, prompts)
     plan = make_plan(config, place.world, len(problems))
-    state.prompts_per_step = plan.prompts
+    state.prompts_per_step, state.data = plan.prompts, fingerprint(problems)
     eval_sets = {}
     for name, spec in config.eval_datasets.items():
         c = eval_config(config, spec)
-        eval_sets[name] = c, load_problems(c, prompts)
+        eval_sets[name] = c, load_problems(c, prompts, keep_all=True)
     compute_dtype, master_dtype = dtypes(config)
     logging.disable_progress_bar()
     policy = load_policy(config)
@@ -1013,6 +965,12 @@ def resume(run: Run, is_eval: bool) -> None:
     if found:
         path, saved = found
         run.state.load(saved)
+        data = run.state.data
+        need(
+            not data or data == fingerprint(run.problems),
+            f"{path} was made with other data: history and queue would mean other problems. "
+            "Bring dataset_name back as it was, or choose another output_dir",
+        )
         before, now = run.state.prompts_per_step, run.plan.prompts
         need(
             before == now,
@@ -1030,7 +988,7 @@ def resume(run: Run, is_eval: bool) -> None:
 def dry_run(config: Any) -> None:
     """Prints config, arithmetic, data, a problem as the model sees it at each stage, and memory."""
     print(yaml.safe_dump(asdict(config), sort_keys=False))
-    prompts, world = Prompts(config, State()), int(os.environ.get("WORLD_SIZE", 1))
+    prompts, world = Prompts(config), int(os.environ.get("WORLD_SIZE", 1))
     problems = load_problems(config, prompts)
     make_plan(config, world, len(problems))
     problem = max(problems, key=lambda problem: bool(problem.solution))

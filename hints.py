@@ -55,7 +55,12 @@ class Problem:
     gold: str  # the answer, as the verifier reads it
     solution: str = ""  # the ground-truth solution, which hints are cut from
     level: float = 0.0  # difficulty for the curriculum
-    row: dict = field(default_factory=dict)  # the row's columns, for rewards that ask for them
+    row: dict = field(default_factory=dict)  # the columns that are JSON, for rewards
+
+    @property
+    def text(self) -> str:
+        """That of the problem itself: the last user turn."""
+        return self.messages[-1]["content"]
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,8 @@ def collect(
                 engine.progress.update(done=1)
         for request, completions in finished:
             texts = [completion.prefix + completion.text for completion in completions]
-            pool.submit((request, completions), texts, request.problem.gold)
+            gold, row = request.problem.gold, row_of(request)
+            pool.submit((request, completions), texts, gold, row)
     return groups
 
 
@@ -112,12 +113,8 @@ def slot_of(verdict: tuple) -> int:
 
 def row_of(request: Request) -> dict:
     """What rewards may ask for beside the text and the gold answer."""
-    question = request.problem.messages[-1]["content"]
-    return {
-        **request.problem.row,
-        "problem": question,
-        "strict_answers": True,
-    }
+    known = {"problem": request.problem.text, "strict_answers": getattr(request.config, "strict_answers", True)}
+    return {**request.problem.row, **known}
 
 
 class Engine:

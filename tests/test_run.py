@@ -69,20 +69,6 @@ def test_settings_are_cast():
     assert config.eval_strategy == "no" and isinstance(config.reward_weights[0], float)
 
 
-ROW = {"problem": "4a3b5?", "solution": "(7,2)", "solution_hint": "a37\nb52\nend"}
-
-
-def data_file(lines):
-    """A config change that makes the data set a file with these lines."""
-    def change(folder):
-        path = folder / "rows.jsonl"
-        path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line)
-                                  for line in lines))  # fmt: skip
-        return {"dataset_name": str(path)}
-
-    return change
-
-
 def tokenizer_without(key):
     """A config change that makes the model one whose tokenizer lacks something."""
     def change(folder):
@@ -102,16 +88,6 @@ def tokenizer_without(key):
 @pytest.mark.parametrize("change, message", [
     (lambda folder: {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2},
      "3 .* 2 = 6 is not divisible by num_generations 4"),
-    (data_file([{"problem": "4a3b5?", "answer": "(7,2)"}] * 9), "no column .'solution', 'solution_hint'. in .*answer"),
-    (data_file([{k: ROW[k] for k in ("problem", "solution")}] * 9), "no column .'solution_hint'"),
-    (data_file([]), "none of its 0 rows"),
-    (data_file([ROW, ROW, '{"problem": "4a'] + [ROW] * 9), "rows.jsonl, line 3.*Unterminated"),
-    (data_file([ROW, ROW, "[1, 2]"] + [ROW] * 9), "rows.jsonl, line 3"),
-    (data_file([ROW] * 3), "3 usable problems, a step takes 4"),
-    (data_file([ROW | {"solution": None}] * 9), "none of its 9 rows is usable"),
-    (lambda folder: {"dataset_name": str(folder / "none.jsonl")}, "none.jsonl"),
-    (lambda folder: {"dataset_name": str(folder / "none.parquet")}, "none.parquet"),
-    (tokenizer_without("pad_token"), "no pad token"),
     (tokenizer_without("chat_template"), "no chat template"),
     (lambda folder: {"model_name_or_path": str(folder / "no_model")}, "no_model"),
 ])  # fmt: skip
@@ -274,51 +250,6 @@ def test_dry_run_shows_every_stage(main, tmp_path):
     for omega in ("0", "0.25", "0.5", "0.75"):
         assert f"omega {omega}, " in done.out
     assert "bytes per GPU" in done.out
-
-
-# ---- data --------------------------------------------------------------------------------------
-
-
-def test_unusable_rows_are_dropped_counted_and_named(tmp_path, capsys):
-    rows = [
-        ROW,
-        ROW | {"problem": ""},
-        ROW | {"solution": None},
-        ROW | {"solution": "  "},
-        ROW | {"solution": 0, "level": "Level 5"},
-        ROW | {"problem": "4a3b5?" * 50},
-        ROW | {"problem": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "?"},
-                           {"role": "user", "content": "4a3b5?"}]},
-        ROW | {"solution_hint": None, "level": 3},
-    ]  # fmt: skip
-    config = make_config(dataset_name=write_jsonl(tmp_path / "rows.jsonl", rows), system_prompt="S")
-    problems = ghpo.load_problems(config, ghpo.Prompts(config, ghpo.State()))
-    told = capsys.readouterr().err
-    assert [p.id for p in problems] == [0, 4, 6, 7]
-    assert [p.level for p in problems] == [0.0, 5.0, 0.0, 3.0]
-    assert problems[1].gold == "0"
-    assert problems[0].messages == [{"role": "system", "content": "S"},
-                                    {"role": "user", "content": "4a3b5?"}]  # fmt: skip
-    assert [m["role"] for m in problems[2].messages] == ["system", "user", "assistant", "user"]
-    assert "4 of 8 rows usable" in told
-    assert re.search("dropped 1, no problem text: rows .1.", told)
-    assert re.search("dropped 2, no answer: rows .2, 3.", told)
-    assert re.search("dropped 1, prompt over max_prompt_length=128 tokens: rows .5.", told)
-    assert re.search("usable, 1 without a solution", told)
-
-
-def test_parquet_and_json_give_the_same_problems(tmp_path):
-    import datasets
-
-    rows = read_jsonl(DATA / "train.jsonl")[:7]
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    found = []
-    for kind in ("jsonl", "json", "parquet"):
-        config = make_config(dataset_name=str(tmp_path / f"rows.{kind}"))
-        found.append(ghpo.load_problems(config, ghpo.Prompts(config, ghpo.State())))
-    assert found[0] == found[1] == found[2] and len(found[0]) == 7
 
 
 # ---- real data: acceptance 3 -------------------------------------------------------------------
@@ -583,11 +514,6 @@ def test_a_start_that_failed_claims_no_folder(main, tmp_path):
     (first.folder / "metrics.jsonl").unlink()  # as when it failed before its first step
     shutil.rmtree(first.folder / "checkpoint-000001")
     assert main(tmp_path, max_steps=2, save_strategy="no").status == 0
-
-
-def test_a_curriculum_needs_its_column(main, tmp_path):
-    done = main(tmp_path, curriculum=True, dataset_level_column="nowhere")
-    assert done.status == 2 and "nowhere" in done.err
 
 
 @pytest.mark.parametrize("sets, message", [
