@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 8 ghpo.py --config configs/x.yaml learning_rate=2e-6     (or python)
     python ghpo.py --config configs/x.yaml --dry_run                        show what would run
 
-`train` is the algorithm, E1-E8 are the README's equations, configs/default.yaml has every setting.
+`train` is the algorithm, E1-E8 are the README's equations, configs/settings.py has every setting.
 Fork here for loss and loop, in hints.py for the method, in rollout.py for samplers.
 """
 import argparse
@@ -28,9 +28,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler, log
 import fsdp_utils
 import hints
 import rollout
-from configs import changed_settings, eval_config, load_config, make_plan, need, save_config, say
+from configs import UserError, need, say
+from configs.folder import changed_settings, lock_folder, save_config
+from configs.plan import make_plan, mismatch_limit
+from configs.settings import eval_config, load_config
 from fsdp_utils import phase
-from reward import UserError, VerifierPool, parse_gold
+from reward import VerifierPool, parse_gold
 from rollout import Group, Request
 from tests.estimates import accuracy_at_k, costs, rollout_metrics, token_metrics, token_sums
 
@@ -323,7 +326,7 @@ def train(run):
         state["step"] = step + 1
         spent = costs(run, rows, metrics["tokens/generated"], time.perf_counter() - started)
         write_metrics(run, metrics | spent)
-        limit = 1e-2 if c.torch_dtype == "bfloat16" else 1e-4
+        limit = mismatch_limit(c) or math.inf
         need(step > run.first_step + 2 or metrics["mismatch_k3"] <= limit,
              f"sampler and trainer disagree, mean k3 {metrics['mismatch_k3']:.2g} > {limit:g}: "
              "stale weights, another dtype, or top_p and top_k in use?")
@@ -433,7 +436,8 @@ def setup(config, is_eval=False):
         betas=(config.adam_beta1, config.adam_beta2), fused=run.device.type == "cuda")
     steps = run.plan.steps
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
-    rate = get_scheduler(config.lr_scheduler_type, run.optimizer, warmup, steps).lr_lambdas[0]
+    rate = get_scheduler(config.lr_scheduler_type, run.optimizer, warmup, steps,
+                         config.lr_scheduler_kwargs).lr_lambdas[0]
     # differs from reference: warm-up begins above 0, for a step at rate 0 is a step lost
     run.learning_rate = lambda step: config.learning_rate * rate(step + (step < warmup))
     open_folder(run, is_eval)
@@ -481,6 +485,7 @@ def open_folder(run, is_eval):
         if changed:
             folder.rename(f"{folder}.{time.strftime('%Y%m%d-%H%M%S')}")
         (folder / "rollouts").mkdir(parents=True, exist_ok=True)
+        lock_folder(folder)
         save_config(c, folder / "config.yaml")
     fsdp_utils.gather_objects("the folder is there")
     run.state = {"step": 0, "cursor": 0, "queue": [], "history": {}, "metrics_bytes": 0,
@@ -506,14 +511,15 @@ def open_folder(run, is_eval):
 
 def main():
     """The command line; what the user can mend ends the program with one message, status 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], epilog="then settings: key=value, --key value, --key=value",
+        allow_abbrev=False)
     parser.add_argument("--config", required=True)
     parser.add_argument("--dry_run", action="store_true", help="show what would run, and stop")
     parser.add_argument("--eval", action="store_true", help="evaluate the model, and stop")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_intermixed_args()
+    args, overrides = parser.parse_known_args()
     try:
-        config = load_config(args.config, args.overrides, args.eval, args.dry_run)
+        config = load_config(args.config, overrides, args.eval, args.dry_run)
         if args.dry_run:
             from tests.estimates import dry_run
             return dry_run(config)

@@ -27,8 +27,7 @@ from subprocess import PIPE, Popen
 import yaml
 from mpmath.ctx_mp import MPContext
 
-class UserError(ValueError):
-    """Something the user can mend: shown as one message, without a traceback."""
+from configs import UserError
 
 MAX_CHARS, MAX_ITEMS = 3000, 60  # of an answer that is read
 MAX_SIZE = 60_000  # bits of exact operands and powers; logarithm of another power; argument

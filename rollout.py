@@ -206,7 +206,7 @@ class VllmEngine(Engine):
         from vllm.sampling_params import RequestOutputKind, SamplingParams
         options = {"gpu_memory_utilization": config.vllm_gpu_memory_utilization}
         if not (is_gpu := torch.cuda.is_available()):
-            from tests.vllm_ext import cpu_options
+            from configs.vllm_cpu import cpu_options
             options = cpu_options(max_model_len)
         if "RANK" in os.environ:  # torchrun: a plain LLM would take cuda:0 on every rank
             options["distributed_executor_backend"] = "external_launcher"
@@ -246,7 +246,7 @@ class VllmEngine(Engine):
 
 class ServerEngine(Engine):
     """A vLLM server started by `./run.sh serve CONFIG`: the same calls, by HTTP, from every rank.
-    Rank 0 sends the weights by vLLM's weight transfer, NCCL (gloo on CPU: tests/vllm_ext.py), and
+    Rank 0 sends the weights by vLLM's weight transfer, NCCL (gloo on CPU: configs/vllm_cpu.py), and
     listens for that on port + 1. What fails is a RuntimeError with host and port."""
 
     def __init__(self, config, tokenizer, eos_ids, max_model_len, policy):
@@ -261,7 +261,7 @@ class ServerEngine(Engine):
         with socket.create_connection((host, port), 5) as probe:
             place["master_address"] = probe.getsockname()[0]  # ours, as the server can reach it
         if not torch.cuda.is_available():
-            import tests.vllm_ext  # noqa: F401, puts gloo in the place of NCCL
+            import configs.vllm_cpu  # noqa: F401, puts gloo in the place of NCCL
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
         link = self.pool.apply_async(trainer_init, [place])
         self._http("/init_weight_transfer_engine", {"init_info": place})
