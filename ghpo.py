@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_scheduler, logging
@@ -36,16 +35,19 @@ from transformers import PreTrainedModel, get_scheduler, logging
 import fsdp_utils
 import hints
 import rollout
-from configs import changed_settings, eval_config, load_config, make_plan, need, save_config, say
+from configs import UserError, need, say
 from configs.data import fingerprint, load_problems
-from configs.model import as_user_error, blocks_of, load_model, load_tokenizer
+from configs.folder import as_yaml, changed_settings, lock_folder, save_config
+from configs.model import as_user_error, blocks_of, load_model, load_tokenizer, sizes
+from configs.plan import bytes_per_gpu, make_plan, mismatch_limit
+from configs.settings import Config, eval_config, load_config
 from fsdp_utils import phase
 from hints import Group, Problem, Stage
-from reward import UserError, VerifierPool
-from tests.estimates import bytes_per_gpu
+from reward import VerifierPool
 
 SEED_BITS = 62  # of a request's seed: sample j adds j
 MISMATCH_STEPS = 10  # their mean is looked at
+AUTO_LIMIT = 1e-2  # k3 that is told where mismatch_limit is null
 START_STEPS = 2  # of the start-up pass: activations beside gradients, then beside Adam's moments
 PROMPT_DATE = datetime(2025, 1, 1)  # what a chat template shows as today
 THINK_OPENED = re.compile(r"<think>\s*$")
@@ -57,7 +59,6 @@ CHECK_LIMITS = {"bfloat16": (0.02, 0.2)}  # mean and largest |dlogp|; of other t
 EXACT = (1e-4, 1e-4)
 FILLER_IDS = [0, 0]  # of a row that runs and weighs nothing
 PADDED_SHARE, PADDED_TOKENS = 0.97, 512  # a micro-batch has so little padding, or so few tokens
-MISMATCH_LIMITS = {"bfloat16": 1e-2}  # k3, where the config says auto; elsewhere 1e-4
 MAX_WORKERS = 8  # verifiers of a process
 SHOWN = re.compile(r"accuracy_|hard_|reward/|grad_norm|mismatch_k3|eval/(?!.*stderr)")
 
@@ -90,7 +91,7 @@ class State:
 class Run:
     """What does not change while a run goes on; `state` is what does."""
 
-    config: Any
+    config: Config
     state: State
     rank: int
     world: int
@@ -139,7 +140,7 @@ def system_in_user_turn(messages):
 class Prompts:
     """The chat template: what the model reads for a problem and a hint."""
 
-    def __init__(self, config: Any, state: State | None = None):
+    def __init__(self, config: Config, state: State | None = None):
         self.config, self.state = config, state or State()
         self.tokenizer = load_tokenizer(config)
         self.special = [token for token in self.tokenizer.all_special_tokens
@@ -220,7 +221,7 @@ class Prompts:
     def _fits(self, problem, hint):
         return not hint or len(self.ids(problem, hint)[0]) <= self.config.max_prompt_length
 
-    def request(self, group: Group, config: Any, slot: int, salt: Any) -> rollout.Request:
+    def request(self, group: Group, config: Config, slot: int, salt: Any) -> rollout.Request:
         """The Request for the group's next stage; its seed is a hash of run, salt (step), problem
         and stage, without the rank."""
         stage = group.next_stage
@@ -259,11 +260,11 @@ class Row:
         zeros, no = [0.0] * length, [False] * length
         return cls(input_ids, n_context, zeros, zeros, zeros, no, advantage, n_tokens=0)
 
-    def has_gradient(self, config: Any) -> bool:
+    def has_gradient(self, config: Config) -> bool:
         return bool(self.advantage or config.beta or any(self.sft_weight))
 
 
-def make_rows(groups: list[Group], prompts: "Prompts", config: Any, state: State) -> list[Row]:
+def make_rows(groups: list[Group], prompts: "Prompts", config: Config, state: State) -> list[Row]:
     """Rows of the groups, with E6 taken over all ranks' groups: every rank must call it."""
     rows_of_groups = [make_group_rows(group, prompts, config, state) for group in groups]
     rows = [row for rows_of_group in rows_of_groups for row in rows_of_group]
@@ -301,7 +302,7 @@ def make_group_rows(group, prompts, config, state) -> list[Row]:
     return rows
 
 
-def denominator(row: Row, rows_of_group: list[Row], counts: dict, config: Any) -> float:
+def denominator(row: Row, rows_of_group: list[Row], counts: dict, config: Config) -> float:
     """E6: what the token losses of a row are divided by, so that their sum is the mean over ..."""
     if config.loss_type == "bnpo":  # groups, of the tokens of each
         return counts["groups"] * sum(other.n_tokens for other in rows_of_group)
@@ -313,7 +314,7 @@ def denominator(row: Row, rows_of_group: list[Row], counts: dict, config: Any) -
 
 
 def token_loss(
-    logp: torch.Tensor, old_logp: torch.Tensor, ref_logp: torch.Tensor | None, batch: dict, config: Any
+    logp: torch.Tensor, old_logp: torch.Tensor, ref_logp: torch.Tensor | None, batch: dict, config: Config
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """E4, E5, E7: (loss, was the ratio clipped) of each token (M,). ref_logp: None if beta is 0.
     batch: (M,) tensors by the names of Row's fields, and `row`, the number of a token's row."""
@@ -610,7 +611,7 @@ def train(run: Run, interrupt: Interrupt) -> int:
         asked = {"signal": interrupt.received, "minutes": minutes}
         asked = fsdp_utils.all_reduce_scalars(asked, "max")  # ranks agree
         stopped_by = int(asked["signal"])
-        is_due = getattr(c, "save_minutes", None) is not None and asked["minutes"] >= c.save_minutes
+        is_due = c.save_minutes is not None and asked["minutes"] >= c.save_minutes
         if is_due or is_last or stopped_by or state.step % plan.save_every == 0:
             save(run)
             saved_at = time.monotonic()
@@ -710,22 +711,20 @@ def watch_mismatch(run: Run, metrics: dict) -> None:
     seen.append(k3)
     del seen[:-MISMATCH_STEPS]
     limit = mismatch_limit(c)
-    if max(k3, np.mean(seen)) <= limit:
+    warned_at = AUTO_LIMIT if limit is None else limit
+    mean = float(np.mean(seen))
+    if max(k3, mean) <= warned_at:
         return
-    told = f"sampler and trainer disagree: mean k3 {k3:.2g} > mismatch_limit={limit:g}: "
+    told = f"sampler and trainer disagree: mean k3 {k3:.2g} > {warned_at:g}: "
     if c.top_p < 1 or c.top_k:
         say(told + "expected, for top_p and top_k change the sampler's distribution")
         return
     told += "stale weights in the sampler, another dtype, or a model that it computes otherwise?"
-    is_stopped = (is_first or np.mean(seen) > limit)
-    if is_stopped:
-        save(run)
-    need(not is_stopped, f"{told} A checkpoint is saved; mismatch_limit: null only warns")
-    say(told)
-
-
-def mismatch_limit(config: Any) -> float:
-    return MISMATCH_LIMITS.get(config.torch_dtype, 1e-4)
+    if limit is None or not (is_first or mean > limit):
+        say(told)
+        return
+    save(run)
+    raise UserError(f"{told} A checkpoint is saved; mismatch_limit=null only warns")
 
 
 def evaluate(run: Run) -> None:
@@ -795,7 +794,7 @@ def export(run, folder, **hub):
         run.prompts.tokenizer.save_pretrained(folder, **hub)
 
 
-def setup(config: Any, is_eval: bool = False) -> Run:
+def setup(config: Config, is_eval: bool = False) -> Run:
     """What `train` needs, in the order that matters: verifiers, process group, weights, engine."""
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     n_workers = max(1, min(MAX_WORKERS, cores))
@@ -834,10 +833,11 @@ def setup(config: Any, is_eval: bool = False) -> Run:
     return replace(run, engine=build_engine(run), wandb=start_wandb(run))
 
 
-def schedule(config: Any, optimizer: Any, steps: int) -> Callable[[int], float]:
+def schedule(config: Config, optimizer: Any, steps: int) -> Callable[[int], float]:
     """The learning rate of each step, 0 the first."""
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
-    scheduler = get_scheduler(config.lr_scheduler_type, optimizer, warmup, steps)
+    scheduler = get_scheduler(
+        config.lr_scheduler_type, optimizer, warmup, steps, config.lr_scheduler_kwargs)
     (factor,) = scheduler.lr_lambdas
 
     def learning_rate(step):
@@ -867,7 +867,7 @@ def start_wandb(run: Run) -> Any:
     return wandb.init(project="ghpo", config=asdict(run.config), dir=run.folder)
 
 
-def load_policy(config: Any) -> Policy:
+def load_policy(config: Config) -> Policy:
     """The causal LM, its weights float32 (or float64), sharded."""
     compute_dtype, master_dtype = dtypes(config)
     model = load_model(config, master_dtype)
@@ -879,7 +879,7 @@ def load_policy(config: Any) -> Policy:
         config.cpu_offload)
 
 
-def dtypes(config: Any) -> tuple[torch.dtype, torch.dtype]:
+def dtypes(config: Config) -> tuple[torch.dtype, torch.dtype]:
     """(of the computation, of weights, moments and loss: at least float32)."""
     compute_dtype = getattr(torch, config.torch_dtype)
     return compute_dtype, torch.promote_types(compute_dtype, torch.float32)
@@ -924,7 +924,7 @@ def policy_error(run, is_packed: bool) -> tuple[float, float]:
     return errors["mean"], errors["largest"]
 
 
-def wants_startup_pass(config: Any) -> bool:
+def wants_startup_pass(config: Config) -> bool:
     return torch.cuda.is_available() if config.startup_pass is None else config.startup_pass
 
 
@@ -942,7 +942,7 @@ def startup_pass(run: Run) -> None:
     say(f"start-up pass: {len(rows)} rows of {width} tokens and Adam's moments fit")
 
 
-def open_folder(config: Any, folder: Path, rank: int) -> None:
+def open_folder(config: Config, folder: Path, rank: int) -> None:
     """Starts or refuses output_dir; a run of another config is moved aside, never deleted."""
     changed = changed_settings(config, folder / "config.yaml")
     need(
@@ -955,6 +955,7 @@ def open_folder(config: Any, folder: Path, rank: int) -> None:
         if changed:
             folder.rename(f"{folder}.{time.strftime('%Y%m%d-%H%M%S')}")
         (folder / "rollouts").mkdir(parents=True, exist_ok=True)
+        lock_folder(folder)
         save_config(config, folder / "config.yaml")
     fsdp_utils.barrier("the folder is there")
 
@@ -985,9 +986,9 @@ def resume(run: Run, is_eval: bool) -> None:
             file.truncate(len(kept))
 
 
-def dry_run(config: Any) -> None:
+def dry_run(config: Config) -> None:
     """Prints config, arithmetic, data, a problem as the model sees it at each stage, and memory."""
-    print(yaml.safe_dump(asdict(config), sort_keys=False))
+    print(as_yaml(config))
     prompts, world = Prompts(config), int(os.environ.get("WORLD_SIZE", 1))
     problems = load_problems(config, prompts)
     make_plan(config, world, len(problems))
@@ -997,30 +998,33 @@ def dry_run(config: Any) -> None:
         ids, _ = prompts.ids(problem, hint)
         print(f"---- row {problem.id}, omega {omega:g}, {len(ids)} tokens, trimmed: {is_trimmed}")
         print(prompts.tokenizer.decode(ids))
-    print(f"---- bytes per GPU, activations excluded: {bytes_per_gpu(config, world)}")
+    n_params, n_gathered = sizes(config)
+    memory = bytes_per_gpu(config, world, n_params, n_gathered)
+    print(f"---- bytes per GPU, activations excluded: {memory}")
 
 
 def main() -> None:
     """The command line; what the user can mend ends the program with one message, status 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], allow_abbrev=False,
+        epilog="then settings: key=value, --key value, --key=value")
     parser.add_argument("--config", required=True)
     parser.add_argument("--dry_run", action="store_true", help="show what would run, and stop")
     parser.add_argument("--eval", action="store_true", help="evaluate the model, and stop")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_intermixed_args()
+    args, overrides = parser.parse_known_args()
+    stopped_by = 0
     try:
-        config = load_config(args.config, args.overrides, args.eval, args.dry_run)
+        config = load_config(args.config, overrides, args.eval, args.dry_run)
         if args.dry_run:
             dry_run(config)
             return
         run = setup(config, args.eval)
         if args.eval or (config.eval_strategy == "steps" and run.state.step == 0):
             evaluate(run)
-        stopped_by = 0
         if not args.eval:
             stopped_by = train(run, Interrupt())
-        if not args.eval and not stopped_by:
-            finish(run)
+            if not stopped_by:
+                finish(run)
         fsdp_utils.barrier("every rank is done")
         run.engine.close()
         run.pool.close()

@@ -36,9 +36,7 @@ from typing import NamedTuple
 import yaml
 from mpmath.ctx_mp import MPContext
 
-
-class UserError(ValueError):
-    """Something the user can mend: shown as one message, without a traceback."""
+from configs import UserError
 
 
 NOTATION = yaml.safe_load((Path(__file__).parent / "configs/verifier.yaml").read_text("utf-8"))

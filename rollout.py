@@ -113,7 +113,7 @@ def slot_of(verdict: tuple) -> int:
 
 def row_of(request: Request) -> dict:
     """What rewards may ask for beside the text and the gold answer."""
-    known = {"problem": request.problem.text, "strict_answers": getattr(request.config, "strict_answers", True)}
+    known = {"problem": request.problem.text, "strict_answers": request.config.strict_answers}
     return {**request.problem.row, **known}
 
 

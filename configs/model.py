@@ -145,3 +145,16 @@ def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
     names, embedding = model._no_split_modules or [], model.get_input_embeddings()
     return [part for part in model.modules()
             if type(part).__name__ in names and embedding not in part.modules()]
+
+
+def sizes(config) -> tuple[int, int]:
+    """(weights of the model, those that zero3 holds at once: the root's and two blocks'), of which
+    only the configuration is read."""
+    with as_user_error(f"model_name_or_path={config.model_name_or_path}"):
+        shape = AutoConfig.from_pretrained(
+            config.model_name_or_path, revision=config.model_revision)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(shape)
+    n_params = sum(p.numel() for p in model.parameters())
+    sharded = [p for block in blocks_of(model)[2:] for p in block.parameters()]
+    return n_params, n_params - sum(p.numel() for p in sharded)

@@ -73,11 +73,11 @@ def memory():
 
 def run_ours(args):
     """Steps of ghpo's own loop."""
-    import configs
+    import configs.settings
     import ghpo
 
     reward = f"{sys.modules[parity.__module__].__file__}:parity"
-    run = ghpo.setup(configs.make_config({
+    run = ghpo.setup(configs.settings.make_config({
         "model_name_or_path": f"{args.folder}/model", "dataset_name": f"{args.folder}/data.jsonl",
         "rl_type": "grpo", "engine": args.engine, "output_dir": f"{args.folder}/{args.side}",
         "attn_implementation": args.attention, "torch_dtype": "bfloat16",

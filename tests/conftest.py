@@ -20,7 +20,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import configs  # noqa: E402
+import configs.settings  # noqa: E402
 import fsdp_utils  # noqa: E402
 import ghpo  # noqa: E402
 import hints  # noqa: E402
@@ -45,12 +45,13 @@ def settings(**changes):
 
 
 def make_config(**changes):
-    return configs.make_config(settings(**changes))
+    return configs.settings.make_config(settings(**changes))
 
 
 def sampling(temperature=1.0, length=2048, top_p=1.0, top_k=0):
     """A config that samples so, greedily at temperature 0."""
-    return replace(make_config(), temperature=temperature, max_completion_length=length,
+    samples = 4 if temperature else 1
+    return replace(make_config(), temperature=temperature, num_generations=samples, max_completion_length=length,
                    top_p=top_p, top_k=top_k)  # fmt: skip
 
 

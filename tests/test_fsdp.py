@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fsdp_utils as fu  # noqa: E402
-from tests import estimates  # noqa: E402
+from configs.plan import memory_estimate  # noqa: E402
 
 MODES = {"zero3": {}, "zero2": {}, "ddp": {}, "hsdp": {"sharding": "zero3", "replicate": 2}}
 
@@ -524,7 +524,7 @@ def test_kill_while_saving_keeps_a_good_checkpoint(tmp_path):
                                "optimizer": 8e6, "total": 16e6}),
 ])
 def test_memory_estimate(case, want):
-    assert estimates.memory_estimate(*case) == want
+    assert memory_estimate(*case) == want
 
 
 def run_checks(target):

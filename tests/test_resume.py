@@ -16,7 +16,7 @@ import soak_resume
 import torch
 import yaml
 
-import configs
+import configs.settings
 import fsdp_utils
 import ghpo
 import hints
@@ -34,7 +34,7 @@ def config(**settings):
     base = {"model_name_or_path": str(TINY / "base"), "max_prompt_length": 128,
             "dataset_name": str(TINY / "data" / "train.jsonl"), "torch_dtype": "float64",
             "num_generations": 4, "max_completion_length": 48, "engine": "hf"}
-    return configs.make_config(base | settings)
+    return configs.settings.make_config(base | settings)
 
 
 # ---- what runs in forked ranks ----
@@ -106,7 +106,7 @@ def compare_export(folder, out_file):
 
     saved = yaml.safe_load((Path(folder) / "config.yaml").read_text())
     saved["per_device_train_batch_size"] *= 2  # one rank instead of two: as many prompts a step
-    run = ghpo.setup(configs.make_config(saved))
+    run = ghpo.setup(configs.settings.make_config(saved))
     model = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32).eval()
     texts = []
     for number, problem in enumerate(run.problems[:6]):
@@ -230,7 +230,7 @@ def test_hsdp_two_by_two_gives_the_gradients_of_one_process(folder):
             assert metrics[key] == pytest.approx(same_metrics[key], abs=1e-9)
 
 
-TABLES = {"default.yaml", "verifier.yaml"}  # no runs
+TABLES = {"foreign.yaml", "verifier.yaml"}  # no runs
 CONFIGS = [p for p in sorted((soak_resume.ROOT / "configs").glob("*.yaml")) if p.name not in TABLES]
 
 

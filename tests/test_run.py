@@ -15,7 +15,7 @@ import yaml
 from conftest import (
     BASE, DATA, ROOT, SHARED, ScriptedPool, make_config, read_jsonl, settings, write_jsonl)
 
-import configs
+import configs.folder
 import ghpo
 import hints
 
@@ -501,7 +501,7 @@ def test_one_process_at_a_time_writes_a_folder(main, tmp_path):
     first = main(tmp_path, max_steps=1)
     code = (f"import fcntl, time; file = open({str(first.folder / 'lock')!r}, 'w'); "
             "fcntl.lockf(file, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(60)")
-    configs.locks.clear()  # a process ends with its locks
+    configs.folder.locks.clear()  # a process ends with its locks
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "locked\n"
     second = main(tmp_path, max_steps=1)

@@ -26,7 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 pytest.importorskip("vllm")
 
 import fsdp_utils
-import serve
+from configs.plan import server_arguments
+from configs.settings import Config
 from ghpo import Policy
 from hints import Problem, Stage
 from rollout import HfEngine, Request, ServerEngine, VllmEngine
@@ -279,7 +280,9 @@ def free_port():
 def server(tmp_path_factory):
     """A server on the tiny model, which the last test kills: .port, .log, .kill()."""
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    argv, environment = serve.command(BASE, "127.0.0.1", port, LENGTH, "float32", "cpu")
+    config = Config(str(BASE), dataset_name="-", torch_dtype="float32", vllm_server_port=port,
+                    max_prompt_length=LENGTH - 64, max_completion_length=64)  # fmt: skip
+    argv, environment = server_arguments(config, 0)
     with open(log, "w") as file:
         process = subprocess.Popen(
             argv, env=environment, stdout=file, stderr=file, start_new_session=True
