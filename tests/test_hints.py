@@ -159,7 +159,7 @@ FAIL = [0.0] * 9
     ({}, [0, 0.25], 0, [0, 0.25]),
     ({}, [0, 0, 0, 1], 0, [0, 0.25, 0.5, 0.75]),
     ({"hint_ratio": 0.5}, FAIL, 0, [0, 0.5]),  # fixed ratio
-    ({"hint_ratio": []}, FAIL, 0, [0]),
+    ({"hint_ratio": [], "hint_exhausted": "drop"}, FAIL, 0, [0]),
     ({"hint_ratio": [0.3, 0.6]}, FAIL, 0, [0, 0.3, 0.6]),
     ({"rl_type": "grpo"}, FAIL, 0, [0]),
     ({"start_hint_step": 5}, FAIL, 4, [0]),  # cold start
