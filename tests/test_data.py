@@ -140,7 +140,7 @@ def test_the_data_sets_people_use(name, tmp_path, capsys):
         assert question in prompt
         for line in whole.splitlines():  # nothing of a solution in a prompt
             assert line not in prompt
-        hint, _ = hints.make_hint(problem, 0.99)
+        hint, _ = hints.make_hint(problem, 0.99, None, None)
         assert hint == (HINTS[name == "gsm8k"][problem.id] if problem.solution else "")
         answer = f"<think>so</think><answer>{golds[problem.id]}</answer>"
         assert accuracy_reward(answer, problem.gold) == 1.0
@@ -565,7 +565,7 @@ def test_turns_after_the_users_last_are_the_solution(tmp_path, capsys):
         "Since 1+1 is 2.", "2"]  # fmt: skip
     for problem in problems[:6]:
         assert [turn["role"] for turn in problem.messages] == ["user", "assistant", "user"]
-    assert problems[1].messages == shots and problems[1].problem == "2+2?"
+    assert problems[1].messages == shots and problems[1].text == "2+2?"
     assert re.search("kept 2, but the prompt shows the whole solution: rows .3, 6.", told)
 
 
