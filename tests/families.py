@@ -105,7 +105,7 @@ def policy_run(folder: str, rank: int = 0, world: int = 1, **changes: object) ->
     run = SimpleNamespace(config=config, rank=rank, world=world, device=torch.device("cpu"))
     run.compute_dtype = getattr(torch, config.torch_dtype)
     run.master_dtype = torch.promote_types(run.compute_dtype, torch.float32)
-    run.policy = ghpo.load_policy(run)
+    run.policy = ghpo.load_policy(run.config)
     return run
 
 

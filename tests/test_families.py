@@ -20,6 +20,7 @@ from transformers import (
     GPTJForCausalLM, Qwen2_5_VLConfig, Qwen3_5Config, T5Config)
 
 import ghpo
+from configs import model as model_module
 from reward import UserError, VerifierPool, format_reward
 
 REWARD = "def digest(text, gold):\n    return sum(text.encode()) % 97 / 97\n"
@@ -228,7 +229,7 @@ def two_steps(setup, shared_pool, root, tmp_path):
             rl_type="grpo", reward_funcs=[reward], reward_weights=[1.0], hint_trigger=reward,
             per_device_train_batch_size=4, gradient_accumulation_steps=2, max_completion_length=16,
             temperature=0.7, **changes)  # fmt: skip
-        ghpo.train(run)
+        ghpo.train(run, SimpleNamespace(received=0))
         return run
 
     return go
@@ -296,7 +297,7 @@ def test_attention_that_sdpa_does_not_have_is_eager(alone, capsys, tmp_path):
 
 
 def test_the_text_model_of_a_wrapper_is_told_where_the_library_has_it(capsys):
-    ghpo.check_wrapper("model", Qwen3_5Config())
+    model_module.check_wrapper("model", Qwen3_5Config())
     assert "model: of qwen3_5 the text model alone is trained" in capsys.readouterr().err
 
 
