@@ -7,6 +7,7 @@
 Fork here for loss and loop, in hints.py for the method, in rollout.py for samplers.
 """
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -15,15 +16,24 @@ import re
 import sys
 import time
 from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from operator import itemgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler, logging
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel,
+    get_scheduler, logging)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import fsdp_utils
 import hints
@@ -33,6 +43,18 @@ from fsdp_utils import phase
 from reward import UserError, VerifierPool, parse_gold
 from rollout import Group, Request
 from tests.estimates import accuracy_at_k, costs, rollout_metrics, token_metrics, token_sums
+
+PROMPT_DATE = datetime(2025, 1, 1)  # what a chat template shows as today
+THINK_OPENED = re.compile(r"<think>\s*$")
+MARK = re.compile("\ue000(\\d+)\ue001")  # private characters, see Prompts
+SYSTEM_PROBE = {"role": "system", "content": "Be brief."}
+USER_PROBE = {"role": "user", "content": "What is 1 + 2?"}
+EXAMPLE_TEMPLATE = r'''"{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"'''
+LIBRARY_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError,
+                  RuntimeError, SafetensorError, TemplateError)
+CHECK_LENGTHS = [48, 48, 29]  # tokens of the sequences that check_policy compares
+CHECK_LIMITS = {"bfloat16": (0.02, 0.2)}  # mean and largest |dlogp|; of other types EXACT
+EXACT = (1e-4, 1e-4)
 
 def read_rows(config):
     """Rows of the data set as dicts; UserError names the file and line."""
@@ -81,24 +103,116 @@ def load_problems(config, prompts):
     need(problems, f"dataset_name={c.dataset_name}: none of its {len(rows)} rows is usable")
     return problems
 
+@contextmanager
+def as_user_error(what: str):
+    """What the libraries raise inside becomes one line that begins with `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except LIBRARY_ERRORS as error:
+        raise UserError(f"{what}: {' '.join(str(error).split())[:400]}") from None
+
+def load_tokenizer(config):
+    """The tokenizer, with a chat template and a pad token; UserError when it cannot be used."""
+    name = f"model_name_or_path={config.model_name_or_path}"
+    with as_user_error(f"{name}: tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.model_name_or_path, revision=config.model_revision, trust_remote_code=False)
+        is_whole = "12" in tokenizer.decode(tokenizer("12").input_ids)
+    need(is_whole, f"{name}: its tokenizer cannot spell 12: are files missing?")
+    template = getattr(config, "chat_template", None)
+    if template and "{" not in template:  # all Jinja has a brace
+        with as_user_error(f"chat_template={template}"):
+            template = Path(template).read_text(encoding="utf-8")
+    if template:
+        tokenizer.chat_template = template
+    need(tokenizer.chat_template, f"{name}: its tokenizer has no chat template: set one, Jinja or "
+         f"a file, for example chat_template: {EXAMPLE_TEMPLATE}")
+    need(tokenizer.eos_token is not None, f"{name}: its tokenizer names no eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        say(f"tokenizer: no pad token, {tokenizer.eos_token} takes its place")
+    prove_export(name, tokenizer)
+    return tokenizer
+
+def prove_export(name, *parts):
+    """Saves configs or a tokenizer once, lest the first checkpoint of a run fails on them."""
+    with as_user_error(f"{name}: cannot be exported"), TemporaryDirectory() as folder:
+        for part in parts:
+            part.save_pretrained(folder)
+
+def system_in_user_turn(messages):
+    """Chat messages without a system turn: its text stands in front of the first user turn."""
+    if messages[0]["role"] != "system":
+        return messages
+    system, *turns = messages
+    first = [turn["role"] for turn in turns].index("user")
+    content = f"{system['content']}\n\n{turns[first]['content']}"
+    return [*turns[:first], {**turns[first], "content": content}, *turns[first + 1 :]]
+
 class Prompts:
     """The chat template: what the model reads for a problem and a hint."""
 
     def __init__(self, config):
-        name, self.config = config.model_name_or_path, config
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name, revision=config.model_revision)
-        except (OSError, ValueError) as error:
-            raise UserError(f"model_name_or_path={name}: {error}") from None
-        need(self.tokenizer.chat_template and self.tokenizer.pad_token_id is not None,
-             f"{name}: its tokenizer has no chat template, or no pad token")
+        self.config = config
+        self.tokenizer = load_tokenizer(config)
+        self.special = [token for token in self.tokenizer.all_special_tokens
+                        if not re.fullmatch("</?(think|answer)>", token)]
+        # the date that a template shows must not change the prompts when a run is resumed
+        self.values = {"strftime_now": PROMPT_DATE.strftime}
+        self.values |= getattr(config, "chat_template_kwargs", None) or {}
+        if "strftime_now" in str(self.tokenizer.chat_template):
+            say(f"chat template: the date that it shows is always {PROMPT_DATE:%Y-%m-%d}")
+        name = f"model_name_or_path={config.model_name_or_path}"
+        self._rendered([USER_PROBE], name)
+        self.has_system_role = self._knows_the_system_role()
+        if not self.has_system_role:
+            say("chat template: no system role, its text goes in front of the first user turn")
 
     def ids(self, problem, hint=""):
-        """(token ids, text the assistant's turn starts with)."""
+        """(token ids, text the assistant's turn starts with: what the template opens, then the
+        hint); UserError names the row that the template refuses."""
         messages, prefix = hints.render(problem, hint, self.config)
-        text = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False)
-        return self.tokenizer(text + prefix, add_special_tokens=False).input_ids, prefix
+        if not self.has_system_role:
+            messages = system_in_user_turn(messages)
+        marked = [{**turn, "content": self._marked(turn["content"])} for turn in messages]
+        text = self._rendered(marked, f"{self.config.dataset_name}: row {problem.id}")
+        opened = THINK_OPENED.search(text)
+        opening = opened[0] if opened else ""
+        if opening:
+            prefix = prefix.removeprefix(hints.ASSISTANT_OPENING)
+        return self._encoded(text + self._marked(prefix)), opening + prefix
+
+    def _rendered(self, messages, what):
+        with as_user_error(f"{what}: chat template"):
+            return self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, **self.values)
+
+    def _knows_the_system_role(self):
+        """Gemma's template raises, others leave the system turn out."""
+        try:
+            return SYSTEM_PROBE["content"] in self._rendered([SYSTEM_PROBE, USER_PROBE], "probe")
+        except UserError:
+            return False
+
+    def _marked(self, content):
+        """A row's own text in which special tokens are replaced, so that a template's stand out."""
+        if isinstance(content, str):
+            for i, token in enumerate(self.special):
+                content = content.replace(token, f"\ue000{i}\ue001")
+        return content
+
+    def _encoded(self, text):
+        """Token ids; special tokens of the row's own text are read as the plain text they are."""
+        ids = []
+        for i, piece in enumerate(MARK.split(text)):
+            if i % 2:
+                ids += self.tokenizer(self.special[int(piece)], add_special_tokens=False,
+                                      split_special_tokens=True).input_ids
+            else:
+                ids += self.tokenizer(piece, add_special_tokens=False).input_ids
+        return ids
 
     def fit(self, problem, ratio):
         """make_hint, shortened (the hint, never the problem) until max_prompt_length holds."""
@@ -175,6 +289,35 @@ def token_loss(logp, old_logp, ref_logp, batch, config):
     loss = loss * batch["policy_weight"] - batch["likelihood_weight"] * logp
     return loss, (clipped - ratio).detach() * advantage < 0
 
+class HiddenStates(tuple):
+    """(hidden states,) as a transformer would answer: None for all else that a head may ask for."""
+
+    last_hidden_state = property(itemgetter(0))
+
+    def __getattr__(self, name):
+        return None
+
+class GivenStates:
+    """Stands where a causal LM keeps its transformer, and answers with the states it is given."""
+
+    def __init__(self, transformer):
+        self.transformer = transformer
+        self.decoder = self  # OPT calls the decoder that its transformer wraps
+
+    def __call__(self, *args, inputs_embeds, **kwargs):
+        return HiddenStates([inputs_embeds])
+
+    def __getattr__(self, name):
+        return getattr(self.transformer, name)  # FalconH1 keeps a factor of the logits there
+
+def head_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The causal LM with all that its family does to the last hidden states, and nothing before:
+    head_of(model)(inputs_embeds=hidden).logits. A shallow copy that shares the weights."""
+    head, place = copy.copy(model), model.base_model_prefix
+    head._modules = {name: part for name, part in model._modules.items() if name != place}
+    head.__dict__[place] = GivenStates(model.base_model)
+    return head
+
 class Policy(torch.nn.Module):
     """The FSDP root: transformer and LM head under one forward, for scoring and for decoding."""
 
@@ -182,25 +325,30 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids=None, positions=None, predict=None, target=None, heat=1.0, generate=None):
+    def forward(self, ids=None, positions=None, predict=None, target=None, temperature=1.0,
+                generate=None, whole=None):
         """logp and entropy (M,) of the tokens target (M,) predicted at flat positions predict (M,)
-        of ids (B, T), padded on the right or packed with positions restarted, at temperature heat.
-        generate: arguments of the model's generate, which runs instead."""
+        of ids (B, T), padded on the right or packed with positions restarted, at a temperature.
+        generate: arguments of the model's generate, which runs instead. whole: arguments of the
+        whole causal LM, whose logits (B, T, V) are returned instead."""
         if generate:
             return self.model.generate(**generate)
+        if whole:
+            return self.model(**whole).logits
         # No mask: causal attention never looks right. No cache: only then do restarted positions
         # keep packed rows apart.
         out = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
         hidden_MH = out.last_hidden_state.flatten(0, 1)[predict]
         # One chunk of (tokens, V) logits exists at a time, forward and backward.
         chunk = max(64, 2**25 // self.model.config.vocab_size)
-        parts = [checkpoint(self._score, h, t, heat, use_reentrant=False)
+        parts = [checkpoint(self._score, h, t, temperature, use_reentrant=False)
                  for h, t in zip(hidden_MH.split(chunk), target.split(chunk))]
         return tuple(torch.cat(part) for part in zip(*parts))
 
-    def _score(self, hidden, target, heat):
-        logits = self.model.get_output_embeddings()(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / heat
+    def _score(self, hidden, target, temperature):
+        # trap: families scale or cap their logits after the head, so it is never called alone
+        logits = head_of(self.model)(inputs_embeds=hidden[None]).logits[0]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
         logp_MV = logits.log_softmax(-1)
         with torch.no_grad():
             entropy_M = -(logp_MV.exp() * logp_MV).sum(-1)
@@ -252,7 +400,7 @@ def optimize(run, rows, lr):
     batches += [[filler]] * (most - len(batches))
     batches = [collate(b, c.packing, run.device, run.master_dtype) for b in batches]
     with phase("logprob"), torch.no_grad():
-        ref = [run.reference(**inputs, heat=c.temperature)[0] if c.beta else None
+        ref = [run.reference(**inputs, temperature=c.temperature)[0] if c.beta else None
                for inputs, _ in batches]
         torch.get_device_module(run.device).synchronize()
     for group in run.optimizer.param_groups:
@@ -261,7 +409,7 @@ def optimize(run, rows, lr):
     for iteration in range(c.num_iterations):
         for i, (inputs, batch) in enumerate(batches):
             fsdp_utils.last_micro_batch(policy, i == most - 1)
-            logp, entropy = policy(**inputs, heat=c.temperature)
+            logp, entropy = policy(**inputs, temperature=c.temperature)
             old += [logp.detach()] * (iteration == 0)
             loss, is_clipped = token_loss(logp, old[i], ref[i], batch, c)
             loss = loss * batch["scale"]  # E6
@@ -402,10 +550,14 @@ def write_metrics(run, metrics):
 
 def export(run, folder, **hub):
     """Weights, config and tokenizer as transformers and vLLM load them; called on all ranks."""
-    tensors = fsdp_utils.full_tensors(run.policy.model, run.compute_dtype)
+    model = run.policy.model
+    tensors = fsdp_utils.full_tensors(model, run.compute_dtype)
     weights = {name: tensor.cpu() for name, tensor in tensors if run.rank == 0}
     if run.rank == 0:
-        run.policy.model.save_pretrained(folder, state_dict=weights, **hub)
+        buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
+        for name in buffers:  # those that are saved: a MoE router's bias, for example
+            weights[name] = model.get_buffer(name).cpu()
+        model.save_pretrained(folder, state_dict=weights, **hub)
         run.prompts.tokenizer.save_pretrained(folder, **hub)
 
 def setup(config, is_eval=False):
@@ -449,14 +601,119 @@ def setup(config, is_eval=False):
 def load_policy(run):
     """The causal LM, its weights float32 (or float64), sharded."""
     c = run.config
-    model = AutoModelForCausalLM.from_pretrained(
-        c.model_name_or_path, revision=c.model_revision, dtype=run.master_dtype,
-        attn_implementation=c.attn_implementation)
+    model = load_model(c, run.master_dtype)
     if c.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()  # it is loaded in eval mode, in which nothing would be checkpointed
-    return fsdp_utils.shard(Policy(model), model.base_model.layers, c.sharding, run.compute_dtype,
+    return fsdp_utils.shard(Policy(model), blocks_of(model), c.sharding, run.compute_dtype,
                             c.replicas, c.cpu_offload)
+
+def load_model(config, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal LM without dropout; UserError when a folder is incomplete, or holds no text model
+    alone. Everything that an export writes beside the weights has been written once."""
+    name = f"model_name_or_path={config.model_name_or_path}"
+    where = {"revision": config.model_revision, "trust_remote_code": False}
+    attention = config.attn_implementation
+    with as_user_error(name):
+        model_config = AutoConfig.from_pretrained(config.model_name_or_path, **where)
+        text_config = model_config.get_text_config()
+    if text_config is not model_config:
+        check_wrapper(name, model_config)
+    off = turn_off_dropout(text_config)
+    if off:
+        say(f"{name}: trained without its {', '.join(off)}")
+    if attention == "sdpa" and getattr(text_config, "attn_logit_softcapping", None):
+        say(f"{name}: attn_implementation: sdpa would leave out its attention cap, using eager")
+        attention = "eager"
+    longest = config.max_prompt_length + config.max_completion_length
+    limit = getattr(text_config, "max_position_embeddings", longest)
+    need(longest <= limit, f"{name}: max_prompt_length + max_completion_length = {longest} tokens, "
+         f"but it has {limit} positions: lower one of them")
+    with as_user_error(name):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            config.model_name_or_path, config=model_config, dtype=dtype,
+            attn_implementation=attention, output_loading_info=True, **where)
+    missing = sorted(report["missing_keys"])
+    need(not missing, f"{name}: its files lack {len(missing)} of the model's tensors ({missing[:1]} "
+         "...), which would be random: get the whole model")
+    generation = model.generation_config
+    if not generation.do_sample and has_sampling(generation):
+        generation.do_sample = True  # else it could not be saved
+        say(f"{name}: generation_config sets how to sample without do_sample, exported with it")
+    prove_export(name, model.config, generation)
+    return model
+
+def check_wrapper(name, model_config):
+    """A model of several modalities is refused, or told where the library has its text model."""
+    text_config = model_config.get_text_config()
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    if kind and kind.config_class is type(text_config):
+        say(f"{name}: of {model_config.model_type} the text model alone is trained and exported")
+        return
+    text_type = text_config.model_type
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    text_model = names.get(text_type) or names.get(text_type.split("_")[0]) or "one for text alone"
+    raise UserError(f"{name}: {model_config.model_type} wraps a text model ({text_type}) with other "
+                    f"modalities, which is not trained here: name a text model, {text_model}")
+
+def turn_off_dropout(model_config) -> list[str]:
+    """Sets what is random in training to 0; the names of what was not."""
+    random = [key for key, value in vars(model_config).items()
+              if re.search("drop|jitter", key) and isinstance(value, float) and value > 0]
+    for key in random:
+        setattr(model_config, key, 0.0)
+    return random
+
+def has_sampling(generation):
+    """Does a generation config that does not sample say how to? It cannot be saved then."""
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        return True
+    return False
+
+def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The layers, which FSDP shards one by one; what holds the embedding belongs to the root."""
+    names, embedding = model._no_split_modules or [], model.get_input_embeddings()
+    return [part for part in model.modules()
+            if type(part).__name__ in names and embedding not in part.modules()]
+
+def check_policy(run) -> None:
+    """Compares the log-probs of the training pass with those of the whole causal LM on each
+    sequence alone; UserError on a difference. Collective: every rank must call it."""
+    c, model_type = run.config, run.policy.model.config.model_type
+    limits = CHECK_LIMITS.get(c.torch_dtype, EXACT)
+    name = f"model_name_or_path={c.model_name_or_path}: {model_type}"
+    with as_user_error(name), torch.no_grad():
+        mean, largest = policy_error(run, c.packing)
+        is_right = mean <= limits[0] and largest <= limits[1]
+        if c.packing and not is_right:
+            alone, _ = policy_error(run, False)
+            need(alone > limits[0], f"{name}: rows that are packed see each other, log-probs are "
+                 f"off by {largest:.2g}: set packing=false")
+    fsdp_utils.reshard(run.policy)
+    need(is_right, f"{name}: log-probs of the training pass are not the model's: off by {mean:.2g} "
+         f"in the mean, {largest:.2g} at most (allowed: {limits[0]:g}, {limits[1]:g}). Try "
+         "attn_implementation=eager or torch_dtype=float32, else take another model")
+
+def policy_error(run, is_packed: bool) -> tuple[float, float]:
+    """(mean, largest) |dlogp| over ranks, of random sequences through Policy and one by one."""
+    policy, rng = run.policy, np.random.default_rng(0)
+    size = policy.model.config.vocab_size
+    sequences = [rng.integers(size, size=length).tolist() for length in CHECK_LENGTHS]
+    rows = [Row(ids, 1, 0.0, 0.0, 0.0, 0.0, 0.0, 0) for ids in sequences]
+    inputs, _ = collate(rows, is_packed, run.device, run.master_dtype)
+    logp, _ = policy(**inputs)
+    expected = []
+    for ids in sequences:
+        ids = torch.tensor([ids], device=run.device)
+        whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+        logits_TV = policy(whole=whole)[0, :-1].to(logp.dtype)
+        expected.append(logits_TV.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1))
+    error = (logp - torch.cat(expected)).abs().nan_to_num(torch.inf)
+    errors = {"mean": float(error.mean()), "largest": float(error.max())}
+    errors = fsdp_utils.all_reduce_scalars(errors, "max")
+    return errors["mean"], errors["largest"]
 
 def startup_pass(run):
     """Steps of rows at maximum length that weigh nothing, before a checkpoint is loaded:

@@ -346,8 +346,8 @@ def test_chunked_log_probs_equal_full_ones(make_run, monkeypatch):
     predict = torch.arange(199)[torch.arange(199) % 100 < 99]
     target = ids.flatten()[predict + 1]
     weight = torch.randn(len(predict), generator=torch.Generator().manual_seed(1)).double()
-    heat = 0.7
-    logits = model(input_ids=ids).logits.flatten(0, 1)[predict] / heat
+    temperature = 0.7
+    logits = model(input_ids=ids).logits.flatten(0, 1)[predict] / temperature
     full = logits - logits.logsumexp(-1, keepdim=True)
     (full.gather(1, target[:, None]).squeeze(1) * weight).sum().backward()
     expected = [p.grad.clone() for p in policy.parameters()]
@@ -357,7 +357,7 @@ def test_chunked_log_probs_equal_full_ones(make_run, monkeypatch):
     monkeypatch.setattr(model.config, "vocab_size", 2**26)
     monkeypatch.setattr(policy, "_score", lambda h, t, s: sizes.append(len(t)) or score(h, t, s))
     positions = torch.arange(100).expand(2, -1)
-    logp, entropy = policy(ids, positions, predict=predict, target=target, heat=heat)
+    logp, entropy = policy(ids, positions, predict=predict, target=target, temperature=temperature)
     (logp * weight).sum().backward()
     assert sizes[:4] == [64, 64, 64, 6]
     assert torch.allclose(logp, full.gather(1, target[:, None]).squeeze(1), rtol=0, atol=1e-9)

@@ -80,7 +80,7 @@ def test_behaviour_log_probs_equal_the_trainers(temperature, engine, prompt_ids,
         for batch in ghpo.micro_batches(rows, 300, is_packed):
             inputs, loss_inputs = ghpo.collate(batch, is_packed, torch.device("cpu"), torch.float32)
             with torch.no_grad():
-                logp, _ = engine.policy(**inputs, heat=temperature)
+                logp, _ = engine.policy(**inputs, temperature=temperature)
             difference = (logp - loss_inputs["behaviour_logp"]).abs().max()
             assert difference <= 1e-4
             compared += len(logp)

@@ -109,7 +109,6 @@ def tokenizer_without(key):
     (data_file([ROW | {"solution": None}] * 9), "none of its 9 rows is usable"),
     (lambda folder: {"dataset_name": str(folder / "none.jsonl")}, "none.jsonl"),
     (lambda folder: {"dataset_name": str(folder / "none.parquet")}, "none.parquet"),
-    (tokenizer_without("pad_token"), "no pad token"),
     (tokenizer_without("chat_template"), "no chat template"),
     (lambda folder: {"model_name_or_path": str(folder / "no_model")}, "no_model"),
 ])  # fmt: skip
