@@ -636,11 +636,8 @@ def load_model(config, dtype: torch.dtype) -> PreTrainedModel:
     missing = sorted(report["missing_keys"])
     need(not missing, f"{name}: its files lack {len(missing)} of the model's tensors ({missing[:1]} "
          "...), which would be random: get the whole model")
-    generation = model.generation_config
-    if not generation.do_sample and has_sampling(generation):
-        generation.do_sample = True  # else it could not be saved
-        say(f"{name}: generation_config sets how to sample without do_sample, exported with it")
-    prove_export(name, model.config, generation)
+    allow_sampling(name, model.generation_config)
+    prove_export(name, model.config, model.generation_config)
     return model
 
 def check_wrapper(name, model_config):
@@ -664,13 +661,14 @@ def turn_off_dropout(model_config) -> list[str]:
         setattr(model_config, key, 0.0)
     return random
 
-def has_sampling(generation):
-    """Does a generation config that does not sample say how to? It cannot be saved then."""
+def allow_sampling(name, generation):
+    """A generation config that names a temperature, say, but does not sample cannot be saved."""
     try:
         generation.validate(strict=True)
     except ValueError:
-        return True
-    return False
+        if not generation.do_sample:
+            generation.do_sample = True
+            say(f"{name}: its generation_config is exported with do_sample: true")
 
 def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The layers, which FSDP shards one by one; what holds the embedding belongs to the root."""
