@@ -49,7 +49,8 @@ THINK_OPENED = re.compile(r"<think>\s*$")
 MARK = re.compile("\ue000(\\d+)\ue001")  # private characters, see Prompts
 SYSTEM_PROBE = {"role": "system", "content": "Be brief."}
 USER_PROBE = {"role": "user", "content": "What is 1 + 2?"}
-EXAMPLE_TEMPLATE = r'''"{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"'''
+EXAMPLE_TEMPLATE = (  # as YAML
+    r'"{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"')
 LIBRARY_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError,
                   RuntimeError, SafetensorError, TemplateError)
 CHECK_LENGTHS = [48, 48, 29]  # tokens of the sequences that check_policy compares
@@ -119,8 +120,9 @@ def load_tokenizer(config):
     with as_user_error(f"{name}: tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             config.model_name_or_path, revision=config.model_revision, trust_remote_code=False)
-        is_whole = "12" in tokenizer.decode(tokenizer("12").input_ids)
-    need(is_whole, f"{name}: its tokenizer cannot spell 12: are files missing?")
+        spelt = tokenizer.decode(tokenizer("12").input_ids)
+    need("12" in spelt.replace(" ", ""), f"{name}: its tokenizer reads 12 as {spelt!r}: are files "
+         "missing?")
     template = getattr(config, "chat_template", None)
     if template and "{" not in template:  # all Jinja has a brace
         with as_user_error(f"chat_template={template}"):
@@ -160,8 +162,8 @@ class Prompts:
         self.special = [token for token in self.tokenizer.all_special_tokens
                         if not re.fullmatch("</?(think|answer)>", token)]
         # the date that a template shows must not change the prompts when a run is resumed
-        self.values = {"strftime_now": PROMPT_DATE.strftime}
-        self.values |= getattr(config, "chat_template_kwargs", None) or {}
+        self.template_values = {"strftime_now": PROMPT_DATE.strftime}
+        self.template_values |= getattr(config, "chat_template_kwargs", None) or {}
         if "strftime_now" in str(self.tokenizer.chat_template):
             say(f"chat template: the date that it shows is always {PROMPT_DATE:%Y-%m-%d}")
         name = f"model_name_or_path={config.model_name_or_path}"
@@ -187,7 +189,7 @@ class Prompts:
     def _rendered(self, messages, what):
         with as_user_error(f"{what}: chat template"):
             return self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, **self.values)
+                messages, add_generation_prompt=True, tokenize=False, **self.template_values)
 
     def _knows_the_system_role(self):
         """Gemma's template raises, others leave the system turn out."""
@@ -554,9 +556,10 @@ def export(run, folder, **hub):
     tensors = fsdp_utils.full_tensors(model, run.compute_dtype)
     weights = {name: tensor.cpu() for name, tensor in tensors if run.rank == 0}
     if run.rank == 0:
-        buffers = {name for name, _ in model.named_buffers()} & model.state_dict().keys()
-        for name in buffers:  # those that are saved: a MoE router's bias, for example
-            weights[name] = model.get_buffer(name).cpu()
+        saved = model.state_dict().keys()
+        for name, buffer in model.named_buffers():
+            if name in saved:  # as the bias of some MoE routers
+                weights[name] = buffer.cpu()
         model.save_pretrained(folder, state_dict=weights, **hub)
         run.prompts.tokenizer.save_pretrained(folder, **hub)
 
@@ -613,7 +616,6 @@ def load_model(config, dtype: torch.dtype) -> PreTrainedModel:
     alone. Everything that an export writes beside the weights has been written once."""
     name = f"model_name_or_path={config.model_name_or_path}"
     where = {"revision": config.model_revision, "trust_remote_code": False}
-    attention = config.attn_implementation
     with as_user_error(name):
         model_config = AutoConfig.from_pretrained(config.model_name_or_path, **where)
         text_config = model_config.get_text_config()
@@ -622,8 +624,9 @@ def load_model(config, dtype: torch.dtype) -> PreTrainedModel:
     off = turn_off_dropout(text_config)
     if off:
         say(f"{name}: trained without its {', '.join(off)}")
-    if attention == "sdpa" and getattr(text_config, "attn_logit_softcapping", None):
-        say(f"{name}: attn_implementation: sdpa would leave out its attention cap, using eager")
+    attention = config.attn_implementation
+    if attention == "sdpa" and not sdpa_computes(model_config, text_config):
+        say(f"{name}: attn_implementation: sdpa cannot compute its attention, using eager")
         attention = "eager"
     longest = config.max_prompt_length + config.max_completion_length
     limit = getattr(text_config, "max_position_embeddings", longest)
@@ -634,8 +637,8 @@ def load_model(config, dtype: torch.dtype) -> PreTrainedModel:
             config.model_name_or_path, config=model_config, dtype=dtype,
             attn_implementation=attention, output_loading_info=True, **where)
     missing = sorted(report["missing_keys"])
-    need(not missing, f"{name}: its files lack {len(missing)} of the model's tensors ({missing[:1]} "
-         "...), which would be random: get the whole model")
+    need(not missing, f"{name}: its files lack {len(missing)} of the model's tensors, which would "
+         f"be random: get the whole model ({', '.join(missing[:2])} ...)")
     allow_sampling(name, model.generation_config)
     prove_export(name, model.config, model.generation_config)
     return model
@@ -650,8 +653,14 @@ def check_wrapper(name, model_config):
     text_type = text_config.model_type
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     text_model = names.get(text_type) or names.get(text_type.split("_")[0]) or "one for text alone"
-    raise UserError(f"{name}: {model_config.model_type} wraps a text model ({text_type}) with other "
-                    f"modalities, which is not trained here: name a text model, {text_model}")
+    raise UserError(f"{name}: {model_config.model_type} wraps a text model ({text_type}) and is "
+                    f"not trained here: name a text model, {text_model}")
+
+def sdpa_computes(model_config, text_config) -> bool:
+    """Can sdpa compute the attention? It would leave out a cap on its logits (Gemma 2) silently."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    is_capped = getattr(text_config, "attn_logit_softcapping", None) is not None
+    return getattr(kind, "_supports_sdpa", True) and not is_capped
 
 def turn_off_dropout(model_config) -> list[str]:
     """Sets what is random in training to 0; the names of what was not."""

@@ -85,7 +85,8 @@ def save(part: object, folder: Path, **tokenizer: object) -> str:
         (folder / "chat_template.jinja").write_text(template)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text()) | tokenizer
-    path.write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
+    settings = {key: value for key, value in settings.items() if value is not None}
+    path.write_text(json.dumps(settings))
     return str(folder)
 
 
@@ -180,7 +181,9 @@ def gradients_on_ranks(folder: Path, rank: int) -> None:
     import ghpo
 
     rows = sequences()
-    mine, n_first = (rows[:2], 0) if rank == 0 else (rows[2:], sum(len(row) - 1 for row in rows[:2]))
+    n_first = sum(len(row) - 1 for row in rows[:2])  # targets of rank 0
+    weight = weights(n_first + len(rows[2]) - 1)
+    mine, weight = (rows[:2], weight[:n_first]) if rank == 0 else (rows[2:], weight[n_first:])
     for family in ON_RANKS:
         expected = plain_gradients(family, rows)
         for sharding in SHARDINGS:
@@ -192,7 +195,6 @@ def gradients_on_ranks(folder: Path, rank: int) -> None:
             assert names
             run.policy.model.config.vocab_size = 2**26  # so that a chunk has 64 tokens
             logp, _ = run.policy(**policy_inputs(mine, False), temperature=0.7)
-            weight = weights(sum(len(row) - 1 for row in rows))[n_first : n_first + len(logp)]
             (logp * weight).sum().backward()
             error = relative_error(whole_gradients(run.policy), expected)
             if rank == 0:
