@@ -664,11 +664,11 @@ def sdpa_computes(model_config, text_config) -> bool:
 
 def turn_off_dropout(model_config) -> list[str]:
     """Sets what is random in training to 0; the names of what was not."""
-    random = [key for key, value in vars(model_config).items()
-              if re.search("drop|jitter", key) and isinstance(value, float) and value > 0]
-    for key in random:
-        setattr(model_config, key, 0.0)
-    return random
+    names = [name for name, value in vars(model_config).items()
+             if re.search("drop|jitter", name) and isinstance(value, float) and value > 0]
+    for name in names:
+        setattr(model_config, name, 0.0)
+    return names
 
 def allow_sampling(name, generation):
     """A generation config that names a temperature, say, but does not sample cannot be saved."""

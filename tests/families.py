@@ -30,7 +30,8 @@ FAMILIES = {
     "qwen2": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3ForCausalLM", {}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", {
-        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+        "output_router_logits": True}),
     "llama": ("LlamaForCausalLM", {"pad_token_id": None}),
     "mistral": ("MistralForCausalLM", {"sliding_window": 16}),
     "gemma2": ("Gemma2ForCausalLM", {

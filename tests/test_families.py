@@ -1,12 +1,11 @@
 """The families of models that people train: right log-probs, whole runs, and what is refused."""
 
-import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import families
@@ -146,6 +145,29 @@ def test_the_check_refuses_what_is_random_in_training(folders, alone):
     run = policy_run(folders("qwen3"))
     run.policy.model.model.layers[0].self_attn.attention_dropout = 0.1
     with pytest.raises(UserError, match="qwen3: log-probs"):
+        ghpo.check_policy(run)
+
+
+@pytest.mark.parametrize("dtype, mean, largest, is_right", [
+    ("float32", 9e-5, 9e-5, True), ("float32", 1e-6, 2e-4, False),
+    ("bfloat16", 0.019, 0.19, True), ("bfloat16", 0.021, 0.1, False),
+    ("bfloat16", 1e-3, 0.21, False), ("bfloat16", math.inf, math.inf, False)])  # fmt: skip
+def test_the_checks_limits(dtype, mean, largest, is_right, folders, alone, monkeypatch):
+    run = policy_run(folders("qwen3"))
+    run.config = make_config(torch_dtype=dtype)
+    monkeypatch.setattr(ghpo, "policy_error", lambda run, is_packed: (mean, largest))
+    if is_right:
+        ghpo.check_policy(run)
+    else:
+        numbers = f"off by {mean:.2g} in the mean, {largest:.2g} at most"
+        with pytest.raises(UserError, match=numbers):
+            ghpo.check_policy(run)
+
+
+def test_the_check_refuses_what_is_not_finite(folders, alone):
+    run = policy_run(folders("qwen3"))
+    torch.nn.init.constant_(run.policy.model.lm_head.weight, torch.nan)
+    with pytest.raises(UserError, match="off by inf"):
         ghpo.check_policy(run)
 
 
