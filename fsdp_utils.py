@@ -4,8 +4,11 @@ Works in one plain process or under torchrun. Every sharding is fully_shard on a
 mesh, and gradients are SUMMED over ranks: the loss divides by global counts. Fork point: `shard`.
 """
 import faulthandler
+import hashlib
 import json
 import os
+import pickle
+import re
 import shutil
 import sys
 import time
@@ -14,18 +17,39 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_state_dict, set_state_dict)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard)
 from torch.distributed.tensor import DTensor
 
+from configs import need, say
+
+COMPLETE = re.compile(r"checkpoint-\d{6,}")  # names that are ours; all others are left alone
+UNFINISHED = re.compile(r"checkpoint-\d{6,}(\.old)?\.tmp")
+SHARD = re.compile(r"__(\d+)_\d+\.distcp")
+CHECKSUMS = "checksums.json"
+DCP_METADATA = "torch.distributed.checkpoint.metadata"
+METADATA_CLASSES = {
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *((DCP_METADATA, name) for name in (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
+        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")),
+}
+
 _now = {"phase": "start", "timeout": timedelta(seconds=600)}
 seconds = Counter()  # spent in each phase since this was last cleared
+
 
 def setup_distributed(timeout_s=600):
     """Join torchrun's group, or a group of one: a record of rank, world and device. Collectives
@@ -52,6 +76,7 @@ def setup_distributed(timeout_s=600):
     sys.excepthook = report
     return SimpleNamespace(rank=rank, world=world, device=device)
 
+
 @contextmanager
 def phase(name: str):
     """Name what this rank does now, for the report of an uncaught error, and take the time."""
@@ -61,17 +86,41 @@ def phase(name: str):
     seconds[name] += time.perf_counter() - started
     _now["phase"] = before  # not reached on an error, which is then reported under `name`
 
+
 def all_reduce_scalars(values, op="sum"):
     """Sum or max over ranks of each value of a dict, in float64; same keys on every rank."""
     total = torch.tensor(list(values.values()), dtype=torch.float64)
     dist.all_reduce(total, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
     return dict(zip(values, total.tolist()))
 
-def gather_objects(item):
-    """The item of every rank, in rank order, on every rank; also serves as a CPU barrier."""
+
+def gather_objects(item: Any) -> list:
+    """The item of every rank, in rank order, on every rank."""
     items = [None] * dist.get_world_size()
     dist.all_gather_object(items, item)
     return items
+
+
+def barrier(why: str) -> None:
+    """All ranks get here before any goes on; `why` is for the reader and for a timeout's report."""
+    before, _now["phase"] = _now["phase"], f"{_now['phase']}, barrier: {why}"
+    dist.all_gather_object([None] * dist.get_world_size(), None)
+    _now["phase"] = before
+
+
+def phase_seconds() -> dict[str, float]:
+    """Seconds of this rank in each phase since `seconds` was cleared."""
+    return {f"seconds/{name}": spent for name, spent in seconds.items()}
+
+
+def gpu_memory() -> dict[str, float]:
+    """GiB of this rank's GPU in use, by the engine too, and this process's peak; empty on a CPU."""
+    if not torch.cuda.is_available():
+        return {}
+    free, whole = torch.cuda.mem_get_info()
+    peak = torch.cuda.max_memory_allocated()
+    return {"gib/used": (whole - free) / 2**30, "gib/peak": peak / 2**30}
+
 
 def shard(module, blocks, sharding="zero3", dtype=None, replicate=1, cpu_offload=False):
     """Shard each block and the root in place; `dtype` is the compute type, masters stay fp32.
@@ -109,10 +158,12 @@ def shard(module, blocks, sharding="zero3", dtype=None, replicate=1, cpu_offload
         part.set_force_sum_reduction_for_comms(True)  # else a premultiplied sum: not in gloo
     return module
 
+
 def last_micro_batch(module, is_last: bool) -> None:
     """Leave the all-reduce over replicas (HSDP, ddp) to the step's last backward."""
     if isinstance(module, FSDPModule):
         module.set_requires_all_reduce(is_last)
+
 
 def unshard(module) -> None:
     """Gather all weights and keep them: forwards (without gradients) then need no collective."""
@@ -120,14 +171,17 @@ def unshard(module) -> None:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
 
+
 def reshard(module) -> None:
     """Back to the sharded state and the setting of `shard`."""
     for part in _fsdp_parts(module):
         part.set_reshard_after_forward(part.frees_after_forward, recurse=False)
         part.reshard()
 
+
 def _fsdp_parts(module):
     return [m for m in module.modules() if isinstance(m, FSDPModule)]
+
 
 def full_tensors(module, dtype=None):
     """Yield (name, whole tensor) one at a time, same order on all ranks, tied weights once. Every
@@ -139,49 +193,166 @@ def full_tensors(module, dtype=None):
         p = p.detach().to(dtype or p.dtype)
         yield name, p.to(p.device_mesh.device_type).full_tensor() if is_sharded else p
 
+
 def clip_grad_norm(params, max_norm: float) -> torch.Tensor:
     """Clip in place by the norm over all ranks and return that norm; max_norm 0 only measures."""
     norm = torch.nn.utils.clip_grad_norm_(list(params), max_norm or float("inf"))
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-def save_checkpoint(folder, step, model, optimizer, state, keep=0, export=None):
+
+def save_checkpoint(
+    folder: Path, step: int, model, optimizer, state: dict, keep: int = 0, export=None
+) -> None:
     """Write checkpoint-<step> beside, then rename it; keep the newest `keep` (0: all). state: JSON,
     the same on all ranks. folder: shared by all nodes. export(path) runs on all ranks inside the
     same checkpoint. A kill at any moment leaves the last good one and *.tmp folders."""
     final = Path(folder) / f"checkpoint-{step:06d}"
     temporary = final.with_suffix(".tmp")
-    is_writer = dist.get_rank() == 0
+    rank = dist.get_rank()
     with phase(f"checkpoint {step}"):
-        if is_writer:
-            for left_by_a_kill in Path(folder).glob("checkpoint-*.tmp"):
+        if rank == 0:
+            for left_by_a_kill in matching(folder, UNFINISHED):
                 shutil.rmtree(left_by_a_kill)
             temporary.mkdir(parents=True)
-        gather_objects(None)
+        barrier("the folder is there")
         reshard(model)
-        weights, moments = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=temporary)
+        dcp.save(tensors_of(model, optimizer), checkpoint_id=temporary)
         if export:
             export(temporary)
-        gather_objects(None)
-        if is_writer:
-            (temporary / "state.json").write_text(json.dumps(state, default=vars))
+        if rank == 0:
+            (temporary / "state.json").write_text(json.dumps(state, allow_nan=False))
+        barrier("all is written")
+        mine = [path for path in files_in(temporary) if writer_of(path) == rank]
+        sums = gather_objects({str(path.relative_to(temporary)): checksum(path) for path in mine})
+        if rank == 0:
+            merged = {name: value for part in sums for name, value in part.items()}
+            (temporary / CHECKSUMS).write_text(json.dumps(merged, indent=0))
             for path in [*temporary.rglob("*"), temporary]:
                 file = os.open(path, os.O_RDONLY)
                 os.fsync(file)  # names and contents are on the disk before the rename is
                 os.close(file)
+            if final.exists():  # of a step that is done again
+                final.rename(final.with_suffix(".old.tmp"))
             temporary.rename(final)
-            for old in checkpoints(folder)[:-keep] if keep else []:
-                shutil.rmtree(old.rename(old.with_suffix(".tmp")))
-        gather_objects(None)
+            if keep:
+                for old in checkpoints(folder)[:-keep]:
+                    shutil.rmtree(old.rename(old.with_suffix(".tmp")))
+        barrier("the checkpoint is complete")
 
-def checkpoints(folder):
-    """Paths of the complete checkpoints, oldest first; what a kill left is named .tmp."""
-    return sorted(path for path in Path(folder).glob("checkpoint-*") if path.suffix != ".tmp")
 
-def load_checkpoint(path, model, optimizer) -> dict:
-    """Fill weights and optimizer in place, on any number of ranks; return the saved state."""
-    with phase(f"load {path}"):
-        weights, moments = get_state_dict(model, optimizer)
-        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=path)
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-        return json.loads((Path(path) / "state.json").read_text())
+def load_newest(folder: Path, model, optimizer) -> tuple[Path, dict] | None:
+    """Fill weights and optimizer in place from the newest good checkpoint, on any number of ranks:
+    (its path, the saved state), or None where there is none. One that is damaged or incomplete is
+    told and renamed *.damaged; UserError when no other is left."""
+    found = checkpoints(folder)
+    for path in reversed(found):
+        with phase(f"load {path}"):
+            faults = gather_objects(faults_of(path))
+            faults = [fault for part in faults for fault in part]
+            if not faults:
+                return path, load_checkpoint(path, model, optimizer)
+        say(f"{path} is damaged and set aside: {', '.join(faults[:3])}")
+        if dist.get_rank() == 0:
+            path.rename(next_free(path.with_name(f"{path.name}.damaged")))
+        barrier("it is set aside")
+    need(not found, f"output_dir={folder} has no good checkpoint left: put one back, or choose "
+         "another output_dir to begin anew")
+    return None
+
+
+def load_checkpoint(path: Path, model, optimizer) -> dict:
+    """Fill weights and optimizer in place; return the saved state."""
+    tensors = tensors_of(model, optimizer)
+    dcp.load(tensors, storage_reader=SafeReader(path))
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    _, moments = get_state_dict(model, optimizer, options=options)
+    set_state_dict(
+        model, optimizer, model_state_dict=tensors["model"],
+        optim_state_dict=moments | tensors["optimizer"], options=options)
+    return json.loads((Path(path) / "state.json").read_text())
+
+
+def tensors_of(model, optimizer) -> dict[str, dict]:
+    """What a checkpoint holds of both: tensors only, for numbers would be pickled."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    weights, moments = get_state_dict(model, optimizer, options=options)
+    moments = {name: value for name, value in moments.items() if isinstance(value, torch.Tensor)}
+    return {"model": weights, "optimizer": moments}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Paths of the complete checkpoints, oldest first. Only names that save_checkpoint makes."""
+    return sorted(matching(folder, COMPLETE), key=lambda path: int(path.name.split("-")[1]))
+
+
+def matching(folder: Path, pattern: re.Pattern) -> list[Path]:
+    """Folders of that name."""
+    found = Path(folder).glob("checkpoint-*")
+    return [path for path in found if path.is_dir() and pattern.fullmatch(path.name)]
+
+
+def files_in(path: Path) -> list[Path]:
+    return sorted(file for file in Path(path).rglob("*") if file.is_file())
+
+
+def writer_of(path: Path) -> int:
+    """The rank that wrote a file: shards are named __RANK_NUMBER.distcp, all else is rank 0's."""
+    match = SHARD.fullmatch(path.name)
+    return int(match[1]) if match else 0
+
+
+def checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
+def faults_of(path: Path) -> list[str]:
+    """What is wrong with this rank's share of a checkpoint's files."""
+    try:
+        sums = json.loads((path / CHECKSUMS).read_text())
+        SafeReader(path).read_metadata()
+    except (OSError, ValueError, pickle.UnpicklingError, EOFError) as error:
+        return [str(error)]
+    faults = []
+    for name in sorted(sums)[dist.get_rank() :: dist.get_world_size()]:
+        if not (path / name).is_file():
+            faults.append(f"{name} is missing")
+        elif checksum(path / name) != sums[name]:
+            faults.append(f"{name} has changed since it was written")
+    return faults
+
+
+def next_free(path: Path) -> Path:
+    """The path, with a number behind it if it is taken."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}{number}")
+    return free
+
+
+class SafeReader(dcp.FileSystemReader):
+    """Reads checkpoints of which nothing can run code: a list of classes in the metadata, and
+    tensors, which torch loads as weights only."""
+
+    def read_metadata(self, *args, **kwargs):
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = MetadataUnpickler(file).load()
+        for name, item in metadata.state_dict_metadata.items():
+            if not isinstance(item, TensorStorageMetadata):
+                raise pickle.UnpicklingError(f".metadata: {name} is no tensor")
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Knows the classes that DCP's own metadata consists of."""
+
+    def find_class(self, module, name):
+        if (module, name) not in METADATA_CLASSES and not is_dtype(module, name):
+            raise pickle.UnpicklingError(f".metadata names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def is_dtype(module: str, name: str) -> bool:
+    return module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)

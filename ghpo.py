@@ -3,9 +3,13 @@
     torchrun --nproc_per_node 8 ghpo.py --config configs/x.yaml learning_rate=2e-6     (or python)
     python ghpo.py --config configs/x.yaml --dry_run                        show what would run
 
-`train` is the algorithm, E1-E8 are the README's equations, configs/default.yaml has every setting.
-Fork here for loss and loop, in hints.py for the method, in rollout.py for samplers.
+`train` is the algorithm, E1-E8 are the README's equations, configs/settings.py has every setting.
+The data flows so: row -> Problem -> prompt ids -> Group (rollout.collect, hints) -> Row (make_rows,
+E6) -> micro-batches -> Policy -> token_loss (E4, E5, E7) -> one optimizer step.
+Fork here for loss and loop, in hints.py for the method, in rollout.py for samplers. A launcher may
+also assign hints.NAME or ghpo.token_loss and then call ghpo.main().
 """
+
 import argparse
 import copy
 import hashlib
@@ -13,136 +17,115 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
-from collections import defaultdict
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
-from operator import itemgetter
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
-from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel,
-    get_scheduler, logging)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import PreTrainedModel, get_scheduler, logging
 
 import fsdp_utils
 import hints
 import rollout
-from configs import changed_settings, eval_config, load_config, make_plan, need, save_config, say
+from configs import UserError, need, say
+from configs.data import fingerprint, load_problems
+from configs.folder import as_yaml, changed_settings, lock_folder, save_config
+from configs.model import as_user_error, blocks_of, load_model, load_tokenizer, sizes
+from configs.plan import bytes_per_gpu, make_plan, mismatch_limit
+from configs.settings import Config, eval_config, load_config
 from fsdp_utils import phase
-from reward import UserError, VerifierPool, parse_gold
-from rollout import Group, Request
-from tests.estimates import accuracy_at_k, costs, rollout_metrics, token_metrics, token_sums
+from hints import Group, Problem, Stage
+from reward import VerifierPool
 
+SEED_BITS = 62  # of a request's seed: sample j adds j
+MISMATCH_STEPS = 10  # their mean is looked at
+AUTO_LIMIT = 1e-2  # k3 that is told where mismatch_limit is null
+START_STEPS = 2  # of the start-up pass: activations beside gradients, then beside Adam's moments
 PROMPT_DATE = datetime(2025, 1, 1)  # what a chat template shows as today
 THINK_OPENED = re.compile(r"<think>\s*$")
 MARK = re.compile("\ue000(\\d+)\ue001")  # private characters, see Prompts
 SYSTEM_PROBE = {"role": "system", "content": "Be brief."}
 USER_PROBE = {"role": "user", "content": "What is 1 + 2?"}
-EXAMPLE_TEMPLATE = (  # as YAML
-    r'"{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"')
-LIBRARY_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError,
-                  RuntimeError, SafetensorError, TemplateError)
 CHECK_LENGTHS = [48, 48, 29]  # tokens of the sequences that check_policy compares
 CHECK_LIMITS = {"bfloat16": (0.02, 0.2)}  # mean and largest |dlogp|; of other types EXACT
 EXACT = (1e-4, 1e-4)
+FILLER_IDS = [0, 0]  # of a row that runs and weighs nothing
+PADDED_SHARE, PADDED_TOKENS = 0.97, 512  # a micro-batch has so little padding, or so few tokens
+MAX_WORKERS = 8  # verifiers of a process
+SHOWN = re.compile(r"accuracy_|hard_|reward/|grad_norm|mismatch_k3|eval/(?!.*stderr)")
 
-def read_rows(config):
-    """Rows of the data set as dicts; UserError names the file and line."""
-    name, kind, where = config.dataset_name, Path(config.dataset_name).suffix[1:], ""
-    try:
-        if kind == "jsonl":
-            rows = []
-            for number, line in enumerate(Path(name).read_text(encoding="utf-8").split("\n"), 1):
-                where = f", line {number}"
-                rows += [{**json.loads(line)}] if line.strip() else []
-            return rows
-        from datasets import load_dataset
-        if kind in ("json", "parquet"):
-            return list(load_dataset(kind, data_files=name, split="train"))
-        return list(load_dataset(name, config.dataset_config, split=config.dataset_split))
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        raise UserError(f"dataset_name={name}{where}: {error}") from None
 
-def load_problems(config, prompts):
-    """Usable problems, ids = row numbers; what is dropped is counted and shown."""
-    c, rows, found = config, read_rows(config), defaultdict(list)  # why not usable: problems
-    columns = [c.dataset_prompt_column, c.dataset_answer_column, c.dataset_hint_column]
-    columns = columns if c.rl_type == "ghpo" else columns[:2]
-    wanted = columns + [c.dataset_level_column] * c.curriculum
-    missing = [column for column in wanted if rows and column not in rows[0]]
-    need(not missing, f"{c.dataset_name}: no column {missing} in {[*rows[0]] if rows else 0}: set "
-         "dataset_prompt_column and so on (eval_datasets: in a set's own settings)")
-    system = [{"role": "system", "content": c.system_prompt}] if c.system_prompt else []
-    for number, row in enumerate(rows):
-        question, answer, *trace = ("" if row.get(k) is None else row[k] for k in columns)
-        if not isinstance(question, list):
-            question = [{"role": "user", "content": str(question)}] * bool(str(question).strip())
-        level = re.search(r"\d+|$", str(row.get(c.dataset_level_column)))[0]  # "Level 5" is 5
-        problem = hints.Problem(number, system + question, str(answer).strip(),
-                                "".join(map(str, trace)), float(level or 0))
-        reason = "no problem text" * (not question) or parse_gold(problem.answer)
-        if not reason and len(prompts.ids(problem)[0]) > c.max_prompt_length:
-            reason = f"prompt over max_prompt_length={c.max_prompt_length} tokens"
-        found[reason].append(problem)
-    problems = found.pop(None, [])
-    bare = sum(not problem.trace.strip() for problem in problems) * (c.rl_type == "ghpo")
-    say(f"data: {c.dataset_name}: {len(problems)} of {len(rows)} rows usable"
-        + f", {bare} without a solution to hint from" * bool(bare))
-    for reason, dropped in found.items():
-        say(f"data: dropped {len(dropped)}, {reason}: rows {[p.id for p in dropped[:5]]}")
-    need(problems, f"dataset_name={c.dataset_name}: none of its {len(rows)} rows is usable")
-    return problems
+@dataclass
+class State:
+    """What a checkpoint holds beside weights and optimizer; alike on all ranks. A key that a fork
+    adds has its default when an older run is resumed."""
 
-@contextmanager
-def as_user_error(what: str):
-    """What the libraries raise inside becomes one line that begins with `what`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except LIBRARY_ERRORS as error:
-        raise UserError(f"{what}: {' '.join(str(error).split())[:400]}") from None
+    step: int = 0  # rollout batches done
+    cursor: int = 0  # problems taken, over all epochs
+    queue: list = field(default_factory=list)  # deferred: (problem id, its stages), oldest first
+    history: dict = field(default_factory=dict)  # see hints.py
+    method: dict = field(default_factory=dict)  # see hints.py
+    mismatch: list = field(default_factory=list)  # k3 of the last steps that compared something
+    prompts_per_step: int = 0
+    data: str = ""  # fingerprint of the problems
+    metrics_bytes: int = 0  # of metrics.jsonl, rank 0's
 
-def load_tokenizer(config):
-    """The tokenizer, with a chat template and a pad token; UserError when it cannot be used."""
-    name = f"model_name_or_path={config.model_name_or_path}"
-    with as_user_error(f"{name}: tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            config.model_name_or_path, revision=config.model_revision, trust_remote_code=False)
-        spelt = tokenizer.decode(tokenizer("12").input_ids)
-    need("12" in spelt.replace(" ", ""), f"{name}: its tokenizer reads 12 as {spelt!r}: are files "
-         "missing?")
-    template = getattr(config, "chat_template", None)
-    if template and "{" not in template:  # all Jinja has a brace
-        with as_user_error(f"chat_template={template}"):
-            template = Path(template).read_text(encoding="utf-8")
-    if template:
-        tokenizer.chat_template = template
-    need(tokenizer.chat_template, f"{name}: its tokenizer has no chat template: set one, Jinja or "
-         f"a file, for example chat_template: {EXAMPLE_TEMPLATE}")
-    need(tokenizer.eos_token is not None, f"{name}: its tokenizer names no eos_token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-        say(f"tokenizer: no pad token, {tokenizer.eos_token} takes its place")
-    prove_export(name, tokenizer)
-    return tokenizer
+    def load(self, saved: dict) -> None:
+        """Takes over what was saved as JSON."""
+        for known in fields(self):
+            if known.name in saved:
+                setattr(self, known.name, saved[known.name])
+        self.history = {int(key): value for key, value in self.history.items()}
+        self.queue = [(i, [Stage(**stage) for stage in stages]) for i, stages in self.queue]
 
-def prove_export(name, *parts):
-    """Saves configs or a tokenizer once, lest the first checkpoint of a run fails on them."""
-    with as_user_error(f"{name}: cannot be exported"), TemporaryDirectory() as folder:
-        for part in parts:
-            part.save_pretrained(folder)
+
+@dataclass(frozen=True)
+class Run:
+    """What does not change while a run goes on; `state` is what does."""
+
+    config: Config
+    state: State
+    rank: int
+    world: int
+    device: torch.device
+    folder: Path
+    prompts: "Prompts"
+    problems: list[Problem]
+    plan: Any  # prompts, steps, per_epoch, save_every
+    eval_sets: dict  # name: (config, problems)
+    policy: "Policy"
+    reference: "Policy | None"  # a frozen copy when beta > 0
+    optimizer: torch.optim.Optimizer
+    learning_rate: Callable[[int], float]  # of a step
+    master_dtype: torch.dtype  # of weights, moments and loss
+    compute_dtype: torch.dtype
+    pool: VerifierPool
+    engine: Any = None  # the last thing built
+    wandb: Any = None
+
+    @property
+    def accuracy_column(self) -> int:
+        """The reward that is reported as accuracy: the one named so, else the trigger."""
+        names = self.config.reward_funcs
+        return names.index("accuracy") if "accuracy" in names else self.trigger_column
+
+    @property
+    def trigger_column(self) -> int:
+        """The reward that decides whether a problem is hard."""
+        names = self.config.reward_funcs
+        for name in (self.config.hint_trigger, "accuracy"):
+            if name in names:
+                return names.index(name)
+        return 0
+
 
 def system_in_user_turn(messages):
     """Chat messages without a system turn: its text stands in front of the first user turn."""
@@ -153,17 +136,18 @@ def system_in_user_turn(messages):
     content = f"{system['content']}\n\n{turns[first]['content']}"
     return [*turns[:first], {**turns[first], "content": content}, *turns[first + 1 :]]
 
+
 class Prompts:
     """The chat template: what the model reads for a problem and a hint."""
 
-    def __init__(self, config):
-        self.config = config
+    def __init__(self, config: Config, state: State | None = None):
+        self.config, self.state = config, state or State()
         self.tokenizer = load_tokenizer(config)
         self.special = [token for token in self.tokenizer.all_special_tokens
                         if not re.fullmatch("</?(think|answer)>", token)]
         # the date that a template shows must not change the prompts when a run is resumed
         self.template_values = {"strftime_now": PROMPT_DATE.strftime}
-        self.template_values |= getattr(config, "chat_template_kwargs", None) or {}
+        self.template_values |= config.chat_template_kwargs
         if "strftime_now" in str(self.tokenizer.chat_template):
             say(f"chat template: the date that it shows is always {PROMPT_DATE:%Y-%m-%d}")
         name = f"model_name_or_path={config.model_name_or_path}"
@@ -175,7 +159,7 @@ class Prompts:
     def ids(self, problem, hint=""):
         """(token ids, text the assistant's turn starts with: what the template opens, then the
         hint); UserError names the row that the template refuses."""
-        messages, prefix = hints.render(problem, hint, self.config)
+        messages, prefix = hints.render(problem, hint, self.config, self.state)
         if not self.has_system_role:
             messages = system_in_user_turn(messages)
         marked = [{**turn, "content": self._marked(turn["content"])} for turn in messages]
@@ -216,88 +200,180 @@ class Prompts:
                 ids += self.tokenizer(piece, add_special_tokens=False).input_ids
         return ids
 
-    def fit(self, problem, ratio):
+    def fit(self, problem: Problem, ratio: float) -> tuple[str, bool]:
         """make_hint, shortened (the hint, never the problem) until max_prompt_length holds."""
-        hint, is_trimmed = hints.make_hint(problem, ratio)
-        while hint and len(self.ids(problem, hint)[0]) > self.config.max_prompt_length:
-            hint, _ = hints.make_hint(problem, ratio, limit=len(hint) - 1)
-        return hint, is_trimmed
+        c, state = self.config, self.state
+        hint, is_trimmed = hints.make_hint(problem, ratio, c, state)
+        if self._fits(problem, hint):
+            return hint, is_trimmed
+        # bisection: of hints of at most `fitting` characters it is known that they fit
+        fitting, too_long = 0, len(hint)
+        while too_long - fitting > 1:
+            limit = (fitting + too_long) // 2
+            shorter, _ = hints.make_hint(problem, ratio, c, state, limit)
+            if self._fits(problem, shorter):
+                fitting = limit
+            else:
+                too_long = max(len(shorter), fitting + 1)
+        shorter, _ = hints.make_hint(problem, ratio, c, state, fitting)
+        return shorter, is_trimmed
 
-    def request(self, group, shown, config, slot, step):
-        """The Request for a Try; its seed: a hash of run, step, problem and stage, not rank."""
-        rendered = {hint: self.ids(group.problem, hint) for hint in set(shown.hints)}
-        ids, prefixes = zip(*(rendered[hint] for hint in shown.hints))
-        key = repr((config.seed, step, group.problem.id, len(group.tries))).encode()
-        seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 2  # 62 bits
-        return Request(group.problem, ids, shown, group.tries, prefixes, seed, config, slot)
+    def _fits(self, problem, hint):
+        return not hint or len(self.ids(problem, hint)[0]) <= self.config.max_prompt_length
 
-def advantages(group, config):
-    """E1 and E3: rewards (G, F) to advantages (G,), float64."""
-    rewards_G = np.array(group.rewards) @ np.array(config.reward_weights)  # E1
-    mean, std = hints.baseline(rewards_G, np.array([c.hint_ratio for c in group.completions]))
-    return (rewards_G - mean) / (std + 1e-4 if config.scale_rewards else 1.0)  # E3
+    def request(self, group: Group, config: Config, slot: int, salt: Any) -> rollout.Request:
+        """The Request for the group's next stage; its seed is a hash of run, salt (step), problem
+        and stage, without the rank."""
+        stage = group.next_stage
+        rendered = {hint: self.ids(group.problem, hint) for hint in set(stage.hints)}
+        key = repr((config.seed, salt, group.problem.id, len(group.stages))).encode()
+        digest = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
+        return rollout.Request(
+            problem=group.problem,
+            stage=stage,
+            prompts=[rendered[hint][0] for hint in stage.hints],
+            prefixes=[rendered[hint][1] for hint in stage.hints],
+            seed=digest >> (64 - SEED_BITS),
+            config=config,
+            slot=slot,
+        )
+
 
 @dataclass
 class Row:
-    """One completion as the loss sees it; T targets follow the context."""
-    input_ids: list
-    context: int  # tokens of context
-    behaviour_logp: list  # (T,)
-    policy_weight: list  # (T,)
-    likelihood_weight: list  # (T,)
-    is_on_context: list  # (T,) scored under what it was sampled from: mismatch can be measured
+    """One completion as the loss sees it: T targets follow the context."""
+
+    input_ids: list[int]
+    n_context: int  # tokens of context
+    behaviour_logp: list[float]  # (T,)
+    policy_weight: list[float]  # (T,)
+    sft_weight: list[float]  # (T,)
+    is_comparable: list[bool]  # (T,) scored under what it was sampled from: mismatch can be measured
     advantage: float
-    tokens: int  # that count in E6, 0 when masked as truncated
-    scale: float = 0.0  # E6
+    n_tokens: int  # that count in E6, 0 when masked as truncated
+    token_weight: float = 0.0  # E6: of the loss of each of its tokens, 1 / denominator
 
-def make_rows(groups, prompts, config):
+    @classmethod
+    def only(cls, input_ids: list[int], n_context: int = 1, advantage: float = 0.0) -> "Row":
+        """A row that runs and weighs nothing."""
+        length = len(input_ids) - n_context
+        zeros, no = [0.0] * length, [False] * length
+        return cls(input_ids, n_context, zeros, zeros, zeros, no, advantage, n_tokens=0)
+
+    def has_gradient(self, config: Config) -> bool:
+        return bool(self.advantage or config.beta or any(self.sft_weight))
+
+
+def make_rows(groups: list[Group], prompts: "Prompts", config: Config, state: State) -> list[Row]:
     """Rows of the groups, with E6 taken over all ranks' groups: every rank must call it."""
-    groups_of_rows = []
-    for group in groups:
-        plain, rows = prompts.ids(group.problem)[0], []
-        for completion, advantage in zip(group.completions, advantages(group, config)):
-            context, targets, *weights = hints.loss_view(completion, plain, config)
-            input_ids, length = [*context, *targets], len(completion.token_ids)
-            taken_over = [0.0] * (len(targets) - length)  # from the prompt
-            is_same = input_ids == [*completion.prompt_ids, *completion.token_ids]
-            is_masked = config.mask_truncated_completions and completion.finish_reason == "length"
-            rows.append(Row(input_ids, len(context), taken_over + completion.behaviour_logp,
-                            *weights, taken_over + [float(is_same)] * length, float(advantage),
-                            0 if is_masked else length))
-        groups_of_rows.append(rows)
-    whole = sum(groups_of_rows, [])
-    counts = {"groups": len(groups), "rows": len(whole), "tokens": sum(r.tokens for r in whole)}
+    rows_of_groups = [make_group_rows(group, prompts, config, state) for group in groups]
+    rows = [row for rows_of_group in rows_of_groups for row in rows_of_group]
+    counts = {"groups": len(groups), "rows": len(rows), "tokens": sum(row.n_tokens for row in rows)}
     counts = fsdp_utils.all_reduce_scalars(counts)
-    for rows in groups_of_rows:
-        for row in [row for row in rows if row.tokens]:
-            row.scale = 1 / {  # E6: means over tokens,
-                "bnpo": counts["groups"] * sum(r.tokens for r in rows),  # over groups, of theirs
-                "dapo": counts["tokens"],  # over all
-                "grpo": counts["rows"] * row.tokens,  # over rows, of theirs
-                "dr_grpo": counts["rows"] * config.max_completion_length}[config.loss_type]
-    return whole
+    for rows_of_group in rows_of_groups:
+        for row in rows_of_group:
+            if row.n_tokens:
+                row.token_weight = 1 / denominator(row, rows_of_group, counts, config)  # E6
+    return rows
 
-def token_loss(logp, old_logp, ref_logp, batch, config):
-    """E4, E5, E7: (loss, was the ratio clipped) of each token (M,). ref_logp: None if beta is 0."""
-    advantage, high = batch["advantage"], config.epsilon_high
+
+def make_group_rows(group, prompts, config, state) -> list[Row]:
+    """The rows of one group, still without E6."""
+    plain_ids, _ = prompts.ids(group.problem)
+    rows = []
+    for j, advantage in enumerate(hints.advantages(group, config, state)):
+        completion = group.completions[j]
+        view = hints.loss_view(group, j, float(advantage), plain_ids, config, state)
+        input_ids = [*view.context, *view.targets]
+        length = len(completion.token_ids)
+        n_prompt = len(view.targets) - length  # targets that were part of the prompt
+        is_as_sampled = input_ids == [*completion.prompt_ids, *completion.token_ids]
+        is_masked = config.mask_truncated_completions and completion.finish_reason == "length"
+        rows.append(Row(
+            input_ids=input_ids,
+            n_context=len(view.context),
+            behaviour_logp=[0.0] * n_prompt + completion.behaviour_logp,
+            policy_weight=view.policy_weight,
+            sft_weight=view.sft_weight,
+            is_comparable=[False] * n_prompt + [is_as_sampled] * length,
+            advantage=float(advantage),
+            n_tokens=0 if is_masked else length,
+        ))
+    return rows
+
+
+def denominator(row: Row, rows_of_group: list[Row], counts: dict, config: Config) -> float:
+    """E6: what the token losses of a row are divided by, so that their sum is the mean over ..."""
+    if config.loss_type == "bnpo":  # groups, of the tokens of each
+        return counts["groups"] * sum(other.n_tokens for other in rows_of_group)
+    if config.loss_type == "dapo":  # all tokens
+        return counts["tokens"]
+    if config.loss_type == "grpo":  # rows, of the tokens of each
+        return counts["rows"] * row.n_tokens
+    return counts["rows"] * config.max_completion_length  # dr_grpo: rows of full length
+
+
+def token_loss(
+    logp: torch.Tensor, old_logp: torch.Tensor, ref_logp: torch.Tensor | None, batch: dict, config: Config
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """E4, E5, E7: (loss, was the ratio clipped) of each token (M,). ref_logp: None if beta is 0.
+    batch: (M,) tensors by the names of Row's fields, and `row`, the number of a token's row."""
+    advantage = batch["advantage"]
+    high = config.epsilon if config.epsilon_high is None else config.epsilon_high
     ratio = torch.exp(logp - old_logp)
-    clipped = ratio.clamp(1 - config.epsilon, 1 + (config.epsilon if high is None else high))
+    clipped = ratio.clamp(1 - config.epsilon, 1 + high)
     loss = -torch.minimum(ratio * advantage, clipped * advantage)  # E4
     if config.importance_cap:
         weight = torch.exp(old_logp - batch["behaviour_logp"]).clamp(max=config.importance_cap)
         loss = loss * weight.detach()  # E7
     if ref_logp is not None:
-        loss = loss + config.beta * (torch.exp(ref_logp - logp) - (ref_logp - logp) - 1)  # E5
-    loss = loss * batch["policy_weight"] - batch["likelihood_weight"] * logp
-    return loss, (clipped - ratio).detach() * advantage < 0
+        delta = ref_logp - logp
+        loss = loss + config.beta * (torch.exp(delta) - delta - 1)  # E5
+    loss = loss * batch["policy_weight"] - batch["sft_weight"] * logp
+    is_clipped = (clipped - ratio).detach() * advantage < 0
+    return loss, is_clipped
+
+
+def token_sums(loss, is_clipped, entropy, old_logp, batch, config) -> dict[str, torch.Tensor]:
+    """Sums over the tokens of a micro-batch, and the largest |old_logp - behaviour_logp|."""
+    is_comparable = batch["is_comparable"]
+    delta = (old_logp - batch["behaviour_logp"]) * is_comparable
+    log_cap = math.log(config.importance_cap or math.inf)
+    return {
+        "loss": loss.double().sum(),
+        "tokens": batch["policy_weight"].double().sum(),
+        "clipped": is_clipped.double().sum(),
+        "entropy": (entropy * batch["policy_weight"]).double().sum(),
+        "compared": is_comparable.double().sum(),
+        "mismatch_k3": (torch.expm1(delta) - delta).double().sum(),
+        "importance_capped": (delta > log_cap).double().sum(),
+        "mismatch_max": delta.abs().max().double(),
+    }
+
+
+def token_metrics(sums: list[dict]) -> dict[str, float]:
+    """The token_sums of a step, over all ranks: sums of loss and tokens, means of the others."""
+    stacked = {key: torch.stack([part[key] for part in sums]) for key in sums[0]}
+    largest = {"mismatch_max": float(stacked.pop("mismatch_max").max())}
+    total = {key: float(values.sum()) for key, values in stacked.items()}
+    total = fsdp_utils.all_reduce_scalars(total)
+    for key in ("entropy", "clipped"):
+        total[key] /= max(total["tokens"], 1)
+    for key in ("mismatch_k3", "importance_capped"):
+        total[key] /= max(total["compared"], 1)
+    return total | fsdp_utils.all_reduce_scalars(largest, "max")
+
 
 class HiddenStates(tuple):
     """(hidden states,) as a transformer would answer: None for all else that a head may ask for."""
 
-    last_hidden_state = property(itemgetter(0))
+    @property
+    def last_hidden_state(self):
+        return self[0]
 
     def __getattr__(self, name):
         return None
+
 
 class GivenStates:
     """Stands where a causal LM keeps its transformer, and answers with the states it is given."""
@@ -312,6 +388,7 @@ class GivenStates:
     def __getattr__(self, name):
         return getattr(self.transformer, name)  # FalconH1 keeps a factor of the logits there
 
+
 def head_of(model: PreTrainedModel) -> PreTrainedModel:
     """The causal LM with all that its family does to the last hidden states, and nothing before:
     head_of(model)(inputs_embeds=hidden).logits. A shallow copy that shares the weights."""
@@ -319,6 +396,7 @@ def head_of(model: PreTrainedModel) -> PreTrainedModel:
     head._modules = {name: part for name, part in model._modules.items() if name != place}
     head.__dict__[place] = GivenStates(model.base_model)
     return head
+
 
 class Policy(torch.nn.Module):
     """The FSDP root: transformer and LM head under one forward, for scoring and for decoding."""
@@ -356,199 +434,351 @@ class Policy(torch.nn.Module):
             entropy_M = -(logp_MV.exp() * logp_MV).sum(-1)
         return logp_MV.gather(-1, target[:, None]).squeeze(-1), entropy_M
 
-def micro_batches(rows, budget, is_packed):
+
+def micro_batches(rows: list[Row], budget: int, is_packed: bool) -> list[list[Row]]:
     """Rows in lists of at most `budget` tokens, longest first; 3 % padding, or none if packed."""
     batches = []
-    for row in sorted(rows, key=lambda r: -len(r.input_ids)):
-        batch = [*batches[-1], row] if batches else []
-        tokens = sum(len(r.input_ids) for r in batch)
-        size = tokens if is_packed or not batch else len(batch) * len(batch[0].input_ids)
-        # up to 512 tokens more padding is let in: splitting further costs more than it saves
-        if batch and size <= budget and (tokens >= 0.97 * size or size <= 512):
-            batches[-1] = batch
+    for row in sorted(rows, key=lambda row: -len(row.input_ids)):
+        if batches and fits([*batches[-1], row], budget, is_packed):
+            batches[-1].append(row)
         else:
             batches.append([row])
     return batches
 
-def collate(rows, is_packed, device, dtype):
+
+def fits(rows: list[Row], budget: int, is_packed: bool) -> bool:
+    """Do rows, the longest first, make a good micro-batch?"""
+    n_tokens = sum(len(row.input_ids) for row in rows)
+    if is_packed:
+        return n_tokens <= budget
+    n_padded = len(rows) * len(rows[0].input_ids)
+    # a little more padding is let in: splitting further costs more than it saves
+    is_dense = n_tokens >= PADDED_SHARE * n_padded or n_padded <= PADDED_TOKENS
+    return n_padded <= budget and is_dense
+
+
+def collate(
+    rows: list[Row], is_packed: bool, device: torch.device, dtype: torch.dtype
+) -> tuple[dict, dict]:
     """(arguments of Policy.forward, per-token tensors of the loss, each (M,)) for some rows."""
     lengths = [len(row.input_ids) for row in rows]
-    width = sum(lengths) if is_packed else max(lengths)
-    starts = np.cumsum([0, *lengths]) if is_packed else np.arange(len(rows)) * width
-    ids = np.zeros((1 if is_packed else len(rows), width), dtype=np.int64)
-    positions, places = np.zeros_like(ids) + np.arange(width), []
-    for row, start, length in zip(rows, starts, lengths):
+    if is_packed:
+        shape, starts = (1, sum(lengths)), np.cumsum([0, *lengths[:-1]])
+    else:
+        shape = (len(rows), max(lengths))
+        starts = np.arange(len(rows)) * max(lengths)
+    ids = np.zeros(shape, dtype=np.int64)
+    positions = np.zeros_like(ids) + np.arange(shape[1])
+    targets, row_numbers = [], []  # flat places of the targets of each row
+    for i, (row, start, length) in enumerate(zip(rows, starts, lengths)):
         ids.flat[start : start + length] = row.input_ids
         positions.flat[start : start + length] = np.arange(length)
-        places.append(np.arange(start + row.context, start + length))
-    target = np.concatenate(places)
+        targets.append(np.arange(start + row.n_context, start + length))
+        row_numbers.append(np.full(length - row.n_context, i))
+    target = np.concatenate(targets)
     inputs = {"ids": ids, "positions": positions, "predict": target - 1, "target": ids.flat[target]}
-    loss_inputs = {key: np.concatenate([np.broadcast_to(getattr(row, key), len(place))
-                                        for row, place in zip(rows, places)])
-                   for key in ("behaviour_logp", "policy_weight", "likelihood_weight",
-                               "is_on_context", "advantage", "scale")}
-    return ({key: torch.from_numpy(value).to(device) for key, value in inputs.items()},
-            {key: torch.from_numpy(value).to(device, dtype) for key, value in loss_inputs.items()})
+    inputs = {key: torch.from_numpy(value).to(device) for key, value in inputs.items()}
+    batch = {"row": torch.from_numpy(np.concatenate(row_numbers)).to(device)}
+    for key in ("behaviour_logp", "policy_weight", "sft_weight", "is_comparable"):
+        values = np.concatenate([getattr(row, key) for row in rows])
+        batch[key] = torch.from_numpy(values).to(device, dtype)
+    for key in ("advantage", "token_weight"):
+        values = np.array([getattr(row, key) for row in rows])
+        batch[key] = torch.from_numpy(values).to(device, dtype)[batch["row"]]
+    return inputs, batch
 
-def optimize(run, rows, lr):
+
+def optimize(run: Run, rows: list[Row], lr: float) -> dict[str, float]:
     """Loss and optimizer steps on the rows of all ranks; returns metrics. Every rank runs the same
     number of micro-batches; gradients are summed, for E6 has divided by the step's counts."""
-    c, policy, sums = run.config, run.policy, []
-    # A row without advantage gives no gradient, but it has been counted.
-    used = [row for row in rows if row.advantage or c.beta or any(row.likelihood_weight)]
+    c, policy = run.config, run.policy
+    used = [row for row in rows if row.has_gradient(c)]  # the others have been counted
     batches = micro_batches(used, c.micro_batch_tokens, c.packing)
-    most = int(fsdp_utils.all_reduce_scalars({"n": max(1, len(batches))}, "max")["n"])
-    filler = Row([0, 0], 1, 0.0, 0.0, 0.0, 0.0, 0.0, 0)  # runs, and weighs nothing
-    batches += [[filler]] * (most - len(batches))
-    batches = [collate(b, c.packing, run.device, run.master_dtype) for b in batches]
-    with phase("logprob"), torch.no_grad():
-        ref = [run.reference(**inputs, temperature=c.temperature)[0] if c.beta else None
-               for inputs, _ in batches]
-        torch.get_device_module(run.device).synchronize()
+    n_batches = fsdp_utils.all_reduce_scalars({"n": len(batches)}, "max")["n"]
+    while len(batches) < max(1, n_batches):
+        batches.append([Row.only(FILLER_IDS)])
+    batches = [collate(batch, c.packing, run.device, run.master_dtype) for batch in batches]
+    ref_logp = [None] * len(batches)
+    if run.reference:
+        with phase("logprob"), torch.no_grad():
+            ref_logp = [run.reference(**inputs, temperature=c.temperature)[0] for inputs, _ in batches]
+            torch.get_device_module(run.device).synchronize()
     for group in run.optimizer.param_groups:
         group["lr"] = lr
-    old = []  # from before the first update on this batch
+    old_logp, sums = [], []  # old_logp: from before the first update on this batch
     for iteration in range(c.num_iterations):
         for i, (inputs, batch) in enumerate(batches):
-            fsdp_utils.last_micro_batch(policy, i == most - 1)
+            fsdp_utils.last_micro_batch(policy, i == len(batches) - 1)
             logp, entropy = policy(**inputs, temperature=c.temperature)
-            old += [logp.detach()] * (iteration == 0)
-            loss, is_clipped = token_loss(logp, old[i], ref[i], batch, c)
-            loss = loss * batch["scale"]  # E6
+            if iteration == 0:
+                old_logp.append(logp.detach())
+            loss, is_clipped = token_loss(logp, old_logp[i], ref_logp[i], batch, c)
+            loss = loss * batch["token_weight"]  # E6
             loss.sum().backward()
-            sums.append(token_sums(loss.detach(), is_clipped, entropy, old[i], batch, c))
-        norm = float(fsdp_utils.clip_grad_norm(policy.parameters(), c.max_grad_norm))
-        if math.isfinite(norm):
-            run.optimizer.step()
-        else:
-            path = run.folder / f"nonfinite_step_{run.state['step']}_rank_{run.rank}.pt"
-            torch.save(rows, path)
-            need(c.nonfinite == "skip", f"gradient norm is {norm}: its batch is in {path}")
-        run.optimizer.zero_grad()
+            sums.append(token_sums(loss.detach(), is_clipped, entropy, old_logp[i], batch, c))
+        norm = update(run, rows)
     return token_metrics(sums) | {"grad_norm": norm, "lr": lr}
 
-def roll_out(run, blank, c, step):
-    """Blank groups to final ones, with the current weights; and each one's last plan_try."""
-    planned = {}  # slot: (next Try or None, tries so far)
 
-    def next_request(group, slot):
-        shown, tries = planned[slot] = hints.plan_try(
-            group, c, run.state["history"], step, run.prompts.fit)
-        if not group.completions or (shown and c.hint_timing == "inline"):
-            shown = shown or hints.Try([0.0] * c.num_generations, [""] * c.num_generations)
-            return run.prompts.request(replace(group, tries=tries), shown, c, slot, step)
+def update(run: Run, rows: list[Row]) -> float:
+    """One optimizer step; returns the gradient's norm. Where that is not finite nothing moves."""
+    norm = float(fsdp_utils.clip_grad_norm(run.policy.parameters(), run.config.max_grad_norm))
+    if math.isfinite(norm):
+        run.optimizer.step()
+    else:
+        path = run.folder / f"nonfinite_step_{run.state.step}_rank_{run.rank}.pt"
+        torch.save(rows, path)
+        is_skipped = run.config.nonfinite == "skip"
+        need(is_skipped, f"gradient norm is {norm}: its batch is in {path}")
+    run.optimizer.zero_grad()
+    return norm
+
+
+def sample_groups(run: Run, groups: list[Group], c: Any, salt: Any, show=None) -> list[Group]:
+    """Blank groups to final ones, with the current weights. salt: part of the seeds, the step or
+    the eval set's name."""
+    state, fit = run.state, run.prompts.fit
+
+    def ask(group, slot):
+        return run.prompts.request(group, c, slot, salt)
+
+    def after_stage(group, completions, rewards):
+        column = run.trigger_column
+        return hints.after_stage(group, completions, rewards, column, c, state, fit)
 
     with phase("sync"):
         run.engine.wake()
         run.engine.update_weights(fsdp_utils.full_tensors(run.policy.model, run.compute_dtype))
     with phase("generate"):
-        groups = rollout.collect(
-            run.engine, blank, run.pool, next_request, hints.merge, run.trigger)
+        groups = [hints.advance(group, c, state, fit) for group in groups]
+        groups = rollout.collect(run.engine, groups, run.pool, ask, after_stage, show)
         run.engine.sleep()
-    return groups, list(planned.values())
+    return groups
 
-def train(run):
-    """The algorithm: one pass of the loop is one rollout batch. run.state is alike on all ranks."""
+
+class Interrupt:
+    """What asks the run to end: the first SIGTERM, SIGUSR1 or Ctrl-C lets the step finish and a
+    checkpoint be written, a second one ends at once. Status 128 + signal, as shells have it."""
+
+    def __init__(self):
+        self.received = 0
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self.take)
+
+    def take(self, number, frame):
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+        name = signal.Signals(number).name
+        say(f"{name}: ends after this step and its checkpoint; once more ends at once")
+
+
+def train(run: Run, interrupt: Interrupt) -> int:
+    """The algorithm: one pass of the loop is one rollout batch. run.state is alike on all ranks.
+    Returns the signal that ended it, 0 when all steps are done."""
     c, state, plan = run.config, run.state, run.plan
-    steps = range(state["step"], plan.steps)
-    for step in tqdm(steps, c.rl_type, plan.steps, initial=state["step"], disable=run.rank > 0):
+    is_shown = run.rank == 0 and sys.stderr.isatty()
+    bar = tqdm(total=plan.steps, desc=c.rl_type, initial=state.step, disable=not is_shown)
+    saved_at = time.monotonic()
+    stopped_by = 0
+    while state.step < plan.steps and not stopped_by:
         started = time.perf_counter()
         fsdp_utils.seconds.clear()
 
         # 1. Roll out G samples a problem; 2. hint: a group that fails is asked again (E2).
         blank = next_groups(run)[run.rank :: run.world]
-        groups, planned = roll_out(run, blank, c, step)
-        metrics = record(run, groups, blank, planned)
-        if c.hint_exhausted == "drop" and c.rl_type == "ghpo" and step >= c.start_hint_step:
-            groups = [group for group, (shown, _) in zip(groups, planned)
-                      if shown or not hints.needs_hint(group.tries, c)]
+        groups = sample_groups(run, blank, c, state.step, bar.set_postfix_str)
+        outcomes = write_rollouts(run, groups)
+        groups = [group for group in groups if hints.enters_batch(group, c, state)]
 
         # 3. Advantages (E1, E3), and what each row weighs in the objective of the step (E6).
-        rows = make_rows(groups, run.prompts, c)
+        rows = make_rows(groups, run.prompts, c, state)
 
         # 4. Micro-batches and loss (E4, E5, E7); 5. optimizer step. The sampler gets the weights
         # when the next rollout begins.
         with phase("train"):
-            metrics |= optimize(run, rows, run.learning_rate(step))
-        state["step"] = step + 1
-        spent = costs(run, rows, metrics["tokens/generated"], time.perf_counter() - started)
-        write_metrics(run, metrics | spent)
-        limit = 1e-2 if c.torch_dtype == "bfloat16" else 1e-4
-        need(step > run.first_step + 2 or metrics["mismatch_k3"] <= limit,
-             f"sampler and trainer disagree, mean k3 {metrics['mismatch_k3']:.2g} > {limit:g}: "
-             "stale weights, another dtype, or top_p and top_k in use?")
-        is_last = state["step"] == plan.steps
-        if c.eval_strategy == "steps" and (is_last or state["step"] % c.eval_steps == 0):
+            metrics = optimize(run, rows, run.learning_rate(state.step))
+        metrics |= hints.after_step(state, outcomes, c)
+        metrics |= costs(run, rows, metrics["tokens/generated"], time.perf_counter() - started)
+        state.step += 1
+        write_metrics(run, metrics)
+        watch_mismatch(run, metrics)
+        bar.update()
+        is_last = state.step == plan.steps
+        if c.eval_strategy == "steps" and (is_last or state.step % c.eval_steps == 0):
             evaluate(run)
-        if is_last or state["step"] % plan.save_every == 0:
-            fsdp_utils.save_checkpoint(
-                run.folder, step + 1, run.policy, run.optimizer, state, c.save_total_limit or 0,
-                lambda folder: export(run, folder / "model"))
+        minutes = (time.monotonic() - saved_at) / 60
+        asked = {"signal": interrupt.received, "minutes": minutes}
+        asked = fsdp_utils.all_reduce_scalars(asked, "max")  # ranks agree
+        stopped_by = int(asked["signal"])
+        is_due = c.save_minutes is not None and asked["minutes"] >= c.save_minutes
+        if is_due or is_last or stopped_by or state.step % plan.save_every == 0:
+            save(run)
+            saved_at = time.monotonic()
+    bar.close()
+    return stopped_by
 
-def next_groups(run):
+
+def next_groups(run: Run) -> list[Group]:
     """The blank groups of the next step, for all ranks: returning problems, then fresh ones."""
     c, state, n = run.config, run.state, len(run.problems)
-    most = int(c.deferred_share * run.plan.prompts)
-    queue, state["queue"] = state["queue"][:most], state["queue"][most:]
-    fresh = run.plan.prompts - len(queue)
-    epoch, start = divmod(state["cursor"], n)
-    if start + fresh > n:  # a step never straddles two epochs: no fresh problem twice in one
+    n_returning = int(c.deferred_share * run.plan.prompts)
+    returning, state.queue = state.queue[:n_returning], state.queue[n_returning:]
+    n_fresh = run.plan.prompts - len(returning)
+    epoch, start = divmod(state.cursor, n)
+    if start + n_fresh > n:  # a step never straddles two epochs: no fresh problem twice in one
         epoch, start = epoch + 1, 0
-    state["cursor"] = epoch * n + start + fresh
+    state.cursor = epoch * n + start + n_fresh
     order = np.random.default_rng([c.seed, epoch]).permutation(n)
-    order = sorted(order, key=lambda i: run.problems[i].level if c.curriculum else 0)  # stable
-    known = {problem.id: problem for problem in run.problems}
-    return [Group(known[i], tries) for i, tries in queue] + [
-        Group(run.problems[i]) for i in order[start : start + fresh]]
+    if c.curriculum:
+        order = sorted(order, key=lambda i: run.problems[i].level)  # stable
+    problem_of_id = {problem.id: problem for problem in run.problems}
+    groups = []
+    for problem_id, stages in returning:
+        groups.append(Group(problem_of_id[problem_id], stages, n_earlier=len(stages)))
+    for i in order[start : start + n_fresh]:
+        groups.append(Group(run.problems[i]))
+    return groups
 
-def record(run, groups, blank, planned):
-    """Writes the rollouts of all ranks, updates history and queue; returns the step's metrics."""
-    c, state, lines = run.config, run.state, []
-    for group, before, (shown, tries) in zip(groups, blank, planned):
-        lines.append({
-            "id": group.problem.id, "problem": group.problem.messages[-1]["content"],
-            "prompt": run.prompts.tokenizer.decode(group.request.prompts[0]),
-            "hint": group.request.shown.hints[0], "hint_ratio": group.request.shown.ratios[0],
-            "answer": group.problem.answer, "tries": tries, "earlier_tries": len(before.tries),
-            "is_deferred": c.hint_timing == "deferred" and shown is not None,
-            "completions": [{
-                "text": o.text, **dict(zip(c.reward_funcs, scores)), "tokens": len(o.token_ids),
-                "finish_reason": o.finish_reason, "hint_ratio": o.hint_ratio}
-                for o, scores in zip(group.completions, group.rewards)]})
+
+def write_rollouts(run: Run, groups: list[Group]) -> list[hints.Outcome]:
+    """A file with a line a group, of all ranks; returns the outcomes of all ranks."""
+    mine = [(rollout_line(run, group), hints.outcome_of(group)) for group in groups]
     with phase("wait"):  # for the slowest rank
-        lines = sum(fsdp_utils.gather_objects(lines), [])
+        gathered = fsdp_utils.gather_objects(mine)
+    pairs = [pair for rank in gathered for pair in rank]
     if run.rank == 0:
-        path = run.folder / "rollouts" / f"step_{state['step'] + 1:06d}.jsonl"
-        path.write_text("".join(json.dumps(line, default=vars) + "\n" for line in lines))
-    for line in lines:
-        hints.remember(state["history"], line["id"], line["tries"])
-        state["queue"] += [(line["id"], line["tries"])] * line["is_deferred"]
-    return rollout_metrics(lines, c) | {"queue": len(state["queue"])}
+        path = run.folder / "rollouts" / f"step_{run.state.step + 1:06d}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line, _ in pairs))
+    return [outcome for _, outcome in pairs]
 
-def evaluate(run):
+
+def rollout_line(run: Run, group: Group) -> dict:
+    """A group as it is logged. Prompt, hint and ratio of a sample stand with it where they differ
+    from those of the first one."""
+    first, decode = group.completions[0], run.prompts.tokenizer.decode
+    samples = []
+    for completion, scores in zip(group.completions, group.rewards):
+        sample = {"text": completion.text, **dict(zip(run.config.reward_funcs, scores))}
+        sample["tokens"] = len(completion.token_ids)
+        sample["finish_reason"] = completion.finish_reason
+        sample["hint_ratio"] = completion.hint_ratio
+        if completion.prompt_ids != first.prompt_ids:
+            sample["prompt"] = decode(completion.prompt_ids)
+            sample["hint"] = completion.hint
+        samples.append(sample)
+    return {
+        "id": group.problem.id,
+        "problem": group.problem.text,
+        "prompt": decode(first.prompt_ids),
+        "hint": first.hint,
+        "hint_ratio": first.hint_ratio,
+        "gold": group.problem.gold,
+        "stages": [asdict(stage) for stage in group.stages],
+        "n_earlier": group.n_earlier,
+        "is_deferred": group.is_deferred,
+        "completions": samples,
+    }
+
+
+def costs(run: Run, rows: list[Row], n_generated: float, seconds: float) -> dict[str, float]:
+    """What a step took: seconds of rank 0 by phase (verify is part of generate, logprob of train),
+    tokens of all ranks, GPU memory, verifier failures."""
+    c, pool = run.config, run.pool
+    if any(pool.stats.values()):
+        say(f"rewards: {pool.stats} so far, these texts scored 0; last: {pool.error}")
+    n_trained = sum(len(row.input_ids) for row in rows if row.has_gradient(c))
+    counts = {f"verifier/{name}": count for name, count in pool.stats.items()}
+    counts["tokens/trained"] = c.num_iterations * n_trained
+    metrics = fsdp_utils.all_reduce_scalars(counts)
+    metrics["tokens/s"] = n_generated / seconds
+    metrics |= fsdp_utils.phase_seconds() | fsdp_utils.gpu_memory()
+    if c.gpu_tflops:  # model FLOPs utilization: attention and recomputation not counted
+        n_weights = sum(p.numel() for p in run.policy.parameters())
+        flops = 6 * n_weights * metrics["tokens/trained"]
+        speed = flops / run.world / metrics["seconds/train"]
+        metrics["mfu"] = speed / (c.gpu_tflops * 1e12)
+    return metrics
+
+
+def watch_mismatch(run: Run, metrics: dict) -> None:
+    """Warns of a step in which sampler and trainer disagree; stops, after a checkpoint, when the
+    first step that compared tokens or the mean of the last ten does."""
+    c, seen, k3 = run.config, run.state.mismatch, metrics["mismatch_k3"]
+    if not metrics["compared"]:
+        return
+    is_first = not seen
+    seen.append(k3)
+    del seen[:-MISMATCH_STEPS]
+    limit = mismatch_limit(c)
+    warned_at = AUTO_LIMIT if limit is None else limit
+    mean = float(np.mean(seen))
+    if max(k3, mean) <= warned_at:
+        return
+    told = f"sampler and trainer disagree: mean k3 {k3:.2g} > {warned_at:g}: "
+    if c.top_p < 1 or c.top_k:
+        say(told + "expected, for top_p and top_k change the sampler's distribution")
+        return
+    told += "stale weights in the sampler, another dtype, or a model that it computes otherwise?"
+    if limit is None or not (is_first or mean > limit):
+        say(told)
+        return
+    save(run)
+    raise UserError(f"{told} A checkpoint is saved; mismatch_limit=null only warns")
+
+
+def evaluate(run: Run) -> None:
     """Accuracy without hints on each eval set: avg@k, its standard error over problems, pass@k."""
     metrics = {}
     for name, (c, problems) in run.eval_sets.items():
         blank = [Group(problem) for problem in problems[run.rank :: run.world]]
-        groups, _ = roll_out(run, blank, c, name)
-        right = [[scores[run.accuracy] > 0 for scores in group.rewards] for group in groups]
-        right_PK = sum(fsdp_utils.gather_objects(right), [])
-        metrics |= {f"eval/{name}{key}": x for key, x in accuracy_at_k(right_PK).items()}
+        groups = sample_groups(run, blank, c, name)
+        column = run.accuracy_column
+        is_right = [[scores[column] > 0 for scores in group.rewards] for group in groups]
+        is_right_PK = [row for rank in fsdp_utils.gather_objects(is_right) for row in rank]
+        for key, value in accuracy_at_k(is_right_PK).items():
+            metrics[f"eval/{name}{key}"] = value
     write_metrics(run, metrics)
 
-def write_metrics(run, metrics):
+
+def accuracy_at_k(is_right_PK: list) -> dict[str, float]:
+    """avg@k, its standard error over problems, pass@k and pass@k/2, from P problems' k samples."""
+    is_right_PK = np.array(is_right_PK)
+    n, k = is_right_PK.shape
+    rates = is_right_PK.mean(1)
+    error = rates.std(ddof=1) / math.sqrt(n) if n > 1 else 0.0
+    found = {"": float(rates.mean()), "_stderr": float(error)}
+    for j in {k // 2, k} - {0, 1}:
+        passed = [pass_at_k(k, int(n_right), j) for n_right in is_right_PK.sum(1)]
+        found[f"_pass@{j}"] = float(np.mean(passed))
+    return found
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The unbiased chance that one of k of n samples is right when c are."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)  # E8
+
+
+def write_metrics(run: Run, metrics: dict) -> None:
     """One line to metrics.jsonl, a shorter one to the terminal, all of it to wandb if asked."""
-    step = run.state["step"]
+    step = run.state.step
     if run.rank == 0:
         with open(run.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-            run.state["metrics_bytes"] = file.tell()  # only rank 0's state is saved
+            run.state.metrics_bytes = file.tell()  # only rank 0's state is saved
     if run.wandb:
         run.wandb.log(metrics, step=step)
     if "loss" not in metrics or step % run.config.logging_steps == 0:
-        keys = "accuracy_|hard_|reward/|grad_norm|mismatch_k3|eval/(?!.*stderr)"
-        say(f"step {step}: " + ", ".join(
-            f"{key} {value:.3g}" for key, value in metrics.items() if re.match(keys, key)))
+        shown = [f"{key} {value:.3g}" for key, value in metrics.items() if SHOWN.match(key)]
+        say(f"step {step}: " + ", ".join(shown))
+
+
+def save(run: Run) -> None:
+    """A checkpoint of the state as it is, with an export in it."""
+    fsdp_utils.save_checkpoint(
+        run.folder, run.state.step, run.policy, run.optimizer, asdict(run.state),
+        run.config.save_total_limit or 0, lambda folder: export(run, folder / "model"))
+
 
 def export(run, folder, **hub):
     """Weights, config and tokenizer as transformers and vLLM load them; called on all ranks."""
@@ -563,127 +793,97 @@ def export(run, folder, **hub):
         model.save_pretrained(folder, state_dict=weights, **hub)
         run.prompts.tokenizer.save_pretrained(folder, **hub)
 
-def setup(config, is_eval=False):
+
+def setup(config: Config, is_eval: bool = False) -> Run:
     """What `train` needs, in the order that matters: verifiers, process group, weights, engine."""
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    pool = VerifierPool(config.reward_funcs, max(1, min(8, cores)), config.verifier_timeout)
-    run = SimpleNamespace(**vars(fsdp_utils.setup_distributed()), config=config, pool=pool,
-                          folder=Path(config.output_dir), wandb=None, eval_sets={})
-    columns = {name: i for i, name in enumerate(config.reward_funcs)}
-    run.accuracy = columns.get("accuracy", columns.get(config.hint_trigger, 0))
-    run.trigger = columns.get(config.hint_trigger, run.accuracy)
-    run.prompts = Prompts(config)
-    run.problems = load_problems(config, run.prompts)
-    run.plan = make_plan(config, run.world, len(run.problems))
+    n_workers = max(1, min(MAX_WORKERS, cores))
+    pool = VerifierPool(config.reward_funcs, n_workers, config.verifier_timeout)
+    place = fsdp_utils.setup_distributed()
+    state = State()
+    prompts = Prompts(config, state)
+    problems = load_problems(config, prompts)
+    plan = make_plan(config, place.world, len(problems))
+    state.prompts_per_step, state.data = plan.prompts, fingerprint(problems)
+    eval_sets = {}
     for name, spec in config.eval_datasets.items():
         c = eval_config(config, spec)
-        run.eval_sets[name] = c, load_problems(c, run.prompts)
-    run.compute_dtype = getattr(torch, config.torch_dtype)
-    run.master_dtype = torch.promote_types(run.compute_dtype, torch.float32)
+        eval_sets[name] = c, load_problems(c, prompts, keep_all=True)
+    compute_dtype, master_dtype = dtypes(config)
     logging.disable_progress_bar()
-    run.policy = load_policy(run)
-    run.reference = load_policy(run).requires_grad_(False).eval() if config.beta else None
-    run.optimizer = torch.optim.AdamW(
-        run.policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
-        betas=(config.adam_beta1, config.adam_beta2), fused=run.device.type == "cuda")
-    steps = run.plan.steps
-    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
-    rate = get_scheduler(config.lr_scheduler_type, run.optimizer, warmup, steps).lr_lambdas[0]
-    # differs from reference: warm-up begins above 0, for a step at rate 0 is a step lost
-    run.learning_rate = lambda step: config.learning_rate * rate(step + (step < warmup))
-    open_folder(run, is_eval)
-    tokenizer = run.prompts.tokenizer
-    ends = np.ravel(run.policy.model.generation_config.eos_token_id).tolist()  # one, several, None
-    ends = {tokenizer.eos_token_id, *ends} - {None}
-    engines = {"hf": rollout.HfEngine, "vllm": rollout.VllmEngine, "server": rollout.ServerEngine}
-    configs = [config, *(c for c, _ in run.eval_sets.values())]
-    longest = max(c.max_prompt_length + c.max_completion_length for c in configs)
-    run.engine = engines[config.engine](config, tokenizer, ends, longest, run.policy)
-    return run
+    policy = load_policy(config)
+    reference = None
+    if config.beta:
+        reference = load_policy(config).requires_grad_(False).eval()
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2), fused=place.device.type == "cuda")
+    folder = Path(config.output_dir)
+    open_folder(config, folder, place.rank)
+    run = Run(
+        config=config, state=state, rank=place.rank, world=place.world, device=place.device,
+        folder=folder, prompts=prompts, problems=problems, plan=plan, eval_sets=eval_sets,
+        policy=policy, reference=reference, optimizer=optimizer,
+        learning_rate=schedule(config, optimizer, plan.steps),
+        master_dtype=master_dtype, compute_dtype=compute_dtype, pool=pool)
+    check_policy(run)
+    if not is_eval and wants_startup_pass(config):
+        startup_pass(run)
+    resume(run, is_eval)
+    return replace(run, engine=build_engine(run), wandb=start_wandb(run))
 
-def load_policy(run):
+
+def schedule(config: Config, optimizer: Any, steps: int) -> Callable[[int], float]:
+    """The learning rate of each step, 0 the first."""
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
+    scheduler = get_scheduler(
+        config.lr_scheduler_type, optimizer, warmup, steps, config.lr_scheduler_kwargs)
+    (factor,) = scheduler.lr_lambdas
+
+    def learning_rate(step):
+        # differs from reference: warm-up begins above 0, for a step at rate 0 is a step lost
+        if step < warmup:
+            return config.learning_rate * factor(step + 1)
+        return config.learning_rate * factor(step)
+
+    return learning_rate
+
+
+def build_engine(run: Run) -> Any:
+    c, tokenizer = run.config, run.prompts.tokenizer
+    eos_ids = {tokenizer.eos_token_id}
+    eos_ids.update(np.ravel(run.policy.model.generation_config.eos_token_id).tolist())
+    eos_ids.discard(None)  # the model may name one, several or none
+    configs = [c, *(eval_c for eval_c, _ in run.eval_sets.values())]
+    longest = max(one.max_prompt_length + one.max_completion_length for one in configs)
+    return rollout.ENGINES[c.engine](c, tokenizer, eos_ids, longest, run.policy)
+
+
+def start_wandb(run: Run) -> Any:
+    if "wandb" not in run.config.report_to or run.rank > 0:
+        return None
+    import wandb
+
+    return wandb.init(project="ghpo", config=asdict(run.config), dir=run.folder)
+
+
+def load_policy(config: Config) -> Policy:
     """The causal LM, its weights float32 (or float64), sharded."""
-    c = run.config
-    model = load_model(c, run.master_dtype)
-    if c.gradient_checkpointing:
+    compute_dtype, master_dtype = dtypes(config)
+    model = load_model(config, master_dtype)
+    if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()  # it is loaded in eval mode, in which nothing would be checkpointed
-    return fsdp_utils.shard(Policy(model), blocks_of(model), c.sharding, run.compute_dtype,
-                            c.replicas, c.cpu_offload)
+    return fsdp_utils.shard(
+        Policy(model), blocks_of(model), config.sharding, compute_dtype, config.replicas,
+        config.cpu_offload)
 
-def load_model(config, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal LM without dropout; UserError when a folder is incomplete, or holds no text model
-    alone. Everything that an export writes beside the weights has been written once."""
-    name = f"model_name_or_path={config.model_name_or_path}"
-    where = {"revision": config.model_revision, "trust_remote_code": False}
-    with as_user_error(name):
-        model_config = AutoConfig.from_pretrained(config.model_name_or_path, **where)
-        text_config = model_config.get_text_config()
-    if text_config is not model_config:
-        check_wrapper(name, model_config)
-    off = turn_off_dropout(text_config)
-    if off:
-        say(f"{name}: trained without its {', '.join(off)}")
-    attention = config.attn_implementation
-    if attention == "sdpa" and not sdpa_computes(model_config, text_config):
-        say(f"{name}: attn_implementation: sdpa cannot compute its attention, using eager")
-        attention = "eager"
-    longest = config.max_prompt_length + config.max_completion_length
-    limit = getattr(text_config, "max_position_embeddings", longest)
-    need(longest <= limit, f"{name}: max_prompt_length + max_completion_length = {longest} tokens, "
-         f"but it has {limit} positions: lower one of them")
-    with as_user_error(name):
-        model, report = AutoModelForCausalLM.from_pretrained(
-            config.model_name_or_path, config=model_config, dtype=dtype,
-            attn_implementation=attention, output_loading_info=True, **where)
-    missing = sorted(report["missing_keys"])
-    need(not missing, f"{name}: its files lack {len(missing)} of the model's tensors, which would "
-         f"be random: get the whole model ({', '.join(missing[:2])} ...)")
-    allow_sampling(name, model.generation_config)
-    prove_export(name, model.config, model.generation_config)
-    return model
 
-def check_wrapper(name, model_config):
-    """A model of several modalities is refused, or told where the library has its text model."""
-    text_config = model_config.get_text_config()
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
-    if kind and kind.config_class is type(text_config):
-        say(f"{name}: of {model_config.model_type} the text model alone is trained and exported")
-        return
-    text_type = text_config.model_type
-    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    text_model = names.get(text_type) or names.get(text_type.split("_")[0]) or "one for text alone"
-    raise UserError(f"{name}: {model_config.model_type} wraps a text model ({text_type}) and is "
-                    f"not trained here: name a text model, {text_model}")
+def dtypes(config: Config) -> tuple[torch.dtype, torch.dtype]:
+    """(of the computation, of weights, moments and loss: at least float32)."""
+    compute_dtype = getattr(torch, config.torch_dtype)
+    return compute_dtype, torch.promote_types(compute_dtype, torch.float32)
 
-def sdpa_computes(model_config, text_config) -> bool:
-    """Can sdpa compute the attention? It would leave out a cap on its logits (Gemma 2) silently."""
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
-    is_capped = getattr(text_config, "attn_logit_softcapping", None) is not None
-    return getattr(kind, "_supports_sdpa", True) and not is_capped
-
-def turn_off_dropout(model_config) -> list[str]:
-    """Sets what is random in training to 0; the names of what was not."""
-    names = [name for name, value in vars(model_config).items()
-             if re.search("drop|jitter", name) and isinstance(value, float) and value > 0]
-    for name in names:
-        setattr(model_config, name, 0.0)
-    return names
-
-def allow_sampling(name, generation):
-    """A generation config that names a temperature, say, but does not sample cannot be saved."""
-    try:
-        generation.validate(strict=True)
-    except ValueError:
-        if not generation.do_sample:
-            generation.do_sample = True
-            say(f"{name}: its generation_config is exported with do_sample: true")
-
-def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The layers, which FSDP shards one by one; what holds the embedding belongs to the root."""
-    names, embedding = model._no_split_modules or [], model.get_input_embeddings()
-    return [part for part in model.modules()
-            if type(part).__name__ in names and embedding not in part.modules()]
 
 def check_policy(run) -> None:
     """Compares the log-probs of the training pass with those of the whole causal LM on each
@@ -703,12 +903,13 @@ def check_policy(run) -> None:
          f"in the mean, {largest:.2g} at most (allowed: {limits[0]:g}, {limits[1]:g}). Try "
          "attn_implementation=eager or torch_dtype=float32, else take another model")
 
+
 def policy_error(run, is_packed: bool) -> tuple[float, float]:
     """(mean, largest) |dlogp| over ranks, of random sequences through Policy and one by one."""
     policy, rng = run.policy, np.random.default_rng(0)
     size = policy.model.config.vocab_size
     sequences = [rng.integers(size, size=length).tolist() for length in CHECK_LENGTHS]
-    rows = [Row(ids, 1, 0.0, 0.0, 0.0, 0.0, 0.0, 0) for ids in sequences]
+    rows = [Row.only(ids) for ids in sequences]
     inputs, _ = collate(rows, is_packed, run.device, run.master_dtype)
     logp, _ = policy(**inputs)
     expected = []
@@ -722,74 +923,109 @@ def policy_error(run, is_packed: bool) -> tuple[float, float]:
     errors = fsdp_utils.all_reduce_scalars(errors, "max")
     return errors["mean"], errors["largest"]
 
-def startup_pass(run):
+
+def wants_startup_pass(config: Config) -> bool:
+    return torch.cuda.is_available() if config.startup_pass is None else config.startup_pass
+
+
+def startup_pass(run: Run) -> None:
     """Steps of rows at maximum length that weigh nothing, before a checkpoint is loaded:
     out-of-memory comes in minute one, not hour ten."""
-    c, width = run.config, run.config.max_prompt_length + run.config.max_completion_length
-    row = Row([0] * width, c.max_prompt_length, 0.0, 0.0, 0.0, 0.0, 1.0, 0)
+    c = run.config
+    width = c.max_prompt_length + c.max_completion_length
+    row = Row.only([0] * width, c.max_prompt_length, advantage=1.0)  # else it would be left out
     rows = [row] * max(1, c.micro_batch_tokens // width)
-    for _ in range(2):  # activations beside gradients, then beside Adam's moments too
-        optimize(run, 2 * rows, 0.0)
+    for _ in range(START_STEPS):
+        optimize(run, rows + rows, 0.0)
     run.optimizer.state.clear()
     torch.cuda.empty_cache()  # for the engine, which is built later
     say(f"start-up pass: {len(rows)} rows of {width} tokens and Adam's moments fit")
 
-def open_folder(run, is_eval):
-    """Starts, resumes or refuses output_dir; what was written is moved aside, never deleted."""
-    c, folder, metrics = run.config, run.folder, run.folder / "metrics.jsonl"
-    changed = changed_settings(c, folder / "config.yaml")
-    need(not changed or c.overwrite_output_dir, f"output_dir={folder} holds another run ("
-         f"{', '.join(changed)} differ): choose another, or overwrite_output_dir=true to move it")
-    fsdp_utils.gather_objects("every rank has looked")
-    if run.rank == 0:
+
+def open_folder(config: Config, folder: Path, rank: int) -> None:
+    """Starts or refuses output_dir; a run of another config is moved aside, never deleted."""
+    changed = changed_settings(config, folder / "config.yaml")
+    need(
+        not changed or config.overwrite_output_dir,
+        f"output_dir={folder} holds another run ({', '.join(changed)} differ): choose another, or "
+        "overwrite_output_dir=true to move it",
+    )
+    fsdp_utils.barrier("every rank has looked at the folder")
+    if rank == 0:
         if changed:
             folder.rename(f"{folder}.{time.strftime('%Y%m%d-%H%M%S')}")
         (folder / "rollouts").mkdir(parents=True, exist_ok=True)
-        save_config(c, folder / "config.yaml")
-    fsdp_utils.gather_objects("the folder is there")
-    run.state = {"step": 0, "cursor": 0, "queue": [], "history": {}, "metrics_bytes": 0,
-                 "prompts": run.plan.prompts}
-    if not is_eval and (c.startup_pass or c.startup_pass is None and torch.cuda.is_available()):
-        startup_pass(run)
-    if found := fsdp_utils.checkpoints(folder):
-        state = run.state = fsdp_utils.load_checkpoint(found[-1], run.policy, run.optimizer)
-        state["history"] = {int(key): value for key, value in state["history"].items()}
-        state["queue"] = [(i, [hints.Try(**t) for t in tries]) for i, tries in state["queue"]]
-        need(state["prompts"] == run.plan.prompts, f"{found[-1]} had {state['prompts']} prompts a "
-             "step: change gradient_accumulation_steps")
-        say(f"resuming {found[-1]}")
-    run.first_step = run.state["step"]
+        lock_folder(folder)
+        save_config(config, folder / "config.yaml")
+    fsdp_utils.barrier("the folder is there")
+
+
+def resume(run: Run, is_eval: bool) -> None:
+    """Weights, optimizer and state of the newest checkpoint, if there is one."""
+    found = fsdp_utils.load_newest(run.folder, run.policy, run.optimizer)
+    if found:
+        path, saved = found
+        run.state.load(saved)
+        data = run.state.data
+        need(
+            not data or data == fingerprint(run.problems),
+            f"{path} was made with other data: history and queue would mean other problems. "
+            "Bring dataset_name back as it was, or choose another output_dir",
+        )
+        before, now = run.state.prompts_per_step, run.plan.prompts
+        need(
+            before == now,
+            f"{path} had {before} prompts a step, not {now}: change gradient_accumulation_steps",
+        )
+        say(f"resuming {path}")
+    metrics = run.folder / "metrics.jsonl"
     if run.rank == 0 and metrics.is_file() and not is_eval:  # later lines will be computed again
         with open(metrics, "r+b") as file, open(f"{metrics}.stale", "ab") as stale:
-            kept = file.read(run.state["metrics_bytes"])
+            kept = file.read(run.state.metrics_bytes)
             stale.write(file.read())
             file.truncate(len(kept))
-    if "wandb" in c.report_to and run.rank == 0:
-        import wandb
-        run.wandb = wandb.init(project="ghpo", config=asdict(c), dir=folder)
 
-def main():
+
+def dry_run(config: Config) -> None:
+    """Prints config, arithmetic, data, a problem as the model sees it at each stage, and memory."""
+    print(as_yaml(config))
+    prompts, world = Prompts(config), int(os.environ.get("WORLD_SIZE", 1))
+    problems = load_problems(config, prompts)
+    make_plan(config, world, len(problems))
+    problem = max(problems, key=lambda problem: bool(problem.solution))
+    for omega in [0.0, *config.hint_ratio]:
+        hint, is_trimmed = prompts.fit(problem, omega)
+        ids, _ = prompts.ids(problem, hint)
+        print(f"---- row {problem.id}, omega {omega:g}, {len(ids)} tokens, trimmed: {is_trimmed}")
+        print(prompts.tokenizer.decode(ids))
+    n_params, n_gathered = sizes(config)
+    memory = bytes_per_gpu(config, world, n_params, n_gathered)
+    print(f"---- bytes per GPU, activations excluded: {memory}")
+
+
+def main() -> None:
     """The command line; what the user can mend ends the program with one message, status 2."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], allow_abbrev=False,
+        epilog="then settings: key=value, --key value, --key=value")
     parser.add_argument("--config", required=True)
     parser.add_argument("--dry_run", action="store_true", help="show what would run, and stop")
     parser.add_argument("--eval", action="store_true", help="evaluate the model, and stop")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_intermixed_args()
+    args, overrides = parser.parse_known_args()
+    stopped_by = 0
     try:
-        config = load_config(args.config, args.overrides, args.eval, args.dry_run)
+        config = load_config(args.config, overrides, args.eval, args.dry_run)
         if args.dry_run:
-            from tests.estimates import dry_run
-            return dry_run(config)
+            dry_run(config)
+            return
         run = setup(config, args.eval)
-        if args.eval or (config.eval_strategy == "steps" and run.state["step"] == 0):
+        if args.eval or (config.eval_strategy == "steps" and run.state.step == 0):
             evaluate(run)
         if not args.eval:
-            train(run)
-            hub = {"push_to_hub": True, "repo_id": config.hub_model_id or run.folder.name}
-            export(run, run.folder / "model", **(hub if config.push_to_hub else {}))
-            say(f"done: {run.folder}, {len(run.state['queue'])} deferred problems still queued")
-        fsdp_utils.gather_objects("every rank is done")
+            stopped_by = train(run, Interrupt())
+            if not stopped_by:
+                finish(run)
+        fsdp_utils.barrier("every rank is done")
         run.engine.close()
         run.pool.close()
         if run.wandb:
@@ -797,6 +1033,18 @@ def main():
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
+    if stopped_by:
+        os._exit(128 + stopped_by)
+
+
+def finish(run: Run) -> None:
+    """The trained model, in the run's folder and on the hub if asked."""
+    hub = {}
+    if run.config.push_to_hub:
+        hub = {"push_to_hub": True, "repo_id": run.config.hub_model_id or run.folder.name}
+    export(run, run.folder / "model", **hub)
+    say(f"done: {run.folder}, {len(run.state.queue)} deferred problems still queued")
+
 
 if __name__ == "__main__":
     main()

@@ -1,142 +1,403 @@
-"""When to hint, how much, what text, where, and what the loss then sees: the method, without torch.
+"""The method: when to hint, how much, what text, where, what enters the batch, what the loss sees.
 
-GHPO asks a problem again, with the first part of its solution, when all G samples fail (E2). A new
-method is an edit of the variation points, the functions from `needs_hint` to `baseline`. They see a
-problem, the tries made at it, the config, the step, and the history, {problem id: {"attempts",
-"pass_rate", "ratio"}} of the last step that met a problem, checkpointed and alike on every rank.
+GHPO asks a problem again, with the first part of its solution, when all G samples fail (E2). Data
+flow, called by ghpo.py only as `hints.name`, so that a launcher can replace any of them:
+
+    advance       needs_hint -> next_ratio -> make_hint: what a group is asked next
+    render        where the hint goes in the chat
+    after_stage   a stage's samples and rewards: merge, then advance
+    enters_batch  which groups are trained on
+    advantages    E1, E3
+    loss_view     context, targets and weights of one row
+    after_step    history, queue and metrics, from what all ranks did
+
+Fork here. Each function gets the whole group or problem, the config and the state, so that
+signatures need not grow. state.step is the step (0 is the first), state.history has {problem id:
+{"attempts", "pass_rate", "ratio"}} of the last step that met a problem, and state.method is a dict
+for whatever else a method must remember: JSON values, alike on every rank, checkpointed. Neither
+torch nor vllm is imported.
 """
+
 import re
-from dataclasses import dataclass, replace
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field, replace
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 
 # The reference's sentence, to the letter; the hint text follows it in the user message.
-HINT_SENTENCE = ("\n The following text is the beginning part of the answer, "
-                 "which you can refer to for solving the problem:\n")
+HINT_SENTENCE = (
+    "\n The following text is the beginning part of the answer, "
+    "which you can refer to for solving the problem:\n"
+)
 ASSISTANT_OPENING = "<think>\n"  # what stands before the hint when hint_where is assistant
+STD_FLOOR = 1e-4  # E3: added to the standard deviation, as in the reference
+
 MARKER = re.compile(r"\\boxed|\\fbox|####|answer is|<answer>|\Z", re.IGNORECASE)
 ENVIRONMENT = re.compile(r"(\\begin\{|\\\[|\\\(|\[asy\])|(\\end\{[^}]*\}|\\\]|\\\)|\[/asy\])")
 # Inline maths by pandoc's rule, so that "$5 and $10" is money: no space inside the dollars and no
 # digit after them, or a space on both sides ("$ x $").
 DOLLARS = re.compile(
     r"(?<!\\)(?:\$\$.*?\$\$|\$(?=[^\s$])(?:\\.|[^$\\])*?(?<=\S)\$(?!\d)|\$ (?:\\.|[^$\\])*? \$)",
-    re.DOTALL)
+    re.DOTALL,
+)
 SENTENCE_END = re.compile(r"\n|(?<![\s.])[.!?][\"')\]$]*(?=\s)")
 ENUMERATOR = re.compile(r"\s*\(?\w{1,2}[.)]\s*")  # "2." opens a list item, ends no sentence
+ENUMERATOR_CHARS = 40  # an enumerator's line is looked for so far back
+
 
 @dataclass(frozen=True)
 class Problem:
     """One usable row of the data set."""
+
     id: int  # row number: seeds, history and checkpoints refer to it
-    messages: list  # chat [{"role", "content"}, ...] without any hint, the problem last
-    answer: str  # gold, as the verifier reads it
-    trace: str = ""  # ground-truth solution, the source of hints
+    messages: list[dict]  # chat [{"role", "content"}, ...] without any hint, the problem last
+    gold: str  # the answer, as the verifier reads it
+    solution: str = ""  # the ground-truth solution, which hints are cut from
     level: float = 0.0  # difficulty for the curriculum
+    row: dict = field(default_factory=dict)  # the columns that are JSON, for rewards
+
+    @property
+    def text(self) -> str:
+        """That of the problem itself: the last user turn."""
+        return self.messages[-1]["content"]
+
 
 @dataclass(frozen=True)
-class Try:
-    """One stage at one problem: what was shown, and how it went."""
-    ratios: list  # (G,) omega of each sample, 0 without a hint
-    hints: list  # (G,) texts shown
-    pass_rate: float = 0.0  # mean of the trigger reward over the samples
-    tokens: int = 0  # generated
-    trimmed: bool = False  # the leak guard shortened a hint
-    skipped: bool = False  # nothing new to show: not sampled
+class Stage:
+    """G samples asked at once: what each was shown, and how it went."""
 
-    ratio = property(lambda self: max(self.ratios))  # the largest one
+    ratios: list[float]  # (G,) omega of each sample, 0 without a hint
+    hints: list[str]  # (G,) texts shown
+    passes: list[float] = field(default_factory=list)  # (G,) trigger rewards; empty: not sampled
+    lengths: list[int] = field(default_factory=list)  # (G,) generated tokens
+    is_trimmed: bool = False  # the leak guard shortened a hint
+    is_skipped: bool = False  # nothing new to show: not sampled
 
-def needs_hint(tries, config):
-    """E2: hard iff no sample of the last try passed (mean trigger reward <= threshold)."""
-    return tries[-1].pass_rate <= config.hint_threshold
+    @property
+    def ratio(self) -> float:
+        """The largest one."""
+        return max(self.ratios)
 
-def next_ratio(problem, tries, config, history, step):
-    """Omega of the next or first try, a number or a list (G,); None: the group is final."""
-    is_hinting = config.rl_type == "ghpo" and step >= config.start_hint_step  # cold start
+    @property
+    def pass_rate(self) -> float:
+        """Mean trigger reward of its samples, 0 when it was skipped."""
+        return float(np.mean(self.passes)) if self.passes else 0.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sample with exactly the context it was sampled from."""
+
+    prompt_ids: list[int]
+    token_ids: list[int]  # the end-of-sequence token included when it was sampled
+    behaviour_logp: list[float]  # (T,) the sampler's, at the sampling temperature (1 when greedy)
+    finish_reason: str  # "stop" or "length"
+    hint_ratio: float = 0.0
+    hint: str = ""
+    prefix: str = ""  # text the assistant's turn already started with; rewards see prefix + text
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A problem with the samples that enter the batch; replaced whole by each stage."""
+
+    problem: Problem
+    stages: list[Stage] = field(default_factory=list)  # so far, those of earlier steps included
+    completions: list[Completion] = field(default_factory=list)  # (G,); empty: not sampled yet
+    rewards: list[list[float]] = field(default_factory=list)  # (G, F)
+    next_stage: Stage | None = None  # None: the group is final
+    is_deferred: bool = False  # next_stage is for the next step
+    n_earlier: int = 0  # stages of earlier steps
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step made of one problem: what history, queue and metrics need of a Group."""
+
+    problem_id: int
+    stages: list[Stage]
+    n_earlier: int
+    is_deferred: bool
+    rewards: list[list[float]]  # (G, F)
+    lengths: list[int]  # (G,) tokens of the completions that are trained on
+    is_truncated: list[bool]  # (G,)
+
+
+class LossView(NamedTuple):
+    """One completion as the loss sees it: T targets, predicted from the context on."""
+
+    context: list[int]  # token ids
+    targets: list[int]  # (T,) token ids; may begin with tokens of the prompt (hints to be learnt)
+    policy_weight: list[float]  # (T,) of E4, E5; 0 where the behaviour log-prob is unknown
+    sft_weight: list[float]  # (T,) of the log-likelihood
+
+
+def needs_hint(group: Group, config: Any, state: Any) -> bool:
+    """E2: hard iff no sample of the last stage passed (mean trigger reward <= threshold)."""
+    return is_failed(group.stages[-1].passes, config)
+
+
+def next_ratio(group: Group, config: Any, state: Any) -> float | list[float] | None:
+    """Omega of the next or first stage, a number or one a sample (G,); None: the group is final."""
+    is_hinting = is_hinting_step(config, state)
     if config.hint_trigger == "always":  # control: every problem is hinted, once
-        return None if tries else config.hint_ratio[0] * is_hinting
-    if not tries:
+        if group.stages:
+            return None
+        return config.hint_ratio[0] if is_hinting else 0.0
+    if not group.stages:
         return 0.0
-    ladder = config.hint_ratio if is_hinting and needs_hint(tries, config) else []
-    return next((omega for omega in ladder if omega > tries[-1].ratio), None)
+    if not is_hinting or not needs_hint(group, config, state):
+        return None
+    for omega in config.hint_ratio:
+        if omega > group.stages[-1].ratio:
+            return omega
+    return None
 
-def make_hint(problem, ratio, limit=float("inf")):
-    """(text, was it trimmed): the first `ratio` of the trace, at most `limit` characters, cut at a
-    step end and without the answer; empty when nothing can be shown."""
-    trace = problem.trace.rstrip()
-    starts = [0, *step_ends(trace)]
-    leak = answer_start(trace, problem.answer, starts)
-    wanted = [end for end in starts if end <= min(round(len(trace) * ratio), limit)]
+
+def make_hint(
+    problem: Problem, ratio: float, config: Any, state: Any, limit: int | None = None
+) -> tuple[str, bool]:
+    """(text, was it trimmed): the first `ratio` of the solution, at most `limit` characters, cut at
+    a step end and without the answer; empty when nothing can be shown."""
+    solution = problem.solution.rstrip()
+    longest = round(len(solution) * ratio)
+    if limit is not None:
+        longest = min(longest, limit)
+    ends = [0, *step_ends(solution)]
+    wanted = [end for end in ends if end <= longest]
+    leak = answer_start(solution, problem.gold, ends)
     allowed = [end for end in wanted if end <= leak]
-    return trace[: allowed[-1]].rstrip(), allowed != wanted
+    return solution[: allowed[-1]].rstrip(), len(allowed) < len(wanted)
 
-def render(problem, hint, config):
+
+def render(problem: Problem, hint: str, config: Any, state: Any) -> tuple[list[dict], str]:
     """Where the hint goes: (chat messages, text the assistant's turn already starts with)."""
-    if not hint or config.hint_where == "assistant":
-        return problem.messages, ASSISTANT_OPENING + hint if hint else ""
+    if not hint:
+        return problem.messages, ""
+    if config.hint_where == "assistant":
+        return problem.messages, ASSISTANT_OPENING + hint
     *before, last = problem.messages
     asked = {**last, "content": last["content"] + HINT_SENTENCE + hint}  # E2: q* = q + omega * h
     return [*before, asked], ""
 
-def merge(previous, new):
-    """Which rows enter the batch: the new Group replaces the failed or blank one whole; to append:
+
+def merge(previous: Group, new: Group, config: Any, state: Any) -> Group:
+    """Which rows stay: the new Group replaces the failed or blank one whole. To append instead:
     replace(new, completions=previous.completions + new.completions, rewards=...)."""
     return new
 
-def loss_view(completion, plain_ids, config):
-    """(context ids, target ids, policy weight (T,), likelihood weight (T,)); plain_ids: the prompt
-    without hint. Targets may hold tokens of the prompt before those of the completion (hint tokens
-    to be learnt); their behaviour log-prob is unknown: policy weight 0."""
-    context = plain_ids if config.hint_context == "original" else completion.prompt_ids
+
+def enters_batch(group: Group, config: Any, state: Any) -> bool:
+    """Is the group trained on? No refill: counts (E6) are over the kept ones."""
+    if config.hint_exhausted == "keep" or not is_hinting_step(config, state):
+        return True
+    return group.is_deferred or not needs_hint(group, config, state)
+
+
+def advantages(group: Group, config: Any, state: Any) -> np.ndarray:
+    """E1 and E3: rewards (G, F) to advantages (G,), float64."""
+    rewards_G = np.array(group.rewards) @ np.array(config.reward_weights)  # E1
+    if np.ptp(rewards_G) == 0:
+        return np.zeros_like(rewards_G)  # exactly, so that such rows can be left out
+    centred_G = rewards_G - rewards_G.mean()
+    if not config.scale_rewards:
+        return centred_G
+    return centred_G / (rewards_G.std(ddof=1) + STD_FLOOR)  # E3
+
+
+def loss_view(
+    group: Group, j: int, advantage: float, plain_ids: list[int], config: Any, state: Any
+) -> LossView:
+    """Completion j of the group as the loss sees it; plain_ids: the prompt without a hint."""
+    completion = group.completions[j]
+    context = completion.prompt_ids
+    if config.hint_context == "original":
+        context = plain_ids
     length = len(completion.token_ids)
-    return context, completion.token_ids, [1.0] * length, [0.0] * length
+    return LossView(context, completion.token_ids, [1.0] * length, [0.0] * length)
 
-def baseline(rewards_G, ratios_G):
-    """E3's mean and standard deviation (ddof = 1) of a group, broadcastable to (G,)."""
-    mean = rewards_G.mean() if np.ptp(rewards_G) else rewards_G[0]  # equal rewards: exactly zero
-    return mean, rewards_G.std(ddof=1) if len(rewards_G) > 1 else 0.0
 
-def plan_try(group, config, history, step, fit=make_hint):
-    """(The next Try at a group or None when it is final, its tries so far). A stage whose text is
-    empty or that of the stage before joins the tries as skipped, unsampled. fit: as make_hint."""
-    tries = group.tries
-    while (ratio := next_ratio(group.problem, tries, config, history, step)) is not None:
+def after_step(state: Any, outcomes: list[Outcome], config: Any) -> dict[str, float]:
+    """What is remembered of a step, given the outcomes of all ranks, and its metrics."""
+    for outcome in outcomes:
+        remember(state.history, outcome.problem_id, outcome.stages)
+        if outcome.is_deferred:
+            state.queue.append((outcome.problem_id, outcome.stages))
+    return {**rollout_metrics(outcomes, config), "queue": len(state.queue)}
+
+
+def is_failed(passes: list[float], config: Any) -> bool:
+    return bool(np.mean(passes) <= config.hint_threshold)
+
+
+def uses_hints(config: Any) -> bool:
+    return config.rl_type == "ghpo"
+
+
+def is_hinting_step(config: Any, state: Any) -> bool:
+    return uses_hints(config) and state.step >= config.start_hint_step  # cold start
+
+
+def advance(group: Group, config: Any, state: Any, fit: Callable) -> Group:
+    """The group with its next stage, or final. A stage whose text is empty or that of the stage
+    before joins the stages as skipped, unsampled. fit(problem, ratio) is make_hint, shortened."""
+    stages = list(group.stages)
+    while True:
+        group = replace(group, stages=stages, next_stage=None)
+        ratio = next_ratio(group, config, state)
+        if ratio is None:
+            break
         wanted = list(ratio) if np.ndim(ratio) else [float(ratio)] * config.num_generations
-        cuts = {omega: fit(group.problem, omega) for omega in set(wanted)}
-        texts = [cuts[omega][0] for omega in wanted]
-        if not tries or (any(texts) and texts != tries[-1].hints):
-            ratios = [omega * bool(text) for omega, text in zip(wanted, texts)]
-            return Try(ratios, texts, trimmed=any(cut[1] for cut in cuts.values())), tries
-        tries = [*tries, replace(tries[-1], ratios=wanted, tokens=0, trimmed=False, skipped=True)]
-    return None, tries
+        stage = make_stage(group.problem, wanted, fit)
+        is_new = not stages or (any(stage.hints) and stage.hints != stages[-1].hints)
+        if is_new:
+            is_deferred = config.hint_timing == "deferred" and bool(group.completions)
+            return replace(group, next_stage=stage, is_deferred=is_deferred)
+        skipped = replace(stages[-1], ratios=wanted, lengths=[], is_trimmed=False, is_skipped=True)
+        stages = [*stages, skipped]
+    if not group.completions:  # nothing to be shown, but it is in the step: asked without a hint
+        size = config.num_generations
+        return replace(group, next_stage=Stage([0.0] * size, [""] * size))
+    return group
 
-def remember(history, problem_id, tries):
-    """Updates the history with the sampled tries of one step."""
-    last = [tried for tried in tries if not tried.skipped][-1]
-    attempts = history.get(problem_id, {"attempts": 0})["attempts"] + 1
-    history[problem_id] = {"attempts": attempts, "pass_rate": last.pass_rate, "ratio": last.ratio}
 
-def step_ends(trace):
-    """Where a trace may be cut, ascending: at line and sentence ends outside maths."""
-    inside, depth = np.zeros(len(trace) + 1, dtype=bool), 0
-    for match in ENVIRONMENT.finditer(trace):
-        depth = depth + 1 if match[1] else max(depth - 1, 0)
-        inside[match.start() + 1 : match.end()] = True
-        inside[match.end() :] = depth > 0  # to the end where it is never closed
-    for match in DOLLARS.finditer(trace):
-        inside[match.start() + 1 : match.end()] = True
-    ends = [m.end() for m in SENTENCE_END.finditer(trace)
-            if not ENUMERATOR.fullmatch(trace, trace.rfind("\n", 0, m.start()) + 1, m.end())]
-    if "\n" not in trace:  # a single line: also at the word ends before its first sentence end
-        first = min(ends, default=len(trace))
-        ends = [m.start() for m in re.finditer(r"(?<=\S)\s", trace[:first])] + ends
-    return [end for end in ends if not inside[end]]
+def make_stage(problem: Problem, wanted: list[float], fit: Callable) -> Stage:
+    """What G samples are shown at the wanted ratios (G,); ratio 0 where there is no text."""
+    cuts = {omega: fit(problem, omega) for omega in set(wanted)}
+    texts = [cuts[omega][0] for omega in wanted]
+    ratios = [omega if text else 0.0 for omega, text in zip(wanted, texts)]
+    return Stage(ratios, texts, is_trimmed=any(is_trimmed for _, is_trimmed in cuts.values()))
 
-def answer_start(trace, gold, starts):
+
+def after_stage(
+    group: Group, completions: list, rewards: list, trigger: int, config: Any, state: Any, fit
+) -> Group:
+    """The group after its next stage was sampled. trigger: the reward column that decides."""
+    stage = replace(
+        group.next_stage,
+        passes=[scores[trigger] for scores in rewards],
+        lengths=[len(completion.token_ids) for completion in completions],
+    )
+    new = replace(group, stages=[*group.stages, stage], completions=completions, rewards=rewards)
+    return advance(merge(group, new, config, state), config, state, fit)
+
+
+def outcome_of(group: Group) -> Outcome:
+    return Outcome(
+        problem_id=group.problem.id,
+        stages=group.stages,
+        n_earlier=group.n_earlier,
+        is_deferred=group.is_deferred,
+        rewards=group.rewards,
+        lengths=[len(completion.token_ids) for completion in group.completions],
+        is_truncated=[completion.finish_reason == "length" for completion in group.completions],
+    )
+
+
+def remember(history: dict, problem_id: int, stages: list[Stage]) -> None:
+    """Updates the history with the sampled stages of one step."""
+    last = [stage for stage in stages if not stage.is_skipped][-1]
+    attempts = 1
+    if problem_id in history:
+        attempts += history[problem_id]["attempts"]
+    history[problem_id] = {
+        "attempts": attempts, "pass_rate": last.pass_rate, "ratio": last.ratio}  # fmt: skip
+
+
+def rollout_metrics(outcomes: list[Outcome], config: Any) -> dict[str, float]:
+    """Metrics of a step. Means over: fresh un-hinted samples (accuracy_without_hint), fresh
+    problems with such samples (hard_fraction), samples that are trained on (the others)."""
+    counts, values = Counter(), defaultdict(list)
+    counts["hint/unsolved"] = 0
+    for outcome in outcomes:
+        if is_failed(outcome.stages[-1].passes, config) and not outcome.is_deferred:
+            counts["hint/unsolved"] += 1
+        for stage in outcome.stages[outcome.n_earlier :]:
+            counts.update(stage_counts(stage, config))
+        if outcome.n_earlier == 0:
+            first = outcome.stages[0]
+            plain = [passed for omega, passed in zip(first.ratios, first.passes) if omega == 0]
+            values["accuracy_without_hint"].extend(plain)
+            if plain:
+                values["hard_fraction"].append(is_failed(plain, config))
+        values["tokens/completion"].extend(outcome.lengths)
+        values["truncated"].extend(outcome.is_truncated)
+        for scores in outcome.rewards:
+            for name, score in zip(config.reward_funcs, scores):
+                values[f"reward/{name}"].append(score)
+    means = {key: float(np.mean(items)) for key, items in values.items() if items}
+    return {**means, **dict(sorted(counts.items()))}
+
+
+def stage_counts(stage: Stage, config: Any) -> Counter:
+    """Stages tried and solved and tokens generated by ratio, each sample at the nearest rung of the
+    ladder, so that continuous ratios do not make more keys."""
+    counts = Counter()
+    counts["hint/trimmed"] = int(stage.is_trimmed)
+    counts["hint/skipped"] = int(stage.is_skipped)
+    counts["tokens/generated"] = sum(stage.lengths)
+    ladder = [0.0, *config.hint_ratio]
+    samples_by_rung = defaultdict(list)
+    for j, omega in enumerate(stage.ratios):
+        samples_by_rung[min(ladder, key=lambda rung: abs(rung - omega))].append(j)
+    for rung, samples in samples_by_rung.items():
+        is_solved = not is_failed([stage.passes[j] for j in samples], config)
+        counts[f"hint/tried@{rung:g}"] = int(not stage.is_skipped)
+        counts[f"hint/solved@{rung:g}"] = int(is_solved and not stage.is_skipped)
+        counts[f"tokens/generated@{rung:g}"] = 0
+        if not stage.is_skipped:
+            counts[f"tokens/generated@{rung:g}"] = sum(stage.lengths[j] for j in samples)
+    return counts
+
+
+def step_ends(solution: str) -> list[int]:
+    """Where a solution may be cut, ascending: at line and sentence ends outside maths."""
+    is_inside = maths(solution)
+    ends = []
+    for match in SENTENCE_END.finditer(solution):
+        start = solution.rfind("\n", max(0, match.start() - ENUMERATOR_CHARS), match.start()) + 1
+        if not ENUMERATOR.fullmatch(solution, start, match.end()):
+            ends.append(match.end())
+    if "\n" not in solution:  # a single line: also at the word ends before its first sentence end
+        first = ends[0] if ends else len(solution)
+        words = [match.start() for match in re.finditer(r"(?<=\S)\s", solution[:first])]
+        ends = words + ends
+    return [end for end in ends if not is_inside[end]]
+
+
+def maths(solution: str) -> np.ndarray:
+    """(characters + 1,) booleans: would a cut here be inside dollars or an environment?"""
+    is_inside = np.zeros(len(solution) + 1, dtype=bool)
+    depth, opened = 0, 0
+    for match in ENVIRONMENT.finditer(solution):
+        is_inside[match.start() + 1 : match.end()] = True
+        if match[1]:
+            if depth == 0:
+                opened = match.start()
+            depth += 1
+        elif depth > 0:
+            depth -= 1
+            if depth == 0:
+                is_inside[opened + 1 : match.end()] = True
+    if depth > 0:  # never closed
+        is_inside[opened + 1 :] = True
+    for match in DOLLARS.finditer(solution):
+        is_inside[match.start() + 1 : match.end()] = True
+    return is_inside
+
+
+def answer_start(solution: str, gold: str, ends: list[int]) -> int:
     """Where a hint stops at the latest: before the last step that derives something ahead of the
     first answer marker (the end counts as one), and before the step with the gold's last place."""
-    marker = MARKER.search(trace).start()
-    own = max((s for s in starts if re.search(r"[\d=]", trace[s:marker])), default=0)
+    marker = MARKER.search(solution).start()
+    signs = re.finditer(r"[\d=]", solution[:marker])
+    places = [max((sign.start() for sign in signs), default=0)]
     gold = gold.strip().strip("$").strip()
-    places = re.finditer(rf"(?<![\w.]){re.escape(gold)}(?!\w)", trace) if gold else []
-    last = max((place.start() for place in places), default=len(trace))
-    return min(own, max(start for start in starts if start <= last))
+    if gold:
+        found = re.finditer(rf"(?<![\w.]){re.escape(gold)}(?!\w)", solution)
+        last = max((place.start() for place in found), default=len(solution))
+        places.append(last)
+    starts = [max((end for end in ends if end <= place), default=0) for place in places]
+    return min(starts)

@@ -1,112 +1,340 @@
-"""Rewards for mathematical answers, and a pool of processes that scores them.
+r"""Rewards for mathematical answers, and a pool of processes that scores them.
 
-A recursive-descent reader turns model text into trees of exact numbers; nothing is ever handed to
-eval, sympify or parse_expr. Structure (set, tuple, interval, equation, matrix) is compared before
-value: Fractions while they can be, then 100-digit mpmath numbers; expressions are equal when they
-agree at fixed sample points. Sizes are checked before any arithmetic; what cannot be read is
-compared as text; in doubt the reward is 0. More notation goes into configs/verifier.yaml, another
-reward into REWARDS, or into the config as "path/to/file.py:function", f(response, gold) -> float.
+The way of an answer: `extract_answer` finds its text in a response, `tokenise` rewrites LaTeX, words
+and signs to tokens, `Reader` makes a tree of them, `settle` turns the tree into an answer (a value,
+a list, an equation, ...), `same` compares two answers: structure first, then values, which are
+Fractions while they can be and 100-digit numbers else; formulas are equal when they agree at fixed
+points. `is_worked_out` and `is_copied` refuse answers that repeat the question. Nothing is ever
+handed to eval or sympify; sizes are checked before any arithmetic; in doubt the reward is 0.
+
+More notation goes into configs/verifier.yaml, another reward into REWARDS, or into the config as
+"path/to/file.py:function": f(response, gold) -> float, with the names of further columns if wanted.
 """
 import contextlib
 import faulthandler
 import functools
+import inspect
 import itertools
 import json
 import math
 import os
 import re
 import runpy
+import select
+import signal
 import sys
 import threading
+import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from subprocess import PIPE, Popen
+from typing import NamedTuple
 
 import yaml
 from mpmath.ctx_mp import MPContext
 
-class UserError(ValueError):
-    """Something the user can mend: shown as one message, without a traceback."""
+from configs import UserError
 
-MAX_CHARS, MAX_ITEMS = 3000, 60  # of an answer that is read
-MAX_SIZE = 60_000  # bits of exact operands and powers; logarithm of another power; argument
 
 NOTATION = yaml.safe_load((Path(__file__).parent / "configs/verifier.yaml").read_text("utf-8"))
-COMMANDS, UNITS = ({word: sign for sign, words in NOTATION[table].items() for word in words.split()}
-                   for table in ("commands", "units"))
-FUNCTIONS, PAIRS, INFIX, BRACKETS = map(NOTATION.get, ("functions", "pairs", "infix", "brackets"))
+MAX_CHARS, MAX_ITEMS = 3000, 60  # of an answer that is read
+MAX_SIZE = 60_000  # bits of exact operands and powers; logarithm of another power; argument
+REFUSED = (RecursionError, ValueError, ArithmeticError, TypeError, LookupError)
+
+
+# ---- where the answer stands in a response ----
+
+PATTERNS = {name: re.compile(pattern) for name, pattern in NOTATION["responses"].items()}
+MAX_OPEN_BLOCK = 200  # characters of an <answer> that is never closed
+
+
+def join_boxes(joint: re.Match) -> str:
+    """Two boxes of one answer: "and" and commas make a list, "or" makes what cannot be read."""
+    if joint["or"]:
+        return r"\or "
+    return "," if joint["and"] else joint[0]
+
+
+def boxed(text: str) -> str | None:
+    r"""The last \boxed{..} that holds something and those joined to it.
+
+    "" when it is never closed; None without a box, or with nothing but \boxed in prose.
+    """
+    text = PATTERNS["same_box"].sub("", text.replace("\\fbox", "\\boxed"))
+    text = PATTERNS["joint"].sub(join_boxes, text)
+    for box in reversed(text.split("\\boxed")[1:]):
+        box = box.lstrip()
+        bare = re.match(r"-?\d+(?:\.\d+)?", box)
+        if bare:  # \boxed 9
+            return bare[0]
+        if box.startswith("{"):
+            end = closing(box, r"\\.|[{}]") or closing(box, "[{}]")
+            if not end:
+                return ""
+            if box[1:end].strip():
+                return box[1:end].rstrip("\\")
+    return None
+
+
+def closing(box: str, brace: str) -> int:
+    """Where the brace that opens `box` is closed, or 0."""
+    depth = 0
+    for match in re.finditer(brace, box, re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth == 0:
+            return match.start()
+    return 0
+
+
+def answer_blocks(text: str) -> list[str]:
+    """What stands in <answer>..</answer>; a last one that is not closed counts while it is short."""
+    blocks, pieces = [], text.split("<answer>")[1:]
+    for piece in pieces:
+        body, closing, _ = piece.partition("</answer>")
+        body = body.strip()
+        if closing or piece is pieces[-1] and len(body) <= MAX_OPEN_BLOCK:
+            tail = re.sub(PATTERNS["stray"].pattern + r"\Z", "", body[-MAX_OPEN_BLOCK:])
+            body = body[:-MAX_OPEN_BLOCK] + tail
+            blocks.append(body[PATTERNS["stray"].match(body).end():])
+    return blocks
+
+
+def from_sentence(text: str) -> str:
+    """The one number of a sentence that neither negates nor hedges; what is no sentence, itself."""
+    if len(text) > MAX_CHARS or PATTERNS["hedges"].search(text):
+        return text
+    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", re.sub(r"\\text\w*|\\mathrm", "", text))
+    calculation, _, result = text.rpartition("=")
+    if words and re.search(r"\d.*[-+*/×÷]", calculation):  # 330 km / 110 km/h = 3 hours
+        return result
+    numbers = list(PATTERNS["number"].finditer(text))
+    if calculation or len(words) < 3 or len(numbers) != 1:
+        return text
+    rest = text[numbers[0].end():]
+    return numbers[0][0] + re.match(r"\s*(?:\\text\w*\s*\{[^{}]*\}|[A-Za-z/]+)?", rest)[0]
+
+
+def announced(text: str) -> str | None:
+    """What follows the last "the answer is" or its like, up to the end of the clause."""
+    *before, last = PATTERNS["phrase"].split(text)
+    line = last[PATTERNS["before"].match(last).end():][:MAX_CHARS].partition("\n")[0]
+    clause = PATTERNS["after"].split(line + " ")[0].strip(" *,")
+    return from_sentence(clause) if before else None
+
+
+def extract_answer(response: str) -> str | None:
+    r"""The one final answer in `response`, or None.
+
+    What is judged is the text after the last </think>; of a <think> that is never closed only an
+    <answer> block at its end. Two different blocks are no answer. In a block: the last \boxed{},
+    else the one number of a sentence, else all of it. Without a block: a line "Answer: .." after
+    the last box, the last \boxed{} (or a list of boxes joined by "," or "and"), else what follows
+    the usual phrases.
+    """
+    text = response.rpartition("</think>")[2]
+    blocks = answer_blocks(text)
+    if "<think>" in text:
+        after = text.rpartition("<answer>")[2].partition("</answer>")[2]
+        if not PATTERNS["stray"].fullmatch(after):
+            return None
+        text, blocks = "", blocks[-1:]
+    if len(set(blocks)) > 1:
+        return None
+    if blocks:
+        box = boxed(blocks[0])
+        return from_sentence(blocks[0]) if box is None else box or None
+    *_, last = text.rpartition("\\boxed")
+    box = boxed(text)
+    if box is None or PATTERNS["answer_line"].search(last):
+        return announced(text)
+    return box or None
+
+
+def gold_answer(text: str) -> str:
+    """The answer part of a data set's gold column, which may hold a whole solution.
+
+    What follows the last "####", else the last box, else all of the text.
+    """
+    *_, mark, answer = text.rpartition("####")
+    if mark:
+        return answer.strip()
+    return boxed(text) or text
+
+
+# ---- from text to a tree ----
+
+def by_word(table: dict) -> dict:
+    """{word: sign} of a table {sign: "word word .."}."""
+    return {word: sign for sign, words in table.items() for word in words.split()}
+
+
+COMMANDS, UNITS = by_word(NOTATION["commands"]), by_word(NOTATION["units"])
+FUNCTIONS, PAIRS = NOTATION["functions"], NOTATION["pairs"]
+INFIX, BRACKETS = NOTATION["infix"], NOTATION["brackets"]
+NUMBERS, MULTIPLIERS = NOTATION["numbers"], NOTATION["multipliers"]
 ENDS = {token for closings, _ in BRACKETS.values() for token in closings}
 REWRITES = [(re.compile(pattern), new) for pattern, new in NOTATION["rewrites"]]
-NAME = r"[^\W_]|∅|∞|" + NOTATION["tokens"]["opaque"]
+NAME = re.compile(r"[^\W_]|∅|∞|" + NOTATION["tokens"]["opaque"])
 TOKEN = re.compile("|".join(NOTATION["tokens"].values()))
+REPEATING = re.compile(r"(\d*)\.(\d*)\((\d+)\)")
 ITEM = re.compile(r"\\[{}]|(?:\([^()]*\)|\\[^{}]|[^,\\])+")  # of a list; (a, b) is one
-SIGNS = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
+UPPER, LOWER = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
+
+
+def sign_of(command: re.Match) -> str:
+    return COMMANDS.get(command[1], command[0] + " ")
+
+
+def both_signs(item: re.Match) -> str:
+    """An item with ± stands for two."""
+    return ",".join(dict.fromkeys([item[0].translate(UPPER), item[0].translate(LOWER)]))
+
 
 def tokenise(text: str) -> list[str]:
-    for pattern, new in () if text.isascii() else NOTATION["unicode"]:
-        text = re.sub(pattern, new, text)
-    text = unicodedata.normalize("NFKC", text.strip())
+    if not text.isascii():
+        for pattern, new in NOTATION["unicode"]:
+            text = re.sub(pattern, new, text)
+        text = unicodedata.normalize("NFKC", text)
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    text = re.sub(r"\\([A-Za-z]+)", lambda run: COMMANDS.get(run[1], run[0] + " "), text)
-    if "±" in text:  # an item with it stands for two
-        text = ITEM.sub(lambda run: ",".join(dict.fromkeys(map(run[0].translate, SIGNS))), text)
+    text = re.sub(r"\\([A-Za-z]+)", sign_of, text)
+    if "±" in text:
+        text = ITEM.sub(both_signs, text)
     return [token.lower() if token[0] == '"' else token for token in TOKEN.findall(text)]
 
-CHAINS = {"+", "product", "list", "and", "or", "row", "cell", ":", "rel"}
-ARGUMENT = 15  # without brackets: the product up to the next function
-ZERO, X = ("num", Fraction(0)), ("var", "")  # X: what an interval is about
+
+CHAINS = {"sum", "product", "list", "and", "or", "row", "cell", "ratio", "relation"}
+PRODUCT, ARGUMENT = 15, 16  # an argument without brackets: the product up to the next function
+UNIT, POWER, DEGREE = 13, 17, 18
+ZERO, ONE, TEN = [("num", Fraction(n)) for n in (0, 1, 10)]
+FACTORS = {"%": ("num", Fraction(1, 100)), "°": ("°",)}  # units that are numbers
+SIZES = {unit: (measure, ("num", Fraction(size)))  # of units that measure the same
+         for measure, sizes in NOTATION["measures"].items() for unit, size in sizes.items()}
+
 
 class Reader:
-    """Precedence climbing over tokens. A tree is (kind, *parts), its leaves ("num", Fraction)."""
+    r"""Precedence climbing over tokens. A tree is (kind, *parts), its leaves ("num", Fraction),
+    ("var", name), ("word", words) and constants such as ("π",). Eight examples:
+
+    text                          tokens                        tree, numbers written plainly
+    \frac12                       \frac { 1 } { 2 }             (quotient 1 2)
+    -x^2                          - x ^ 2                       (negative (power x 2))
+    2\sin 3x                      2 \sin 3 x                    (product 2 (sin (product 3 x)))
+    \sqrt[3]{2}                   \root { 3 } { 2 }             (root 3 2)
+    (1, \infty)                   ( 1 , ∞ )                     (tuple "()" 1 ∞)
+    1 < x \le 2                   1 < x ≤ 2                     (relation 1 "<" x "≤" 2)
+    5 \text{ km} \text{ or } 7    5 "km" "or" 7                 (or (unit 5 "km") 7)
+    \frac12 \text{ or } x<3       \frac { 1 } { 2 } "or" x < 3  (or (quotient 1 2) (relation x "<" 3))
+    """
 
     def __init__(self, tokens: list[str]):
         self.tokens = ["", *reversed(tokens)]
+        self.in_bars = False
 
-    def tree(self, level: int = 1):
+    def tree(self, level: int = 1) -> tuple:
         """A prefix and all operators of at least this strength; two factors are a product."""
         left = self.prefix(level)
-        while (token := self.tokens[-1]) not in ENDS:
-            joins = level == ARGUMENT and token not in "([" and token[1:] not in FUNCTIONS
-            default = (12, "unit") if token[0] == '"' else (14 + joins, "product")
-            strength, kind = INFIX.get(token, default)
+        while True:
+            token = self.tokens[-1]
+            if token in ENDS and (token != "|" or self.in_bars):
+                return left
+            strength, kind = self.operator(token, level)
             if strength < level:
-                break
-            if token in INFIX and kind != "unit":
+                return left
+            if token in INFIX or kind == "unit":
                 self.tokens.pop()
-            right = self.prefix() if kind == "unit" else self.tree(strength + (kind != "power"))
-            link = (token, right) if kind == "rel" else (right,)
-            left = (*left, *link) if kind == left[0] and kind in CHAINS else (kind, left, *link)
-        return left
+            if kind == "unit":
+                left = self.measured(left, token.strip('"'))
+                continue
+            right = self.tree(strength if kind == "power" else strength + 1)
+            if kind == "difference":
+                kind, right = "sum", ("negative", right)
+            link = (token, right) if kind == "relation" else (right,)
+            is_longer = kind == left[0] and kind in CHAINS
+            left = (*left, *link) if is_longer else (kind, left, *link)
 
-    def prefix(self, level: int = 16):
+    def operator(self, token: str, level: int) -> tuple[int, str]:
+        """How strongly a token binds to what stands before it, and the kind of tree it makes."""
+        if token in INFIX:
+            return INFIX[token]
+        if token[0] == '"':
+            return (DEGREE if token == '"°"' else UNIT), "unit"
+        is_in_argument = level == ARGUMENT and token not in "([|" and token[1:] not in FUNCTIONS
+        return (ARGUMENT if is_in_argument else PRODUCT), "product"
+
+    def prefix(self, level: int = POWER) -> tuple:
         token = self.tokens.pop()
         if token in ("+", "-"):
-            return (token, ZERO, self.tree(max(level, 14)))
+            operand = self.tree(max(level, PRODUCT))
+            return operand if token == "+" else ("negative", operand)
         if token in BRACKETS:
             return self.bracket(token)
         if token in PAIRS:
             return (PAIRS[token], self.prefix(), self.prefix())
-        if token[1:] in FUNCTIONS:  # f_b^n x
-            base, exponent = (self.tokens[-1] == mark and self.tokens.pop() and self.prefix()
-                              for mark in "_^")
-            argument = self.prefix() if self.tokens[-1] in "({" else self.tree(ARGUMENT)
-            tree = ("/", ("ln", argument), ("ln", base)) if base else (token[1:], argument)
-            return ("power", tree, exponent) if exponent else tree
-        if token.replace(".", "", 1).isdecimal():
-            return ("num", Fraction(token))
+        if token[1:] in FUNCTIONS:
+            return self.function(token[1:])
+        if REPEATING.fullmatch(token) or token.replace(".", "", 1).isdecimal():
+            return ("num", number(token))
         if token[0] == '"':
-            words = (UNITS.get(word, word.rstrip("s")) for word in token.strip('"').split())
-            return ('"' + " ".join(words),)
-        if not re.match(NAME, token):
+            return self.words(token.strip('"').split())
+        if not NAME.match(token):
             raise ValueError(token)
-        return (token,) if token in "πei∞" else ("var", re.sub("[{} ]", "", token))
+        if token in CONSTANTS:
+            return (token,)
+        name, mark, index = re.sub('[{} "]', "", token).partition("_")
+        return ("var", name + mark + str(NUMBERS.get(index, index)))
 
-    def bracket(self, opening: str):
-        inner = self.tree() if self.tokens[-1] not in ENDS else ("list",)
+    def function(self, name: str) -> tuple:
+        """f_b^n x: a logarithm's base, a power of the function, its argument."""
+        base = self.script("_")
+        exponent = self.script("^")
+        has_bracket = self.tokens[-1] in ("(", "{")
+        argument = self.prefix() if has_bracket else self.tree(ARGUMENT)
+        tree = (name, argument)
+        if base:
+            tree = ("quotient", ("ln", argument), ("ln", base))
+        return ("power", tree, exponent) if exponent else tree
+
+    def script(self, mark: str) -> tuple | None:
+        if self.tokens[-1] != mark:
+            return None
+        self.tokens.pop()
+        return self.prefix()
+
+    def words(self, words: list[str]) -> tuple:
+        """Words that stand where a value should: a number, perhaps with its unit, or just words."""
+        numbers = list(itertools.takewhile(NUMBERS.__contains__, words))
+        if not numbers:
+            return ("word", unit_name(" ".join(words)))
+        values = [NUMBERS[word] for word in numbers]
+        if len(values) > 1 and not values[0] >= 20 > 10 > values[1]:  # twenty-five
+            raise ValueError("several numbers")
+        value = ("num", Fraction(sum(values)))
+        rest = words[len(numbers):]
+        return self.measured(value, " ".join(rest)) if rest else value
+
+    def measured(self, value: tuple, words: str) -> tuple:
+        """A value and the words after it: a unit, or a multiplier and perhaps a unit."""
+        first, _, rest = words.partition(" ")
+        factor = MULTIPLIERS.get(first.rstrip("s"))
+        if factor:
+            value = ("magnitude", value, ("num", Fraction(factor)))
+            return self.measured(value, rest) if rest else value
+        if any(word.rstrip("s") in NOTATION["not_units"] for word in words.split()):
+            raise ValueError(words)
+        name = unit_name(words)
+        return ("unit", value, *SIZES.get(name, (name, ONE)))
+
+    def bracket(self, opening: str) -> tuple:
         closings, kind = BRACKETS[opening]
+        outside, self.in_bars = self.in_bars, opening == "|"
+        inner = ("list",)  # nothing in the brackets
+        if self.tokens[-1] not in ENDS or self.tokens[-1] == "|":
+            inner = self.tree()
+        self.in_bars = outside
         closing = self.tokens.pop()
         if closing not in closings:
             raise ValueError(f"{opening} is closed by {closing}")
@@ -114,225 +342,663 @@ class Reader:
             return ("tuple", opening + closing, *inner[1:])
         return (kind, inner) if kind else inner
 
+
+def unit_name(words: str) -> str:
+    """The name of a unit, or words in the singular: "square metres" was rewritten to metres2."""
+    plain = re.sub(r"[\^{}]", "", words)
+    return re.sub(r"[^\W\d_]+", lambda run: UNITS.get(run[0], run[0].rstrip("s")), plain)
+
+
+def number(token: str) -> Fraction:
+    """Of a numeral; 0.1(6) is 0.1666..."""
+    match = REPEATING.fullmatch(token)
+    if not match:
+        return Fraction(token)
+    whole, fixed, cycle = match.groups()
+    start = int(whole + fixed or "0")
+    repeated = Fraction(int(whole + fixed + cycle) - start, 10 ** len(cycle) - 1)
+    return repeated / 10 ** len(fixed)
+
+
+# ---- values ----
+
 MP, LOCK = MPContext(), threading.Lock()  # its precision is not thread-safe
 MP.dps = 100
-TINY = MP.mpf(10) ** -30
+CONSTANTS = {"π": +MP.pi, "e": +MP.e, "i": MP.j, "∞": MP.inf, "°": MP.pi / 180}
+
 
 def bits(value) -> int:
     """The size of an exact number."""
-    return max(map(int.bit_length, value.as_integer_ratio())) if isinstance(value, Fraction) else 0
+    if not isinstance(value, Fraction):
+        return 0
+    return max(value.numerator.bit_length(), value.denominator.bit_length())
+
 
 def power(base, exponent):
     """Exact where base and exponent say so, after a look at the size of the result."""
     if base == 0 < exponent:
         return base
     is_exact = isinstance(base, Fraction) and getattr(exponent, "denominator", 0) == 1
-    if abs(exponent) * (bits(base) if is_exact else abs(MP.ln(base))) > MAX_SIZE:
+    size = bits(base) if is_exact else abs(MP.ln(base))
+    if abs(exponent) * size > MAX_SIZE:
         raise ValueError("power too large")
     return base ** int(exponent) if is_exact else MP.power(base, exponent)
 
-OPERATIONS = {
-    "+": lambda *values: sum(values), "-": lambda a, b: a + -b, "/": lambda a, b: a * (1 / b),
-    "product": lambda *values: math.prod(values), "unit": lambda a, b: a * b,
-    "power": power, "root": lambda index, base: power(base, 1 / index),
-    '"%': lambda: Fraction(1, 100), '"°': lambda: MP.pi / 180,
-    "π": lambda: +MP.pi, "e": lambda: +MP.e, "i": lambda: MP.j, "∞": lambda: MP.inf}
-UNBOUNDED = {"ln", "fabs", "floor", "ceil"}  # their arguments may have any size
+
+def root(index, base):
+    """The real root where there is one: the third root of -8 is -2."""
+    if base < 0 and getattr(index, "denominator", 0) == 1 and index % 2:
+        return -power(-base, 1 / index)
+    return power(base, 1 / index)
+
+
+SUMS, PRODUCTS = {"sum", "mixed"}, {"product", "magnitude"}
 COUNTS, COUNTED = {"fac": math.factorial, "binomial": math.comb}, set(range(3001))
+UNBOUNDED = {"ln", "fabs", "floor", "ceil"}  # their arguments may have any size
+# Where a variable is sampled: near and far, negative and positive, so that |x - 5| is not 5 - x
+# and floor(x/5) not floor(x/6).
+RANGES = [(0, 1), (1, 4), (-2.5, -0.5), (100, 500), (-9000, -2000), (10**7, 10**8)]
+
 
 def sample(name: str, point: int) -> Fraction:
-    """A variable's fixed value at point 0, 1, 2: in (0, 1), in (1, 4), negative."""
+    """A variable's fixed value, within RANGES[point]."""
+    low, high = map(Fraction, RANGES[point])
     share = Fraction(int.from_bytes(f"{name} {point}".encode(), "big") % 9973 + 1, 9974)
-    return (share, 1 + 3 * share, -2 * share - Fraction(1, 2))[point]
+    return low + share * (high - low)
 
-def evaluate(tree, point=0):
-    """The value at a sample point (an int), or with all variables equal to the Fraction `point`."""
+
+def evaluate(tree: tuple, point=0):
+    """The value at a sample point (an int), or with all variables equal to the number `point`."""
     kind, *parts = tree
     if kind == "num":
         return parts[0]
     if kind == "var":
         return sample(parts[0], point) if isinstance(point, int) else point
+    if kind in CONSTANTS:
+        return CONSTANTS[kind]
+    if kind == "unit":  # only of percent and degrees
+        return evaluate(("product", parts[0], FACTORS[parts[1]]), point)
     if kind == "scaled":  # 2x - 2 and x - 1 become the same
         return evaluate(parts[0], point) * (1 / evaluate(parts[0]))
-    values = [evaluate(part, point) for part in parts if isinstance(part, tuple)]
+    if kind == "piecewise":
+        pieces = zip(parts[::2], parts[1::2])
+        return next(evaluate(value, point) for value, when in pieces if holds(when, point))
+    values = [evaluate(part, point) for part in parts]
     if sum(map(bits, values)) > MAX_SIZE:
         raise ValueError("too large")
-    if kind in OPERATIONS:
-        return OPERATIONS[kind](*values)
+    if kind in SUMS:
+        return sum(values)
+    if kind in PRODUCTS:
+        return math.prod(values)
+    if kind == "negative":
+        return -values[0]
+    if kind == "quotient":
+        return values[0] * (1 / values[1])
+    if kind in ("power", "root"):
+        return power(*values) if kind == "power" else root(*values)
     if kind in COUNTS and COUNTED.issuperset(values):
         return Fraction(COUNTS[kind](*map(int, values)))
-    if kind not in FUNCTIONS or kind not in UNBOUNDED and any(abs(v) > MAX_SIZE for v in values):
+    limit = max(COUNTED) if kind in COUNTS else MAX_SIZE
+    if kind not in FUNCTIONS or kind not in UNBOUNDED and any(abs(v) > limit for v in values):
         raise ValueError(f"{kind} has no value, or too large an argument")
     return getattr(MP, kind)(*map(MP.convert, values))
 
-def variables(tree) -> set[str]:
-    return {tree[1]} if tree[0] == "var" else set().union(
-        *(variables(part) for part in tree[1:] if isinstance(part, tuple)))
 
 def near(a, b) -> bool:
     """Equal: exactly for Fractions, else to 60 digits."""
-    if a == b or isinstance(a, Fraction) and isinstance(b, Fraction):
-        return a == b
+    if a == b:
+        return True
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return False
     a, b = MP.convert(a), MP.convert(b)
     return abs(a - b) <= max(abs(a), abs(b)) / 10**60 < MP.inf
 
+
+def is_real(value) -> bool:
+    return not MP.im(MP.convert(value))
+
+
+def walk(tree: tuple):
+    """All subtrees of a tree, itself first."""
+    yield tree
+    for part in tree[1:]:
+        if isinstance(part, tuple):
+            yield from walk(part)
+
+
+def variables(tree: tuple) -> set[str]:
+    return {part[1] for part in walk(tree) if part[0] == "var"}
+
+
 @functools.lru_cache(maxsize=4096)
-def equal(a, b) -> bool:
-    """Equal at every sample point where both are real, and at two of the points at least."""
-    names, agreed = variables(a), []
-    for point in range(3 if names else 1) if names == variables(b) else ():
-        with contextlib.suppress(ValueError, ArithmeticError):
+def equal(a: tuple, b: tuple) -> bool:
+    """The same value wherever both have one; with variables at two sample points at least."""
+    names = variables(a)
+    if names != variables(b):
+        return False
+    points, agreements = range(len(RANGES) if names else 1), 0
+    for point in points:
+        try:
             x, y = evaluate(a, point), evaluate(b, point)
-            agreed.append(near(x, y) or (None if MP.im(x) or MP.im(y) else False))
-    return False not in agreed and agreed.count(True) >= (2 if names else 1)
+        except (ValueError, ArithmeticError, LookupError, StopIteration):
+            continue
+        if near(x, y):
+            agreements += 1
+        elif is_real(x) or is_real(y):  # two complex values may be branches of one
+            return False
+    return agreements >= min(2, len(points))
 
-SETS = {"list", "set"}  # 1, 2 and {1, 2}
-REGIONS = {"rel", "∪", "∩", "∖"}
-STRUCTURES = REGIONS | {*SETS, "tuple", "and", "or", "row", "cell", "matrix", ":"}
 
-def settle(tree):
-    """The tree as an answer: lists opened, names and equations set apart."""
+def substituted(tree: tuple, values: dict) -> tuple:
+    """The tree with trees in place of variables, by their names."""
+    if tree[0] == "var":
+        return values.get(tree[1], tree)
+    return tuple(substituted(part, values) if isinstance(part, tuple) else part for part in tree)
+
+
+# ---- from a tree to an answer ----
+
+REGIONS = {"relation", "union", "intersection", "without"}
+STRUCTURES = REGIONS | {"list", "set", "tuple", "and", "or", "matrix", "cases", "cells", "ratio",
+                        "mod"}
+BASIS = "𝐢𝐣𝐤"
+QUANTITIES = {"quotient", "ratio", *FUNCTIONS}  # cos A = 1/2 is an answer of 1/2, xy = 5 a curve
+
+
+@dataclass(frozen=True)
+class Equation:
+    """name = value, as of x = 5; `whole` is left side - right side, for lines and conics."""
+    name: tuple | None
+    value: tuple | None
+    whole: tuple | None
+
+
+def settle(tree: tuple):
+    """The tree as an answer: lists opened, equations set apart, matrices carried out."""
     kind, *parts = tree
+    if kind in ("matrix", "cases"):
+        return settle_rows(kind, parts[0])
     if kind not in STRUCTURES:
-        return tree
+        return settle_value(tree)
     parts = [settle(part) if isinstance(part, tuple) else part for part in parts]
-    if kind in ("and", "or") and all(part[0] in REGIONS for part in parts):
-        return ("∪" if kind == "or" else "∩", *parts)
+    if kind == "relation":
+        return settle_relation(parts)
     if kind in ("list", "set", "and", "or"):
-        parts = [item for part in parts for item in (part[1:] if part[0] == "list" else [part])]
-        if not 0 < len(parts) <= MAX_ITEMS:
-            raise ValueError("no items, or too many")
-        return ("set" if kind == "set" else "list", *parts) if len(parts) > 1 else parts[0]
-    if kind != "rel":
-        return (kind, *parts)
-    signs, sides = parts[1::2], parts[::2]
-    if set(signs) - set("=∈≈"):
-        return ("rel", "".join(signs), *sides)
-    # name = value, 3/4 = 0.75 (but not 7 = 5), or an equation
-    names = [side for side in sides if side[0] == "var" or len(side) == 1]
-    values = [side for side in sides if side not in names] or names[-1:]
-    value = values[0] if all(equal(values[0], other) for other in values[1:]) else None
-    whole = ("scaled", ("-", *sides)) if signs == ["="] and variables(tree) else None
-    return ("equation", names[0] if names else None, value, whole)
+        return settle_items(kind, parts)
+    return (kind, *parts)
 
-def same(a, b) -> bool:
-    """Do two settled trees mean the same answer? Symmetric."""
-    if a == b or isinstance(a, str) or "text" in (a[0], b[0]):
-        return a == b
-    kinds = {a[0], b[0]}
-    if "equation" in kinds:
-        parts = (t[1:] if t[0] == "equation" else (None, t, None) for t in (a, b))
-        names, values, wholes = zip(*parts)
-        is_named_alike = len({*names, None}) < 3
-        return all(wholes) and equal(*wholes) or all(values) and is_named_alike and same(*values)
-    if kinds & REGIONS:  # do they agree at all their ends and on both sides of each?
-        (ends, in_a), (more, in_b) = region(a), region(b)
-        points = [end + step for end in (*ends, *more, TINY) for step in (-TINY, 0, TINY)]
-        is_small = len(points) <= 3 * MAX_ITEMS and len(variables(a) | variables(b)) < 2
-        return is_small and all(in_a(x) == in_b(x) for x in points)
-    if kinds <= SETS:  # every item of the one takes its own item of the other
-        rest = list(b[1:])
-        matches = (next((other for other in rest if same(item, other)), None) for item in a[1:])
-        return len(a) == len(b) and all(match and not rest.remove(match) for match in matches)
-    if kinds & STRUCTURES:
-        return a[0] == b[0] and len(a) == len(b) and all(map(same, a[1:], b[1:]))
-    # values, with units ignored when one side has none; a % or ° may also be a factor
-    (bare_a, unit_a), (bare_b, unit_b) = (t[1:] if t[0] == "unit" else (t, None) for t in (a, b))
-    if unit_a and unit_b:
-        return unit_a == unit_b and equal(bare_a, bare_b)
-    return equal(bare_a, bare_b) or equal(a, b)
 
-JOINTS = {"∪": any, "list": any, "set": any, "∩": all, "∖": lambda tests: tests == [True, False]}
-
-def region(tree) -> tuple:
-    """(ends, membership test) of a part of the real line."""
+def settle_value(tree: tuple):
+    """A value; what multiplies a matrix or transposes it is carried out, i + 2j is a vector."""
     kind, *parts = tree
-    if kind in JOINTS:
-        ends, tests = zip(*map(region, parts))
-        return sum(ends, []), lambda x: JOINTS[kind]([test(x) for test in tests])
-    if kind == "tuple" and len(parts) == 3:
-        parts = ["".join("<≤"[bracket in "[]"] for bracket in parts[0]), parts[1], X, parts[2]]
-    elif kind != "rel":
-        parts = ["=", X, tree]
-    signs, *sides = parts
-    ends = []
-    for left, right in itertools.pairwise(sides):
-        u, v, w = (MP.convert(evaluate(("-", left, right), Fraction(x))) for x in range(3))
-        if not near(u + w, 2 * v):
-            raise ValueError("not linear")
-        ends += [] if near(u, v) else [u / (u - v)]
+    if variables(tree) & set(BASIS):
+        return vector(tree)
+    has_matrix = any(part[0] == "matrix" for part in walk(tree))
+    if has_matrix and kind == "unit" and parts[1] == "transposed":
+        return transposed(settle(parts[0]))
+    if has_matrix and kind == "negative":
+        return scaled(settle(parts[0]), ("num", Fraction(-1)))
+    if has_matrix and kind == "product":
+        return scaled(settle(parts[-1]), ("product", *parts[:-1]))
+    if kind == "unit" and parts[1] == "transposed":
+        return settle(parts[0])
+    return tree
 
-    def inside(x) -> bool:
-        values = [MP.convert(evaluate(side, x)) for side in sides]
-        return all(sign in ("=≤≥" if near(a, b) else "<≤≠" if a < b else ">≥≠")
-                   for a, sign, b in zip(values, signs, values[1:]))
-    return ends, inside
 
-JOINT = re.compile(
-    r"\}(?!\})(?:\\text|\\quad|\\[()\[\] ,;]|[${}\s.]|(or)|(and|[,;])){1,30}\\boxed\s*\{")
+def scaled(matrix: tuple, factor: tuple) -> tuple:
+    """A settled matrix or vector with all its cells multiplied."""
+    kind, *parts = matrix
+    if kind not in ("matrix", "cells", "tuple"):
+        return ("product", factor, matrix)
+    return (kind, *(scaled(part, factor) if isinstance(part, tuple) else part for part in parts))
 
-def boxed(text: str) -> str | None:
-    """The last box and those joined to it: by a comma or "and" to a list, by "or" unreadably."""
-    text = JOINT.sub(lambda run: r"\or " if run[1] else "," if run[2] else run[0], text)
-    box = text.rpartition("\\boxed")[2].lstrip()
-    depths = itertools.accumulate((char == "{") - (char == "}") for char in box)
-    end = next((index for index, depth in enumerate(depths) if depth <= 0), 0)
-    return box[1:end].rstrip("\\") or None
 
-def extract_answer(response: str) -> str | None:
-    r"""The one final answer in `response`, or None.
+def transposed(matrix: tuple) -> tuple:
+    """A column is a tuple, and so is what a row becomes."""
+    if matrix[0] == "tuple":
+        return matrix
+    if len(matrix) == 2:
+        return ("tuple", "()", *matrix[1][1:])
+    return ("matrix", *(("cells", *column) for column in zip(*(row[1:] for row in matrix[1:]))))
 
-    After the last </think> (a <think> never closed has no answer): in the <answer> block, if there
-    is one (two different ones are no answer), the last \boxed{} or the whole block; without it the
-    last \boxed{} (or a list of boxes joined by "," or "and"), else the usual phrases.
-    """
-    _, think, text = response.rpartition("</think>")
-    blocks = {block.partition("</answer>")[0].strip() for block in text.split("<answer>")[1:]}
-    if len(blocks) > 1 or not think and "<think>" in response:
+
+def vector(tree: tuple) -> tuple:
+    """2i - 3j + k as the tuple (2, -3, 1)."""
+    size = 3 if BASIS[2] in variables(tree) else 2
+    nothing = dict.fromkeys(BASIS, ZERO)
+    if not equal(substituted(tree, nothing), ZERO):
+        raise ValueError("a vector and a number")
+    axes = [substituted(tree, nothing | {axis: ONE}) for axis in BASIS[:size]]
+    return ("tuple", "()", *axes)
+
+
+def settle_rows(kind: str, tree: tuple):
+    """A matrix; a vector is a tuple; a system is a list of its equations."""
+    rows = tree[1:] if tree[0] == "row" else [tree]
+    rows = [row[1:] if row[0] == "cell" else (row,) for row in rows]
+    if kind == "cases" and all(len(row) == 2 for row in rows):
+        return ("piecewise", *(part for row in rows for part in row))
+    rows = [[settle(cell) for cell in row] for row in rows]
+    cells = [cell for row in rows for cell in row]
+    if kind == "cases" or any(isinstance(cell, Equation) for cell in cells):
+        return settle_items("and", cells)
+    if len(cells) == len(rows):
+        return ("tuple", "()", *cells)
+    return ("matrix", *(("cells", *row) for row in rows))
+
+
+def settle_items(kind: str, parts: list):
+    """A list or set of at least two items; conditions are a region; 2 h and 15 min are one value."""
+    items = []
+    for part in parts:
+        is_nested = isinstance(part, tuple) and part[0] == "list"
+        items.extend(part[1:] if is_nested else [part])
+    if not 0 < len(items) <= MAX_ITEMS:
+        raise ValueError("no items, or too many")
+    if any(isinstance(item, tuple) and item[0] in REGIONS for item in items):
+        conditions = [condition(item, items[0]) for item in items]
+        return ("union" if kind == "or" else "intersection", *conditions)
+    if len(items) == 1:
+        return items[0]
+    units = [item for item in items if isinstance(item, tuple) and item[0] == "unit"]
+    if kind == "and" and len({unit[2] for unit in units}) == 1 < len({unit[3] for unit in units}):
+        values = [evaluate(("product", unit[1], unit[3])) for unit in units]
+        return ("unit", ("num", sum(values)), units[0][2], ONE)
+    return ("set" if kind == "set" else "list", *items)
+
+
+def condition(item, first) -> tuple:
+    """An item among conditions: x = 2 as a region; the 3 of "x != 2, 3" as x != 3."""
+    if isinstance(item, Equation) and item.value:
+        is_region = item.value[0] in STRUCTURES
+        return item.value if is_region else ("relation", item.name, "=", item.value)
+    is_value = item[0] not in STRUCTURES and isinstance(first, tuple)
+    if is_value and first[0] == "relation" and first[2] == "≠":
+        return ("relation", first[1], "≠", item)
+    return item
+
+
+def settle_relation(parts: list):
+    """An inequality as it is; an equation with its name, if a side is one, and its value."""
+    sides, signs = parts[::2], parts[1::2]
+    if set(signs) - set("=≡∈≈"):
+        return ("relation", *parts)
+    names = [side for side in sides if side[0] in ("var", "word")]
+    values = [side for side in sides if side not in names] or names[-1:]
+    if not names and len(sides) == 2 and sides[0][0] in QUANTITIES and not variables(sides[1]):
+        names = sides[:1]
+    value = values[-1]
+    results = [side for side in values if not variables(side)]
+    if any(not same(results[0], other) for other in results[1:]):  # 7 = 5
+        value = None
+    whole = None
+    if signs == ["="] and any(map(variables, sides)):
+        whole = ("scaled", ("sum", sides[0], ("negative", sides[1])))
+    return Equation(names[0] if names else None, value, whole)
+
+
+# ---- when two answers are the same ----
+
+def same(answer, gold) -> bool:
+    """Do two settled trees mean the same?"""
+    if answer == gold:
+        return True
+    if isinstance(answer, Equation) or isinstance(gold, Equation):
+        return same_equation(answer, gold)
+    if isinstance(answer, str) or isinstance(gold, str):
+        return False
+    kinds = {answer[0], gold[0]}
+    if kinds & REGIONS:
+        return same_region(answer, gold)
+    if kinds <= {"list", "tuple", "set"}:
+        return same_sequence(answer, gold)
+    if kinds == {"mod"}:
+        (a, modulus), (b, other) = answer[1:], gold[1:]
+        steps = evaluate(("quotient", ("sum", a, ("negative", b)), modulus))
+        return equal(modulus, other) and getattr(steps, "denominator", 0) == 1
+    if kinds & STRUCTURES:
+        return same_parts(answer, gold)
+    return same_value(answer, gold)
+
+
+def same_parts(answer: tuple, gold: tuple) -> bool:
+    return len(answer) == len(gold) and all(map(same, answer, gold))
+
+
+def same_equation(answer, gold) -> bool:
+    """x = 5 is 5 and 5 = x; x + y = 5 is 5 as an answer, but as a gold it is an equation."""
+    if not isinstance(gold, Equation):
+        return answer.value is not None and same(answer.value, gold)
+    is_named = gold.value is not None and gold.name is not None
+    if not isinstance(answer, Equation):
+        return is_named and same(answer, gold.value)
+    if answer.whole and gold.whole and equal(answer.whole, gold.whole):
+        return True
+    is_known = answer.name and gold.name and answer.name[0] == gold.name[0]
+    if not is_named or answer.value is None or is_known and answer.name != gold.name:
+        return False
+    return same(answer.value, gold.value)
+
+
+def by_name(answer: tuple) -> tuple | None:
+    """x = 3, y = -4 as the tuple of its values in the order of the names."""
+    items = answer[1:]
+    if answer[0] != "list" or not all(isinstance(item, Equation) for item in items):
         return None
-    text = min(blocks, default=text)
-    if "\\boxed" in text:
-        return boxed(text)
-    *before, last = re.split(r"(?i)####|\banswer is\b|\banswer:", text)
-    line = last[:MAX_CHARS].lstrip(" :*\n").partition("\n")[0].partition("<|")[0]
-    sentence = re.split(r"\.\s", line + " ")[0].strip(" *")
-    return sentence if before else text if blocks else None
+    values = {item.name[1]: item.value for item in items if item.name and item.name[0] == "var"}
+    if len(values) < len(items):
+        return None
+    return ("tuple", "()", *(values[name] for name in sorted(values)))
 
-REFUSED = (RecursionError, ValueError, ArithmeticError, TypeError, LookupError)
+
+def same_sequence(answer: tuple, gold: tuple) -> bool:
+    """Lists and sets in any order, tuples and named values in theirs."""
+    named, gold_named = by_name(answer), by_name(gold)
+    if named and gold[0] == "tuple":
+        return same_parts(named, gold)
+    if gold_named and not named and answer[0] != "set":
+        items = answer[1:] if answer[0] == "list" else answer[2:]
+        return same_parts(("tuple", "()", *items), gold_named)
+    if "tuple" in (answer[0], gold[0]):
+        return same_parts(answer, gold)
+    rest = list(gold[1:])
+    if len(answer) != len(gold):
+        return False
+    for item in answer[1:]:
+        match = next((other for other in rest if same(item, other)), None)
+        if match is None:
+            return False
+        rest.remove(match)
+    return True
+
+
+def bare(tree: tuple) -> tuple:
+    """(the value without its units, the value times the sizes of its units, their names)."""
+    if tree[0] != "unit":
+        return tree, tree, set()
+    value, sized, names = bare(tree[1])
+    size = FACTORS.get(tree[2], tree[3])
+    return value, ("product", sized, size), names | {tree[2]}
+
+
+def same_value(answer: tuple, gold: tuple) -> bool:
+    """With units ignored when one side has none; a % or ° may also be a factor."""
+    answer = with_names_of(gold, answer)
+    (a, a_sized, a_units), (b, b_sized, b_units) = bare(answer), bare(gold)
+    if a_units and b_units:
+        return (a_units <= b_units or b_units <= a_units) and equal(a_sized, b_sized)
+    is_factor = a_units | b_units <= set(FACTORS)
+    return equal(a, b) or is_factor and equal(a_sized, b_sized)
+
+
+INTEGER_NAMES, CONSTANT_NAMES = set("kmnl"), set("CcKk")
+
+
+def with_names_of(gold: tuple, answer: tuple) -> tuple:
+    """Another letter for the integer of k pi, or for the constant of an integral, is no matter."""
+    ours, theirs = variables(answer) - variables(gold), variables(gold) - variables(answer)
+    if len(ours) != 1 or len(theirs) != 1:
+        return answer
+    name, other = *ours, *theirs
+    is_period = {name, other} <= INTEGER_NAMES and ("π",) in walk(gold)
+    is_constant = other == "C" and name in CONSTANT_NAMES and gold[0] == answer[0] == "sum" and (
+        ("var", other) in gold and ("var", name) in answer)
+    if is_period or is_constant:
+        return substituted(answer, {name: ("var", other)})
+    return answer
+
+
+# ---- regions of the real line ----
+
+@dataclass(frozen=True)
+class Region:
+    """A part of the real line: a tree that says what is in it, and where it can begin or end."""
+    tree: tuple
+    ends: list
+
+    def contains(self, x) -> bool:
+        return holds(self.tree, x)
+
+
+def same_region(answer: tuple, gold: tuple) -> bool:
+    """Do they agree at all their ends, between them and beyond?"""
+    if len(variables(answer) | variables(gold)) > 1:
+        return False
+    a, b = Region(answer, ends(answer)), Region(gold, ends(gold))
+    marks = sorted(end for end in a.ends + b.ends if abs(end) < MP.inf)
+    between = [(low + high) / 2 for low, high in itertools.pairwise(marks)]
+    outside = [marks[0] - 1, marks[-1] + 1] if marks else [MP.zero]
+    points = [*marks, *between, *outside]
+    return len(marks) <= MAX_ITEMS and all(a.contains(x) == b.contains(x) for x in points)
+
+
+def ends(tree: tuple) -> list:
+    """All points where the region may begin or end; ValueError when a condition is not linear."""
+    kind, *parts = tree
+    if kind in ("union", "intersection", "without", "list", "set"):
+        return [end for part in parts for end in ends(part)]
+    if kind == "tuple" and len(parts) == 3:
+        return [MP.convert(evaluate(part)) for part in parts[1:]]
+    if kind == "relation":
+        return [end for left, right in itertools.pairwise(parts[::2]) for end in roots(left, right)]
+    return [MP.convert(evaluate(tree))]
+
+
+def roots(left: tuple, right: tuple) -> list:
+    """Where two sides are equal, |u| = v at u = v and u = -v."""
+    if right[0] == "fabs":
+        left, right = right, left
+    if left[0] == "fabs":
+        return roots(left[1], right) + roots(left[1], ("negative", right))
+    difference = ("sum", left, ("negative", right))
+    if degree(difference) > 1:
+        raise ValueError("not linear")
+    at_0, at_1 = evaluate(difference, Fraction(0)), evaluate(difference, Fraction(1))
+    return [] if at_0 == at_1 else [MP.convert(at_0 * (1 / (at_0 - at_1)))]
+
+
+def degree(tree: tuple) -> int:
+    """0 of a constant, 1 of what is linear in its variable, more of all else."""
+    kind, *parts = tree
+    if not variables(tree):
+        return 0
+    if kind == "var":
+        return 1
+    if kind in ("sum", "negative"):
+        return max(map(degree, parts))
+    if kind == "product":
+        return sum(map(degree, parts))
+    if kind == "quotient" and not variables(parts[1]):
+        return degree(parts[0])
+    return 2
+
+
+def holds(tree: tuple, x) -> bool:
+    """Is the number x in the region? Conditions of pieces are also asked at sample points."""
+    kind, *parts = tree
+    if kind in ("union", "list", "set"):
+        return any(holds(part, x) for part in parts)
+    if kind == "intersection":
+        return all(holds(part, x) for part in parts)
+    if kind == "without":
+        return holds(parts[0], x) and not holds(parts[1], x)
+    if kind == "tuple" and len(parts) == 3:
+        low, high = ["≤" if bracket in "[]" else "<" for bracket in parts[0]]
+        parts = [parts[1], low, ("var", ""), high, parts[2]]
+    elif kind != "relation":
+        parts = [("var", ""), "=", tree]
+    values = [evaluate(side, x) for side in parts[::2]]
+    steps = zip(values, parts[1::2], values[1:])
+    return all(compares(a, sign, b) for a, sign, b in steps)
+
+
+def compares(a, sign: str, b) -> bool:
+    if near(a, b):
+        return sign in "=≤≥"
+    return sign in ("<≤≠" if MP.convert(a) < MP.convert(b) else ">≥≠")
+
+
+# ---- an answer must be as worked out as the gold ----
+
+def is_number(tree, with_pi: bool = False) -> bool:
+    """A numeral, fraction, mixed number or a times a power of ten, with sign, unit or percent."""
+    if not isinstance(tree, tuple):
+        return False
+    kind, *parts = tree
+    if kind == "num" or kind == "π" and with_pi:
+        return True
+    if kind in ("negative", "unit", "magnitude"):
+        return is_number(parts[0], with_pi)
+    if kind == "power":
+        return parts[0] == TEN and is_number(parts[1])
+    if kind == "sum" and len(parts) == 2:  # 3 + 1/8
+        return parts[0][0] == "num" and parts[1][0] == "quotient" and is_number(parts[1])
+    is_scientific = kind == "product" and len(parts) == 2 and (
+        parts[1] == TEN or parts[1][0] == "power")
+    is_of_pi = kind == "product" and with_pi
+    if kind in ("quotient", "mixed") or is_scientific or is_of_pi:
+        return all(is_number(part, with_pi) for part in parts)
+    return False
+
+
+def is_solved(region: tuple) -> bool:
+    """Is the variable alone, or in |x - c|, wherever it stands in these inequalities?"""
+    kind, *parts = region
+    if kind == "relation":
+        sides = [side for side in parts[::2] if variables(side)]
+        return all(side[0] in ("var", "fabs") or side[0] == "negative" and side[1][0] == "var"
+                   for side in sides)
+    return all(is_solved(part) for part in parts if isinstance(part, tuple))
+
+
+def is_worked_out(answer, gold) -> bool:
+    """A number wants a number, what is solved for its variable something solved.
+
+    The equation y = 2x + 3 may also be a line, which has many forms; y = (7 - 2x)/3 is solved.
+    """
+    if isinstance(gold, tuple):
+        value = answer.value if isinstance(answer, Equation) else answer
+        if is_number(gold):
+            has_degrees = any(part[0] == "unit" and part[2] == "°" for part in walk(gold))
+            return is_number(value, with_pi=has_degrees)
+        is_region = bool({gold[0], answer[0]} & REGIONS) if isinstance(answer, tuple) else False
+        return not is_region or is_solved(answer) or not is_solved(gold)
+    is_line = gold.name is None or variables(gold.value) and gold.value[0] != "quotient"
+    if is_line:
+        return True
+    if not isinstance(answer, Equation):
+        return is_worked_out(answer, gold.value)
+    is_named = answer.name is not None and answer.name[1] not in variables(answer.value)
+    return is_named and is_worked_out(answer.value, gold.value)
+
+
+def is_plain(tree) -> bool:
+    """Has it no operator and no function: a number, a letter, words, or several of these?"""
+    if isinstance(tree, Equation):
+        return bool(tree.name and tree.value) and is_plain(tree.value)
+    if isinstance(tree, str) or is_number(tree) or tree[0] in ("var", "word") or len(tree) == 1:
+        return True
+    return tree[0] in STRUCTURES and all(map(is_plain, tree[1:]))
+
+
+def is_copied(answer: str, gold: str, problem: str) -> bool:
+    """Does the answer stand in the problem's text as it is, and the gold not?"""
+    answer, gold, problem = map(squeezed, (answer, gold, problem))
+    found = re.search(rf"(?<![A-Za-z0-9\\]){re.escape(answer)}(?![A-Za-z0-9])", problem)
+    return bool(found) and gold not in problem
+
+
+def squeezed(text: str) -> str:
+    text = re.sub(r"\\(?:left|right|displaystyle|[,;:! ])|[\s${}]", "", text)
+    return re.sub(r"\\[dtc]frac", r"\\frac", text)
+
+
+# ---- the rewards ----
+
+class Reading(NamedTuple):
+    """What an answer may stand for: words, a settled tree, and the letter of "(B) 17"."""
+    text: str
+    tree: object
+    choice: str | None
+
+
+LETTERS = re.compile(r"[A-J](?:(?:,|and)+[A-J])+|\([A-J]\)")
 SIMPLE = re.compile(r"-?\d{1,40}(?:\.\d{1,40})?\Z")
+MAX_DIGITS = 12  # of a gold that only a number answers
+
+
+def split_choice(tokens: list[str]) -> tuple[str | None, list[str]]:
+    """The letter of "(B) 17", "B. 17" or "B: 17" and the tokens of the rest."""
+    start = int(tokens[:1] == ["("])
+    letter, closing, *rest = [*tokens[start:], "", ""]
+    closings = (")",) if start else (")", ".", ":")
+    rest = rest[:-2]
+    is_ratio = closing == ":" and len(rest) == 1 and rest[0].isalpha()
+    if letter not in tuple("ABCDEFGHIJ") or closing not in closings or not rest or is_ratio:
+        return None, tokens
+    return letter, rest
+
 
 @functools.lru_cache(maxsize=4096)
-def readings(text: str) -> tuple:
-    """What an answer may stand for: its string and, when it can be read, its settled tree."""
+def read(text: str) -> Reading:
+    """Any text; what is too long, or no mathematics, has no tree; a placeholder has no text."""
     tokens = tokenise(text) if len(text) <= MAX_CHARS else []
+    choice, tokens = split_choice(tokens)
     plain = re.sub('[" ]', "", "".join(tokens))
     if not re.search(r"[\w∅∞]", plain):
-        return ()
+        return Reading("", None, None)
     has_words = '"' in "".join(tokens) or plain.isalpha() and len(plain) > 2
-    found = [("text", plain.lower() if has_words else plain)]
+    if LETTERS.fullmatch(plain):  # A, B and D are ABD
+        plain = re.sub(r"[(),]|and", "", plain)
+        has_words = len(plain) > 1
+    tree = None
     with contextlib.suppress(*REFUSED):
-        found.append(settle(Reader(tokens).bracket("")))
-    return tuple(found)
+        tree = settle(Reader(tokens).bracket(""))
+    return Reading(plain.lower() if has_words else plain, tree, choice)
+
 
 def parse_gold(gold: str) -> str | None:
     """Why `gold` cannot be compared as mathematics or as words, or None when it can."""
+    answer = gold_answer(gold).strip()
     with LOCK:
-        if re.sub(r"\\text|[${}.\s]", "", gold).isalpha() or len(readings(gold)) > 1:
-            return None
-    return f"answer not read, or longer than {MAX_CHARS}" if gold.strip() else "no answer"
+        reading = read(answer)
+    if reading.tree is not None or re.search("[A-Za-z]{2}", re.sub(r"\\[A-Za-z]+", "", answer)):
+        return None if len(answer) <= MAX_CHARS else f"answer longer than {MAX_CHARS} characters"
+    return f"answer not read, or longer than {MAX_CHARS}" if answer else "no answer"
 
-def accuracy_reward(response: str, gold: str) -> float:
+
+def is_right(answer: str, gold: str, problem: str | None, strict: bool) -> bool:
+    ours, theirs = read(answer), read(gold)
+    if not ours.text or not theirs.text:
+        return False
+    if ours.choice and theirs.choice:
+        return ours.choice == theirs.choice
+    if theirs.text in (ours.text, ours.choice) or theirs.choice == ours.text:
+        return True
+    if ours.tree is None or theirs.tree is None or not same(ours.tree, theirs.tree):
+        return False
+    if not strict:
+        return True
+    has_copied = problem and not is_plain(ours.tree) and is_copied(answer, gold, problem)
+    is_short = sum(map(str.isdigit, theirs.text)) <= MAX_DIGITS
+    return not has_copied and (not is_short or is_worked_out(ours.tree, theirs.tree))
+
+
+def accuracy_reward(response: str, gold: str, problem: str | None = None,
+                    strict_answers: bool = True) -> float:
     """1.0 when the answer in `response` (see extract_answer) has the value of `gold`, else 0.0.
 
     A list or set needs all elements of the gold and no others: naming candidates earns nothing.
+    With strict_answers the answer must be as worked out as the gold, and not be an expression that
+    stands in the `problem`; evaluations whose numbers are compared with others' do without.
     """
-    answer, gold = (extract_answer(response) or "").strip(), gold.strip()
+    answer, gold = (extract_answer(response) or "").strip(), gold_answer(gold).strip()
     if SIMPLE.match(answer) and SIMPLE.match(gold):
         return float(Fraction(answer) == Fraction(gold))
     with LOCK, contextlib.suppress(*REFUSED):
-        pairs = itertools.product(readings(answer), readings(gold))
-        return float(any(same(a, b) for a, b in pairs))
+        return float(is_right(answer, gold, problem, strict_answers))
     return 0.0
+
 
 def format_reward(response: str, gold: str = "") -> float:
     """1.0 for exactly <think>..</think><answer>..</answer> with two non-blank bodies, else 0.0."""
@@ -340,76 +1006,224 @@ def format_reward(response: str, gold: str = "") -> float:
     is_filled = [bool(part.strip()) for part in parts[::2]] == [False, True, False, True, False]
     return float(is_filled and parts[1::2] == ["<think>", "</think>", "<answer>", "</answer>"])
 
+
 REWARDS = {"accuracy": accuracy_reward, "format": format_reward}
+ADAPTER = ("def mine(response, gold, **row): "
+           "return theirs(completions=[response], prompts=[row['problem']], **row)[0]")
+MAX_REWARD = 1e9  # larger ones would not stay finite in sums
+
 
 def resolve_reward(name: str):
     """The f(response, gold) -> float behind a key of REWARDS or "path/to/file.py:function"."""
     source, _, function = name.rpartition(":")
     try:
-        return REWARDS[name] if name in REWARDS else runpy.run_path(source)[function]
-    except Exception as error:  # whatever the user's file does when it is imported
+        reward = REWARDS[name] if name in REWARDS else runpy.run_path(source)[function]
+    except (Exception, SystemExit) as error:  # whatever the user's file does when it is imported
         raise UserError(f"reward {name!r}: none of {', '.join(REWARDS)}; {error!r}") from error
+    first = next(iter(inspect.signature(reward).parameters), "")
+    if first in ("completions", "prompts"):
+        raise UserError(f"reward {name!r} is written for TRL; wrap it: {ADAPTER}")
+    return reward
+
+
+def wanted(reward) -> set[str] | None:
+    """The columns that a reward asks for after (response, gold); None for all of them."""
+    parameters = list(inspect.signature(reward).parameters.values())
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return {parameter.name for parameter in parameters[2:]}
+
+
+# ---- workers: one line of JSON in, one out ----
+
+def score(reward, text: str, gold: str, row: dict) -> tuple[float, str | None]:
+    """The reward of one text, or 0.0 and what went wrong."""
+    names = wanted(reward)
+    columns = {key: value for key, value in row.items() if names is None or key in names}
+    try:
+        value = float(reward(text, gold, **columns))
+        if not abs(value) <= MAX_REWARD:
+            raise ValueError(f"the reward is {value}")
+    except Exception as error:  # a user's function may raise anything
+        return 0.0, repr(error)
+    return value, None
+
 
 def serve(timeout: str, *names: str) -> None:
-    """A worker's life: lines of [text, gold] in, of its rewards or an error out."""
-    functions = [resolve_reward(name) for name in names]
+    """A worker's life. It first tells which columns its rewards want (or why it cannot start);
+    {"gold", "row"} opens a group, and each text of it is answered by {"rewards", "errors"}."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what functions print does not mix with the replies
+
+    def reply(**message) -> None:
+        print(json.dumps(message, allow_nan=False), file=replies, flush=True)
+
+    try:
+        rewards = [resolve_reward(name) for name in names]
+    except UserError as error:
+        return reply(refused=str(error))
+    asked = [wanted(reward) for reward in rewards]
+    reply(columns=None if None in asked else sorted(set().union(*asked)))
+    group = {}
     for line in sys.stdin:
-        faulthandler.dump_traceback_later(float(timeout), exit=True)  # even out of a long C call
-        try:
-            reply = json.dumps([float(f(*json.loads(line))) for f in functions], allow_nan=False)
-        except Exception as error:  # a user's function may raise anything
-            reply = json.dumps(repr(error))
+        message = json.loads(line)
+        if isinstance(message, dict):
+            group = message
+            continue
+        # should the caller be gone: its deadline is the earlier one
+        faulthandler.dump_traceback_later(float(timeout) + 2 * GRACE, exit=True)
+        scores = [score(reward, message, group["gold"], group["row"]) for reward in rewards]
         faulthandler.cancel_dump_traceback_later()
-        print(reply, file=replies, flush=True)
+        values, errors = zip(*scores)
+        reply(rewards=values, errors=errors)
+
+
+GRACE, START = 0.25, 60.0  # seconds: for a reply on its way, and for a worker to start
+
+
+class Worker:
+    """A process in a group of its own, so that whatever it forks is killed with it."""
+
+    def __init__(self, command: list[str]):
+        self.process = Popen(command, stdin=PIPE, stdout=PIPE, bufsize=0, start_new_session=True)
+        os.set_blocking(self.process.stdin.fileno(), False)
+        self.group = None  # the last one whose gold and row it got
+        self.hello = None
+
+    def start(self) -> dict:
+        """What it says first: the columns that it wants, or why it is of no use."""
+        if self.hello is None:
+            reply = self.ask(b"", START)
+            self.hello = json.loads(reply) if reply else {"refused": "a worker does not start"}
+        return self.hello
+
+    def ask(self, request: bytes, seconds: float) -> bytes | None:
+        """Its line of reply; b"" when it died, None when it is late. Never waits longer."""
+        deadline, reply = time.monotonic() + seconds, b""
+        stdin, stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
+        while not reply.endswith(b"\n"):
+            poller = select.poll()
+            poller.register(stdout, select.POLLIN)
+            if request:
+                poller.register(stdin, select.POLLOUT)
+            left = deadline - time.monotonic()
+            ready = dict(poller.poll(max(0.0, 1000 * left)))
+            if not ready:  # a process that has ended may have left its pipe to a child
+                return None if self.process.poll() is None else b""
+            try:
+                if stdin in ready:
+                    request = request[os.write(stdin, request):]
+                part = os.read(stdout, 1 << 16) if stdout in ready else None
+            except OSError:
+                return b""
+            if part == b"":
+                return b""
+            reply += part or b""
+        return reply
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
 
 class VerifierPool:
     """Scores groups of texts in worker processes; nothing that a text does reaches the caller.
+
     A text that takes longer than `timeout` s costs its worker its life and scores 0; when a worker
-    dies otherwise its text is tried once more. `stats` counts both, and functions that raise.
+    dies otherwise its text is tried once more. `stats` counts both and the rewards that raise or
+    are no finite number; `error` is the last of them.
     """
 
     def __init__(self, reward_funcs: list[str], workers: int, timeout: float = 5.0):
-        self.zeros, self.error = [0.0 for name in reward_funcs if resolve_reward(name)], None
-        command = [sys.executable, os.path.abspath(__file__), str(timeout), *reward_funcs]
-        self.start = functools.partial(Popen, command, stdin=PIPE, stdout=PIPE, bufsize=0)
-        self.stats = {"timeouts": 0, "crashes": 0}
+        self.names, self.timeout = list(reward_funcs), timeout
+        self.command = [sys.executable, os.path.abspath(__file__), str(timeout), *reward_funcs]
+        self.stats, self.error = {"timeouts": 0, "crashes": 0}, None
         self.groups = {}  # the futures of a group's texts: its key
+        self.lock, self.is_closed = threading.Lock(), False
         self.threads = ThreadPoolExecutor(workers)
-        self.idle = [self.start() for _ in range(workers)]  # one worker for each thread
+        self.workers = [Worker(self.command) for _ in range(workers)]  # one for each thread
+        self.idle = list(self.workers)
+        hello = self.idle[-1].start()
+        if "refused" in hello:
+            self.close()
+            raise UserError(hello["refused"])
+        self.columns = hello["columns"]
 
-    def submit(self, key, texts: list[str], gold: str) -> None:
-        """Queue the G `texts` of one problem; returns at once."""
-        self.groups[tuple(self.threads.submit(self._ask, text, gold) for text in texts)] = key
+    def submit(self, key, texts: list[str], gold: str, row: dict | None = None) -> None:
+        """Queue the G `texts` of one problem; returns at once. `row`: JSON values by name, the
+        "problem" and the data's columns; what the rewards' signatures name is sent."""
+        group = self._group(gold, row or {})
+        self.groups[tuple(self.threads.submit(self._ask, text, group) for text in texts)] = key
 
     def poll(self, wait: bool) -> list[tuple]:
         """(key, rewards_GF) of the groups that are ready; with `wait`, of all submitted ones."""
         ready = [texts for texts in self.groups if wait or all(text.done() for text in texts)]
-        return [(self.groups.pop(texts), [text.result() for text in texts]) for texts in ready]
+        return [(self.groups.pop(texts), [text.result()["rewards"] for text in texts])
+                for texts in ready]
+
+    def probe(self, examples: list[tuple[str, dict]]) -> None:
+        """Try the rewards on the (gold, row) of up to four problems, with the gold and with nothing
+        as response; UserError names one that fails every time."""
+        calls = [self.threads.submit(self._ask, text, self._group(gold, row))
+                 for gold, row in examples[:4] for text in (gold, "")]
+        replies = [call.result() for call in calls]
+        for index, name in enumerate(self.names):
+            errors = [reply["errors"][index] for reply in replies]
+            if errors and all(errors):
+                raise UserError(f"reward {name!r} failed in all {len(errors)} trials: {errors[0]}; "
+                                "it must be f(response, gold) -> float, or name columns of the data")
+        self.stats, self.error = dict.fromkeys(self.stats, 0), None
 
     def close(self) -> None:
         """Drop what is still queued and stop the workers. Can be called twice."""
-        self.threads.shutdown(cancel_futures=True)
-        for worker in self.idle:
+        with self.lock:
+            self.is_closed = True
+        for worker in self.workers:
             worker.kill()
+        self.threads.shutdown(cancel_futures=True)
 
-    def _ask(self, text: str, gold: str, may_retry: bool = True) -> list[float]:
-        """In a thread: the rewards of one text."""
+    def _group(self, gold: str, row: dict) -> bytes:
+        names = row if self.columns is None else self.columns
+        columns = {name: row[name] for name in names if name in row}
+        return json.dumps({"gold": gold, "row": columns}).encode() + b"\n"
+
+    def _ask(self, text: str, group: bytes, may_retry: bool = True) -> dict:
+        """In a thread: {"rewards", "errors"} of one text."""
         worker = self.idle.pop()
-        with contextlib.suppress(OSError):  # it was killed while it was idle
-            worker.stdin.write(json.dumps([text, gold]).encode() + b"\n")
-        reply = worker.stdout.readline()
-        is_late = not reply and worker.wait() == 1  # the exit status that faulthandler gives
-        self.idle.append(worker if reply else self.start())
-        if not (reply or is_late) and may_retry:
-            return self._ask(text, gold, may_retry=False)
-        rewards = json.loads(reply or "null")
-        if not isinstance(rewards, list):
-            with LOCK:
-                self.stats["timeouts" if is_late else "crashes"] += 1
-            self.error, rewards = rewards or "its worker died", self.zeros
-        return rewards
+        worker.start()
+        request = json.dumps(text).encode() + b"\n"
+        if worker.group is not group:
+            request = group + request
+        worker.group = group
+        reply = worker.ask(request, self.timeout + GRACE)
+        if reply:
+            self.idle.append(worker)
+            return self._counted(json.loads(reply), "crashes")
+        self._replace(worker)
+        if reply == b"" and may_retry and not self.is_closed:
+            return self._ask(text, group, may_retry=False)
+        is_late = reply is None
+        why = f"no reply within {self.timeout} s" if is_late else "its worker died"
+        failed = {"rewards": [0.0] * len(self.names), "errors": [why] * len(self.names)}
+        return self._counted(failed, "timeouts" if is_late else "crashes")
+
+    def _counted(self, reply: dict, kind: str) -> dict:
+        errors = [error for error in reply["errors"] if error]
+        if errors:
+            with self.lock:
+                self.stats[kind] += 1
+                self.error = errors[0]
+        return reply
+
+    def _replace(self, worker: Worker) -> None:
+        worker.kill()
+        with self.lock:
+            self.workers.remove(worker)
+            if not self.is_closed:
+                self.workers.append(Worker(self.command))
+                self.idle.append(self.workers[-1])
+
 
 if __name__ == "__main__":
     serve(*sys.argv[1:])

@@ -146,7 +146,7 @@ case "$command" in
         config="${1:?usage: ./run.sh serve CONFIG [key=value ...]}"
         setup
         setup_vllm
-        exec python tests/serve.py "$config" "${@:2}"
+        exec python -m configs.plan serve "$config" "${@:2}"
         ;;
     *)
         usage

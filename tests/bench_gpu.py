@@ -73,11 +73,11 @@ def memory():
 
 def run_ours(args):
     """Steps of ghpo's own loop."""
-    import configs
+    import configs.settings
     import ghpo
 
     reward = f"{sys.modules[parity.__module__].__file__}:parity"
-    run = ghpo.setup(configs.make_config({
+    run = ghpo.setup(configs.settings.make_config({
         "model_name_or_path": f"{args.folder}/model", "dataset_name": f"{args.folder}/data.jsonl",
         "rl_type": "grpo", "engine": args.engine, "output_dir": f"{args.folder}/{args.side}",
         "attn_implementation": args.attention, "torch_dtype": "bfloat16",
@@ -93,14 +93,14 @@ def run_ours(args):
         began, _ = now(), memory()
         metrics = optimize(run, rows, *rest)
         steps.append({"generate": began - ended[-1], "train": now() - began,
-                      "generated": sum(len(row.input_ids) - row.context for row in rows),
+                      "generated": sum(len(row.input_ids) - row.n_context for row in rows),
                       "trained": sum(len(row.input_ids) for row in rows if row.advantage),
                       **memory()})
         ended.append(now())
         return metrics
 
     ghpo.optimize = watched
-    ghpo.train(run)
+    ghpo.train(run, ghpo.Interrupt())
     run.engine.close()
     return steps
 

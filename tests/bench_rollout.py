@@ -28,6 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +38,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from hints import Problem, Try  # noqa: E402
+from hints import Problem, Stage  # noqa: E402
 from rollout import Group, Request, VllmEngine, collect  # noqa: E402
 
 SAMPLES = 8
@@ -64,7 +65,7 @@ class Verdicts:
         self.ready = []
         self.tokens = 0
 
-    def submit(self, key, texts, gold):
+    def submit(self, key, texts, gold, row=None):
         request, completions = key
         self.tokens += sum(len(c.token_ids) for c in completions)
         self.ready.append((key, [[1.0 - request.problem.level]] * len(completions)))
@@ -74,20 +75,44 @@ class Verdicts:
         return ready
 
 
-def ask(problem, stage, slot, step):
-    """Stage's request: the same prompt, and after it the first RATIOS[stage] of the trace."""
-    tokens = random.Random(problem.id)
-    text = [tokens.randrange(VOCABULARY) for _ in range(PROMPT + TRACE)]
-    prompt = text[: PROMPT + round(RATIOS[stage] * TRACE)]
-    shown = Try([RATIOS[stage]] * SAMPLES, [""] * SAMPLES)
-    seed = random.Random(f"{problem.id} {stage} {step}").getrandbits(60)
-    return Request(problem, [prompt] * SAMPLES, shown, [], [""] * SAMPLES, seed,
-                   SimpleNamespace(temperature=1.0, max_completion_length=Engine.cap, top_p=1.0,
-                                   top_k=0), slot)  # fmt: skip
+def new_stage(number):
+    return Stage([RATIOS[number]] * SAMPLES, [f"hint {number}"] * SAMPLES)
 
 
-def newest(old, new):
-    return new
+def blank(problem, number=0):
+    return Group(problem, next_stage=new_stage(number))
+
+
+def asker(step):
+    """collect's `ask`: the same prompt, and after it the first part of the solution."""
+
+    def ask(group, slot):
+        problem, stage = group.problem, group.next_stage
+        tokens = random.Random(problem.id)
+        text = [tokens.randrange(VOCABULARY) for _ in range(PROMPT + TRACE)]
+        prompt = text[: PROMPT + round(stage.ratio * TRACE)]
+        seed = random.Random(f"{problem.id} {stage.hints[0]} {step}").getrandbits(60)
+        config = SimpleNamespace(
+            temperature=1.0, max_completion_length=Engine.cap, top_p=1.0, top_k=0,
+            strict_answers=True)
+        return Request(
+            problem, stage, [prompt] * SAMPLES, [""] * SAMPLES, seed, config, slot)
+
+    return ask
+
+
+def final(group, completions, rewards):
+    """collect's `after_stage` of variants that ask once."""
+    stages = [*group.stages, group.next_stage]
+    return Group(group.problem, stages, completions, rewards)
+
+
+def escalated(group, completions, rewards):
+    """collect's `after_stage` of the ladder."""
+    group = final(group, completions, rewards)
+    if failed(group) and len(group.stages) < len(RATIOS):
+        return replace(group, next_stage=new_stage(len(group.stages)))
+    return group
 
 
 def failed(group):
@@ -95,33 +120,21 @@ def failed(group):
 
 
 def run_grpo(engine, pool, problems, step):
-    def next_request(group, slot):
-        return None if group.completions else ask(group.problem, 0, slot, step)
-
-    return collect(engine, [Group(p) for p in problems], pool, next_request, newest)
+    return collect(engine, [blank(p) for p in problems], pool, asker(step), final)
 
 
 def run_inline(engine, pool, problems, step):
-    def next_request(group, slot):
-        if not group.completions:
-            return ask(group.problem, 0, slot, step)
-        stage = 1 + RATIOS.index(group.request.shown.ratio)
-        if failed(group) and stage < len(RATIOS):
-            return ask(group.problem, stage, slot, step)
-
-    return collect(engine, [Group(p) for p in problems], pool, next_request, newest)
+    return collect(engine, [blank(p) for p in problems], pool, asker(step), escalated)
 
 
 def run_ladder(engine, pool, problems, step):
-    final = {}
-    for stage in range(len(RATIOS)):
-        def next_request(group, slot, stage=stage):
-            return None if group.completions else ask(group.problem, stage, slot, step)
-
-        groups = collect(engine, [Group(p) for p in problems], pool, next_request, newest)
-        final |= {group.problem.id: group for group in groups}
+    done = {}
+    for number in range(len(RATIOS)):
+        asked = [blank(problem, number) for problem in problems]
+        groups = collect(engine, asked, pool, asker(step), final)
+        done |= {group.problem.id: group for group in groups}
         problems = [group.problem for group in groups if failed(group)]
-    return list(final.values())
+    return list(done.values())
 
 
 class Deferred:
@@ -133,16 +146,12 @@ class Deferred:
     def __call__(self, engine, pool, problems, step):
         back = self.queue[: len(problems) // 2]
         self.queue = self.queue[len(back):]
-        stages = [stage for _, stage in back] + [0] * (len(problems) - len(back))
-        batch = [problem for problem, _ in back] + problems[: len(problems) - len(back)]
-
-        def next_request(group, slot):
-            return None if group.completions else ask(group.problem, stages[slot], slot, step)
-
-        groups = collect(engine, [Group(p) for p in batch], pool, next_request, newest)
-        for group, stage in zip(groups, stages):
-            if failed(group) and stage + 1 < len(RATIOS):
-                self.queue.append((group.problem, stage + 1))
+        asked = back + [(problem, 0) for problem in problems[: len(problems) - len(back)]]
+        groups = [blank(problem, number) for problem, number in asked]
+        groups = collect(engine, groups, pool, asker(step), final)
+        for group, (_, number) in zip(groups, asked):
+            if failed(group) and number + 1 < len(RATIOS):
+                self.queue.append((group.problem, number + 1))
         return groups
 
 
@@ -174,7 +183,10 @@ def main():
     seconds, wall, tokens, wasted = ({name: [] for name in variants} for _ in range(4))
     for step in range(-3, args.rounds):  # the first three warm up and fill the deferred queue
         hard = random.Random(step).sample(range(args.prompts), round(0.6 * args.prompts))
-        problems = [Problem(1000 * step + i, [], "", level=i in hard) for i in range(args.prompts)]
+        problems = []
+        for i in range(args.prompts):
+            chat = [{"role": "user", "content": ""}]
+            problems.append(Problem(1000 * step + i, chat, "", level=float(i in hard)))
         for name, variant in variants.items():
             pool = Verdicts()
             assert engine.llm.reset_prefix_cache()

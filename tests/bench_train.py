@@ -101,7 +101,7 @@ def padding_share(files, ranks, budget=16384, prompts=112):
     for _ in range(5):
         chosen = rng.choice(len(lines), prompts, replace=prompts > len(lines))
         for rank in range(ranks):
-            rows = [ghpo.Row([0] * (context + solution), context, [], [], [], 1.0, 1, True)
+            rows = [ghpo.Row([0] * (context + solution), context, [], [], [], [], 1.0, 1)
                     for context in length[chosen[rank::ranks], 0]
                     for solution in rng.choice(length[:, 1], SAMPLES)]
             for batch in ghpo.micro_batches(rows, budget, False):
@@ -144,7 +144,7 @@ def time_ours(folder, steps):
         f"hint_trigger={__file__}:parity", f"max_completion_length={LONGEST}", "save_strategy=no", "loss_type=dapo",
         f"num_generations={SAMPLES}", "learning_rate=1e-6", "warmup_steps=0",
         f"per_device_train_batch_size={PROMPTS * SAMPLES}", "gradient_accumulation_steps=1"]))
-    ghpo.train(run)
+    ghpo.train(run, ghpo.Interrupt())
     run.pool.close()
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     parts = [(sum(line[f"seconds/{k}"] for k in ("sync", "generate")),

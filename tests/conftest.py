@@ -20,7 +20,7 @@ import torch.distributed as dist
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import configs  # noqa: E402
+import configs.settings  # noqa: E402
 import fsdp_utils  # noqa: E402
 import ghpo  # noqa: E402
 import hints  # noqa: E402
@@ -45,12 +45,13 @@ def settings(**changes):
 
 
 def make_config(**changes):
-    return configs.make_config(settings(**changes))
+    return configs.settings.make_config(settings(**changes))
 
 
 def sampling(temperature=1.0, length=2048, top_p=1.0, top_k=0):
     """A config that samples so, greedily at temperature 0."""
-    return replace(make_config(), temperature=temperature, max_completion_length=length,
+    samples = 4 if temperature else 1
+    return replace(make_config(), temperature=temperature, num_generations=samples, max_completion_length=length,
                    top_p=top_p, top_k=top_k)  # fmt: skip
 
 
@@ -81,7 +82,7 @@ def alone():
 @pytest.fixture(scope="session")
 def prompts():
     """The chat template of the tiny model."""
-    return ghpo.Prompts(make_config())
+    return ghpo.Prompts(make_config(), ghpo.State())
 
 
 def compute_exactly(policy):
@@ -109,16 +110,14 @@ class Policies:
         run = SimpleNamespace(
             config=config, policy=policy, device=self.alone.device, rank=0, world=1,
             master_dtype=next(policy.parameters()).dtype, reference=None, folder=Path("/tmp"),
-            state={"step": 0}, optimizer=torch.optim.SGD(policy.parameters(), lr=0.0))
+            state=ghpo.State(), optimizer=torch.optim.SGD(policy.parameters(), lr=0.0))
         run.__dict__.update(changes)
         return run
 
     def _policy(self, name):
         if name not in self.kept:
             torch.set_num_threads(1)
-            run = SimpleNamespace(config=make_config(torch_dtype=name))
-            run.compute_dtype = run.master_dtype = getattr(torch, name)
-            policy = compute_exactly(ghpo.load_policy(run))
+            policy = compute_exactly(ghpo.load_policy(make_config(torch_dtype=name)))
             weights = {key: value.clone() for key, value in policy.state_dict().items()}
             self.kept[name] = policy, weights
         return self.kept[name]
@@ -132,7 +131,7 @@ def make_run(alone):
 def new_engine(policy, kind=HfEngine, **options):
     """An hf engine with the tiny tokenizer."""
     config = make_config()
-    return kind(config, ghpo.Prompts(config).tokenizer, {EOS}, math.inf, policy, **options)
+    return kind(config, ghpo.Prompts(config, ghpo.State()).tokenizer, {EOS}, math.inf, policy, **options)
 
 
 @pytest.fixture
@@ -145,19 +144,24 @@ def engine(make_run):
     return build
 
 
-def problem(i=0, question="4a3b5c2?", answer="(7,2,4)", trace="a37\nb52\nc24\nend"):
-    return hints.Problem(i, [{"role": "user", "content": question}], answer, trace)
+def problem(i=0, question="4a3b5c2?", gold="(7,2,4)", solution="a37\nb52\nc24\nend"):
+    return hints.Problem(i, [{"role": "user", "content": question}], gold, solution)
 
 
 def unhinted(size):
-    """A Try that shows nothing."""
-    return hints.Try([0.0] * size, [""] * size)
+    """A Stage that shows nothing."""
+    return hints.Stage([0.0] * size, [""] * size)
 
 
 def request(prompt_ids, samples=2, seed=0, slot=0, config=None, of=None):
     """A request with given prompt ids and no hint."""
-    return Request(of or problem(), [list(prompt_ids)] * samples, unhinted(samples), [],
+    return Request(of or problem(), unhinted(samples), [list(prompt_ids)] * samples,
                    [""] * samples, seed, config or sampling(1.0, 12), slot)
+
+
+def row(length, advantage=1.0, n_context=1):
+    """A Row that only has a length."""
+    return ghpo.Row([0] * int(length), n_context, [], [], [], [], advantage, 1)
 
 
 def run_engine(engine, requests):
@@ -166,7 +170,7 @@ def run_engine(engine, requests):
     for one in requests:
         engine.submit(one)
     done = {}
-    while engine.busy:
+    while engine.is_busy():
         done |= {one.slot: completions for one, completions in engine.poll()}
     engine.sleep()
     return done
@@ -211,6 +215,8 @@ class Main:
         self.patch.setattr(fsdp_utils, "setup_distributed", lambda *a: self.alone)
         self.patch.setattr(sys, "argv", ["ghpo.py", *arguments])
         self.patch.setattr(ghpo.os, "_exit", sys.exit)
+        # pytest keeps its own handler of Ctrl-C
+        self.patch.setattr(ghpo, "Interrupt", lambda: SimpleNamespace(received=0))
         self.capsys.readouterr()
         status = 0
         try:
@@ -255,18 +261,21 @@ def setup(alone, monkeypatch, tmp_path):
 
 
 class ScriptedPool:
-    """A group passes (its first sample only) after passes(step, slot) failed tries.
+    """A group passes (its first sample only) after passes(step, slot) failed stages.
 
-    step counts the first tries of a slot. Verdicts are `delay` polls late unless waited for.
+    step counts the first stages of a slot. Verdicts are `delay` polls late unless waited for.
     """
 
     def __init__(self, passes, delay=0):
         self.passes, self.delay = passes, delay
-        self.firsts, self.waiting, self.stats = Counter(), [], {}
+        self.firsts, self.failed = Counter(), Counter()
+        self.waiting, self.stats = [], {}
 
-    def submit(self, key, texts, gold):
+    def submit(self, key, texts, gold, row=None):
         request, completions = key
-        failed = sum(not t.skipped for t in request.tries)
+        number = request.problem.id
+        self.failed[number] = self.failed[number] + 1 if any(request.stage.hints) else 0
+        failed = self.failed[number]
         self.firsts[request.slot] += failed == 0
         is_right = failed >= self.passes(self.firsts[request.slot] - 1, request.slot)
         rewards = [[float(is_right and j == 0), float(j % 2)] for j in range(len(completions))]
@@ -291,7 +300,7 @@ def scripted_training(setup, monkeypatch, tmp_path):
     def go(passes, data, pool=ScriptedPool, **changes):
         run = setup(dataset_name=write_jsonl(tmp_path / "data.jsonl", data), **changes)
         run.pool.close()
-        run.pool = pool(passes)
+        run = replace(run, pool=pool(passes))
         seen, make_rows = [], ghpo.make_rows
 
         def remember(groups, *rest):
@@ -299,7 +308,7 @@ def scripted_training(setup, monkeypatch, tmp_path):
             return seen[-1][1]
 
         monkeypatch.setattr(ghpo, "make_rows", remember)
-        ghpo.train(run)
+        ghpo.train(run, SimpleNamespace(received=0))
         files = sorted((run.folder / "rollouts").glob("step_*.jsonl"))
         return run, seen, [read_jsonl(path) for path in files]
 

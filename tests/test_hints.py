@@ -12,6 +12,7 @@ import ghpo
 import hints
 from rollout import Completion, Group
 
+CONFIG, STATE = make_config(), ghpo.State()
 HARD = "a37\nb52\nc24\nd81\ne90\nf13\ng44\nh27\nend"  # 35 characters
 
 
@@ -55,7 +56,8 @@ def test_where_a_trace_may_be_cut(trace, pieces):
     (1.0, "a37\nb52\nc24\nd81\ne90\nf13\ng44"),  # not the last step
 ])  # fmt: skip
 def test_ratio_of_characters_back_to_a_step_end(ratio, expected):
-    hint, is_trimmed = hints.make_hint(problem(trace=HARD, answer="(7,2,4,1,0,3,4,7)"), ratio)
+    one = problem(solution=HARD, gold="(7,2,4,1,0,3,4,7)")
+    hint, is_trimmed = hints.make_hint(one, ratio, CONFIG, STATE)
     assert (hint, is_trimmed) == (expected, ratio == 1.0)
 
 
@@ -85,7 +87,8 @@ def test_ratio_of_characters_back_to_a_step_end(ratio, expected):
     ("", "5", ""),
 ])  # fmt: skip
 def test_a_whole_trace_stops_before_the_answer(trace, gold, expected):
-    hint, is_trimmed = hints.make_hint(problem(trace=trace, answer=gold), 1.0)
+    one = problem(solution=trace, gold=gold)
+    hint, is_trimmed = hints.make_hint(one, 1.0, CONFIG, STATE)
     assert hint == expected
     assert is_trimmed == (len(cuts(trace)) > 0 and hint != cuts(trace)[-1])
 
@@ -110,13 +113,13 @@ def test_no_hint_leaks_or_cuts_into_maths_on_real_traces(name):
     shown = 0
     for i, row in enumerate(read_jsonl(path)):
         trace, gold = row["solution_hint"].rstrip(), str(row["solution"]).strip().strip("$").strip()
-        one = hints.Problem(i, [], str(row["solution"]), row["solution_hint"])
+        one = problem(i, "", str(row["solution"]), row["solution_hint"])
         lower = trace.lower()
         markers = [lower.find(m) for m in ("\\boxed", "####", "answer is", "<answer>") if m in lower]
         marker = min(markers, default=len(trace))
         golds, previous = whole_word_places(trace, gold), ""
         for ratio in (0.25, 0.5, 0.75, 1.0):
-            hint, _ = hints.make_hint(one, ratio)
+            hint, _ = hints.make_hint(one, ratio, CONFIG, STATE)
             assert trace.startswith(hint) and hint.startswith(previous), i
             assert len(hint) <= round(len(trace) * ratio), i
             previous = hint
@@ -140,14 +143,21 @@ def test_no_hint_leaks_or_cuts_into_maths_on_real_traces(name):
 # ---- stages ------------------------------------------------------------------------------------
 
 
+def cut(config, state):
+    """hints.advance's fit, without a limit of length."""
+    return lambda one, ratio: hints.make_hint(one, ratio, config, state)
+
+
 def walk(config, one, passes, step=0):
-    """[(ratio, skipped)] of the tries at a problem whose sampled tries go as `passes` says."""
-    group, passes = Group(one), iter(passes)
-    while True:
-        shown, tries = hints.plan_try(group, config, {}, step)
-        if shown is None:
-            return [(t.ratio, t.skipped) for t in tries]
-        group = replace(group, tries=[*tries, replace(shown, pass_rate=next(passes), tokens=7)])
+    """[(ratio, skipped)] of the stages of a problem whose sampled stages go as `passes` says."""
+    state = ghpo.State(step=step)
+    group = hints.advance(Group(one), config, state, cut(config, state))
+    passes, completions = iter(passes), [Completion([65], [66], [0.0], "stop")] * 4
+    while group.next_stage:
+        rewards = [[next(passes), 0.0]] * 4
+        group = hints.after_stage(
+            group, completions, rewards, 0, config, state, cut(config, state))
+    return [(stage.ratio, stage.is_skipped) for stage in group.stages]
 
 
 FAIL = [0.0] * 9
@@ -159,7 +169,7 @@ FAIL = [0.0] * 9
     ({}, [0, 0.25], 0, [0, 0.25]),
     ({}, [0, 0, 0, 1], 0, [0, 0.25, 0.5, 0.75]),
     ({"hint_ratio": 0.5}, FAIL, 0, [0, 0.5]),  # fixed ratio
-    ({"hint_ratio": []}, FAIL, 0, [0]),
+    ({"hint_ratio": [], "hint_exhausted": "drop"}, FAIL, 0, [0]),
     ({"hint_ratio": [0.3, 0.6]}, FAIL, 0, [0, 0.3, 0.6]),
     ({"rl_type": "grpo"}, FAIL, 0, [0]),
     ({"start_hint_step": 5}, FAIL, 4, [0]),  # cold start
@@ -172,7 +182,7 @@ FAIL = [0.0] * 9
 ])  # fmt: skip
 def test_stages(changes, passes, step, ratios):
     config = make_config(**changes)
-    assert walk(config, problem(trace=HARD, answer="x"), passes, step) == [(r, False) for r in ratios]
+    assert walk(config, problem(solution=HARD, gold="x"), passes, step) == [(r, False) for r in ratios]
 
 
 @pytest.mark.parametrize("trace, expected", [
@@ -184,23 +194,24 @@ def test_stages(changes, passes, step, ratios):
     ("", [(0, False), (0.25, True), (0.5, True), (0.75, True)]),
 ])  # fmt: skip
 def test_stages_with_nothing_new_are_skipped_and_recorded(trace, expected):
-    assert walk(make_config(), problem(trace=trace, answer="x"), FAIL) == expected
+    assert walk(make_config(), problem(solution=trace, gold="x"), FAIL) == expected
 
 
-def test_skipped_tries_cost_nothing():
-    config = make_config()
-    tries = [replace(unhinted(4), tokens=7)]
-    shown, tries = hints.plan_try(Group(problem(trace=""), tries), config, {}, 0)
-    assert shown is None and [t.tokens for t in tries] == [7, 0, 0, 0]
-    assert [t.skipped for t in tries] == [False, True, True, True]
-    assert all(t.hints == [""] * 4 for t in tries)
+def test_skipped_stages_cost_nothing():
+    sampled = replace(unhinted(4), passes=[0.0] * 4, lengths=[7] * 4)
+    group = Group(problem(solution=""), [sampled], [Completion([65], [66], [0.0], "stop")] * 4)
+    group = hints.advance(group, CONFIG, STATE, cut(CONFIG, STATE))
+    assert group.next_stage is None
+    assert [sum(stage.lengths) for stage in group.stages] == [28, 0, 0, 0]
+    assert [stage.is_skipped for stage in group.stages] == [False, True, True, True]
+    assert all(stage.hints == [""] * 4 for stage in group.stages)
 
 
-def test_history_counts_sampled_tries():
+def test_history_counts_sampled_stages():
     history = {}
-    tried = replace(unhinted(2), pass_rate=0.5)
-    hints.remember(history, 3, [tried, replace(tried, ratios=[0.5, 0.5], skipped=True)])
-    hints.remember(history, 3, [unhinted(2), replace(tried, ratios=[0.25, 0.25])])
+    tried = replace(unhinted(2), passes=[1.0, 0.0])
+    hints.remember(history, 3, [tried, replace(tried, ratios=[0.5, 0.5], is_skipped=True)])
+    hints.remember(history, 3, [tried, replace(tried, ratios=[0.25, 0.25])])
     assert history == {3: {"attempts": 2, "pass_rate": 0.5, "ratio": 0.25}}
 
 
@@ -209,14 +220,14 @@ def test_history_counts_sampled_tries():
 
 def test_user_message_has_the_references_sentence():
     one = replace(problem(), messages=[{"role": "system", "content": "S"}, *problem().messages])
-    messages, prefix = hints.render(one, "a37", make_config())
+    messages, prefix = hints.render(one, "a37", CONFIG, STATE)
     assert prefix == ""
     assert [m["role"] for m in messages] == ["system", "user"] and messages[0]["content"] == "S"
     assert messages[1]["content"] == (
         "4a3b5c2?\n The following text is the beginning part of the answer, "
         "which you can refer to for solving the problem:\na37")
     assert one.messages[1]["content"] == "4a3b5c2?"
-    assert hints.render(one, "", make_config()) == (one.messages, "")
+    assert hints.render(one, "", CONFIG, STATE) == (one.messages, "")
 
 
 def test_assistant_prefix_is_context_and_seen_by_the_rewards(scripted_training, prompts):
@@ -225,14 +236,14 @@ def test_assistant_prefix_is_context_and_seen_by_the_rewards(scripted_training, 
         max_steps=1, max_completion_length=70)  # fmt: skip
     groups, rows = seen[0]
     for group, line in zip(groups, lines[0]):
-        hint, _ = hints.make_hint(group.problem, 0.25)
+        hint, _ = hints.make_hint(group.problem, 0.25, CONFIG, STATE)
         assert line["hint"] == hint and line["hint_ratio"] == 0.25
         plain = run.prompts.tokenizer.decode(prompts.ids(group.problem)[0])
         assert line["prompt"] == f"{plain}<think>\n{hint}"
-        assert list(group.request.prefixes) == [f"<think>\n{hint}"] * 4
+        assert [c.prefix for c in group.completions] == [f"<think>\n{hint}"] * 4
     for row, completion in zip(rows, [c for g in groups for c in g.completions]):
-        assert row.context == len(completion.prompt_ids)  # the loss covers the completion only
-        assert row.input_ids[row.context :] == completion.token_ids
+        assert row.n_context == len(completion.prompt_ids)  # the loss covers the completion only
+        assert row.input_ids[row.n_context :] == completion.token_ids
         assert len(row.behaviour_logp) == len(completion.token_ids)
 
 
@@ -243,9 +254,10 @@ def test_hint_context(prompts):
     plain_ids = prompts.ids(problem())[0]
     for where, context in (("hinted", hinted), ("original", plain_ids)):
         config = make_config(hint_context=where)
-        context_ids, targets, policy, likelihood = hints.loss_view(completion, plain_ids, config)
-        assert (context_ids, targets) == (context, [65, 66])
-        assert (policy, likelihood) == ([1.0, 1.0], [0.0, 0.0])
+        group = Group(problem(), [], [completion], [[1.0, 0.0]])
+        view = hints.loss_view(group, 0, 1.0, plain_ids, config, STATE)
+        assert (view.context, view.targets) == (context, [65, 66])
+        assert (view.policy_weight, view.sft_weight) == ([1.0, 1.0], [0.0, 0.0])
 
 
 def test_original_context_is_not_compared_with_the_sampler(prompts, alone, make_run):
@@ -253,39 +265,35 @@ def test_original_context_is_not_compared_with_the_sampler(prompts, alone, make_
     sampled = [prompts.ids(problem(), hint)[0] for hint in ("a37", "")]
     completions = [Completion(ids, [65, 66], [-1.0, -2.0], "stop", 0.25) for ids in sampled]
     group = Group(problem(), [], completions, [[1.0, 0.0], [0.0, 0.0]])
-    rows = ghpo.make_rows([group], prompts, config)
-    assert [any(row.is_on_context) for row in rows] == [False, True]
+    rows = ghpo.make_rows([group], prompts, config, STATE)
+    assert [any(row.is_comparable) for row in rows] == [False, True]
     assert [row.input_ids for row in rows] == [sampled[1] + [65, 66]] * 2
     metrics = ghpo.optimize(make_run(config), rows, 0.0)
     only = ghpo.optimize(make_run(config), ghpo.make_rows(
-        [replace(group, completions=completions[1:] * 2)], prompts, config), 0.0)
+        [replace(group, completions=completions[1:] * 2)], prompts, config, STATE), 0.0)
     assert metrics["mismatch_k3"] == pytest.approx(only["mismatch_k3"])
 
 
-def test_merge_replaces_and_baseline_is_the_groups():
+def test_merge_replaces():
     one, two = Group(problem(), [], [1], [[0.0]]), Group(problem(), [], [2], [[1.0]])
-    assert hints.merge(one, two) is two
-    mean, std = hints.baseline(np.array([0.0, 1.0, 1.0, 2.0]), np.zeros(4))
-    assert (mean, std) == (1.0, pytest.approx((2 / 3) ** 0.5))
-    assert hints.baseline(np.array([3.0]), np.zeros(1)) == (3.0, 0.0)
+    assert hints.merge(one, two, CONFIG, STATE) is two
 
 
 def test_long_hints_are_shortened_and_problems_never(prompts):
-    one = problem(trace=HARD, answer="x")
+    one = problem(solution=HARD, gold="x")
     plain = prompts.ids(one)[0]
     whole = len(prompts.ids(one, "a")[0]) - 1  # a character of a hint is a token
     texts = []
     for room in (99, 23, 22, 15, 12, 9, 6, 2, 0):
         prompts.config = make_config(max_prompt_length=whole + room)
-        hint, _ = hints.make_hint(one, 0.75)
-        fitting, _ = prompts.fit(one, 0.75)
-        shown = hints.Try([0.75 * bool(fitting)] * 2, [fitting] * 2)
-        asked = prompts.request(Group(one), shown, prompts.config, 0, 0)
+        hint, _ = hints.make_hint(one, 0.75, CONFIG, STATE)
+        stage = hints.make_stage(one, [0.75] * 2, prompts.fit)
+        asked = prompts.request(Group(one, next_stage=stage), prompts.config, 0, 0)
         text = prompts.tokenizer.decode(asked.prompts[0])
         assert len(asked.prompts[0]) <= whole + room and one.messages[0]["content"] in text
-        texts.append(asked.shown.hints[0])
+        texts.append(asked.stage.hints[0])
         assert text.endswith(f"{texts[-1]}<|end|><|assistant|>") and hint.startswith(texts[-1])
-        assert asked.shown.ratios == [0.75 * bool(texts[-1])] * 2
+        assert asked.stage.ratios == [0.75 if texts[-1] else 0.0] * 2
     prompts.config = make_config()
     assert list(asked.prompts[0]) == list(plain) and texts[-1] == ""
     assert texts[:2] == [hint] * 2 and [len(t) for t in texts[2:]] == [19, 15, 11, 7, 3, 0, 0]
@@ -300,9 +308,13 @@ def hard_rows(n=8):
     return read_jsonl(DATA / "eval_hard.jsonl")[:n]
 
 
+def metrics_of(run):
+    return read_jsonl(run.folder / "metrics.jsonl")
+
+
 def test_guide_appends_hinted_samples(scripted_training, monkeypatch):
     """Guide-GRPO: one hint for failed groups, both kinds of samples in one group."""
-    def merge(previous, new):
+    def merge(previous, new, config, state):
         return replace(new, completions=previous.completions + new.completions,
                        rewards=previous.rewards + new.rewards)  # fmt: skip
 
@@ -318,7 +330,7 @@ def test_guide_appends_hinted_samples(scripted_training, monkeypatch):
         assert ratios == [0.0] * 4 + [0.5] * 4
         assert len(rows) == 24
         plain = run.prompts.ids(groups[1].problem)[0]
-        assert all(row.input_ids[: row.context] == list(plain) for row in rows[4:12])
+        assert all(row.input_ids[: row.n_context] == list(plain) for row in rows[4:12])
         joint = [row.advantage for row in rows[4:12]]  # one baseline over both kinds
         assert sum(joint) == pytest.approx(0.0, abs=1e-9) and max(joint) == joint[4]
     assert read_jsonl(run.folder / "metrics.jsonl")[-1]["grad_norm"] > 0
@@ -328,15 +340,17 @@ def test_stephint_gives_every_sample_its_ratio(scripted_training, monkeypatch):
     """StepHint: always, one level per sample, advantages within a level."""
     levels = [0.0, 0.0, 0.5, 0.5]
 
-    def next_ratio(problem, tries, config, history, step):
-        return None if tries else levels
+    def next_ratio(group, config, state):
+        return None if group.stages else levels
 
-    def baseline(rewards_G, ratios_G):
-        means = [rewards_G[ratios_G == omega].mean() for omega in ratios_G]
-        return np.array(means), rewards_G.std(ddof=1)
+    def advantages(group, config, state):
+        rewards = np.array(group.rewards) @ np.array(config.reward_weights)
+        ratios = np.array([c.hint_ratio for c in group.completions])
+        means = np.array([rewards[ratios == omega].mean() for omega in ratios])
+        return (rewards - means) / (rewards.std(ddof=1) + 1e-4)
 
     monkeypatch.setattr(hints, "next_ratio", next_ratio)
-    monkeypatch.setattr(hints, "baseline", baseline)
+    monkeypatch.setattr(hints, "advantages", advantages)
     run, seen, lines = scripted_training(
         lambda step, slot: 0, hard_rows(), hint_where="assistant", max_completion_length=8)
     for groups, rows in seen:
@@ -350,42 +364,45 @@ def test_stephint_gives_every_sample_its_ratio(scripted_training, monkeypatch):
         signs = [row.advantage > 0 for row in rows[:4]]
         assert signs == [True, False, False, True]
         assert sum(row.advantage for row in rows[:2]) == pytest.approx(0.0)
-    assert lines[0][0]["tries"][0]["ratios"] == levels
+    assert lines[0][0]["stages"][0]["ratios"] == levels
     assert read_jsonl(run.folder / "metrics.jsonl")[-1]["mismatch_max"] < 1e-4
 
 
 def test_bread_bisects_to_the_shortest_prefix(scripted_training, monkeypatch):
     """BREAD: between the longest prefix that fails and the shortest that works."""
-    def next_ratio(problem, tries, config, history, step):
-        if not tries:
+    def next_ratio(group, config, state):
+        if not group.stages:
             return 0.0
-        works = [t.ratio for t in tries if not hints.needs_hint([t], config)]
-        fails = [t.ratio for t in tries if hints.needs_hint([t], config)]
-        if not fails or len(tries) > 4:
+        works = [s.ratio for s in group.stages if not hints.is_failed(s.passes, config)]
+        fails = [s.ratio for s in group.stages if hints.is_failed(s.passes, config)]
+        if not fails or len(group.stages) > 4:
             return None
         return (max(fails) + min(works, default=1.0)) / 2
 
     class NeedsHalf(ScriptedPool):
-        def submit(self, key, texts, gold):
-            passes = float(key[0].shown.ratio >= 0.4)
+        def submit(self, key, texts, gold, row=None):
+            passes = float(key[0].stage.ratio >= 0.4)
             self.waiting.append((0, key, [[passes, 0.0]] * len(texts)))
 
     monkeypatch.setattr(hints, "next_ratio", next_ratio)
-    _, seen, lines = scripted_training(None, hard_rows(), pool=NeedsHalf, max_completion_length=8)
+    run, seen, lines = scripted_training(None, hard_rows(), pool=NeedsHalf, max_completion_length=8)
     assert len(seen) == 2
     for line in [line for step in lines for line in step]:
-        tries = [(max(t["ratios"]), t["pass_rate"]) for t in line["tries"] if not t["skipped"]]
-        assert tries[:2] == [(0.0, 0.0), (0.5, 1.0)]
-        assert [max(t["ratios"]) for t in line["tries"]] == [0.0, 0.5, 0.25, 0.375, 0.4375]
+        sampled = [(max(s["ratios"]), s["passes"]) for s in line["stages"] if not s["is_skipped"]]
+        assert sampled[:2] == [(0.0, [0.0] * 4), (0.5, [1.0] * 4)]
+        assert [max(s["ratios"]) for s in line["stages"]] == [0.0, 0.5, 0.25, 0.375, 0.4375]
+    keys = [key for line in metrics_of(run) for key in line if "@" in key]
+    assert {key.split("@")[1] for key in keys} <= {"0", "0.25", "0.5", "0.75"}  # few, whatever omega
 
 
 def test_uft_learns_the_hint_by_likelihood(scripted_training, monkeypatch):
     """UFT: hint tokens of the assistant prefix are targets with a likelihood weight."""
-    def loss_view(completion, plain_ids, config):
+    def loss_view(group, j, advantage, plain_ids, config, state):
+        completion = group.completions[j]
         hint = list(completion.prompt_ids[len(plain_ids) :])
         own = [1.0] * len(completion.token_ids)
-        return (plain_ids, hint + completion.token_ids, [0.0] * len(hint) + own,
-                [0.1] * len(hint) + [0.0] * len(own))  # fmt: skip
+        return hints.LossView(plain_ids, hint + completion.token_ids, [0.0] * len(hint) + own,
+                              [0.1] * len(hint) + [0.0] * len(own))
 
     monkeypatch.setattr(hints, "loss_view", loss_view)
     run, seen, _ = scripted_training(
@@ -396,7 +413,7 @@ def test_uft_learns_the_hint_by_likelihood(scripted_training, monkeypatch):
             taken_over = len(row.policy_weight) - len(completion.token_ids)
             assert taken_over > 20 and row.advantage == 0
             assert row.input_ids == [*completion.prompt_ids, *completion.token_ids]
-            assert row.tokens == len(completion.token_ids)
+            assert row.n_tokens == len(completion.token_ids)
     metrics = read_jsonl(run.folder / "metrics.jsonl")
     assert all(line["grad_norm"] > 0 and line["loss"] > 0 for line in metrics)
     assert all(line["mismatch_max"] < 1e-4 for line in metrics)  # only what was sampled is compared
@@ -417,7 +434,7 @@ def test_hints_that_do_not_fit_are_skipped_and_end(scripted_training, prompts):
         _, _, lines = scripted_training(
             fails, rows, max_prompt_length=plain + room, max_steps=1, max_completion_length=4)
         for line in lines[0]:
-            ratios = [max(t["ratios"]) for t in line["tries"]]
+            ratios = [max(s["ratios"]) for s in line["stages"]]
             assert ratios == [0, 0.25, 0.5, 0.75]
-            sampled = [t["hints"][0] for t in line["tries"] if not t["skipped"]]
+            sampled = [s["hints"][0] for s in line["stages"] if not s["is_skipped"]]
             assert [len(text) for text in sampled] == [len(text) for text in shown]

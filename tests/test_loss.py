@@ -7,12 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_config, problem, recorded_groups
+from conftest import make_config, problem, recorded_groups, row
 
 import ghpo
 import hints
 from rollout import Completion, Group
-from tests.estimates import pass_at_k
 
 
 def float64(**changes):
@@ -83,7 +82,7 @@ def weights_of(run):
 def step_of(run, groups, prompts, lr=1.0):
     """(metrics, how far the weights moved) of one ghpo.optimize on groups."""
     before = weights_of(run).clone()
-    rows = ghpo.make_rows(groups, prompts, run.config)
+    rows = ghpo.make_rows(groups, prompts, run.config, ghpo.State())
     metrics = ghpo.optimize(run, rows, lr)
     return metrics, before - weights_of(run)
 
@@ -150,9 +149,9 @@ def test_likelihood_weights_add_to_the_objective(loss_type, make_run, prompts, m
     config = float64(loss_type=loss_type)
     view = hints.loss_view
 
-    def with_likelihood(completion, plain_ids, config):
-        context, targets, policy_weight, likelihood = view(completion, plain_ids, config)
-        return context, targets, policy_weight, [0.7] * len(likelihood)
+    def with_likelihood(*args):
+        seen = view(*args)
+        return seen._replace(sft_weight=[0.7] * len(seen.targets))
 
     monkeypatch.setattr(hints, "loss_view", with_likelihood)
     run = make_run(config)
@@ -184,7 +183,7 @@ def test_second_iteration_uses_log_probs_from_before_the_first_update(high, make
 
 def one_token_loss(logp, old, behaviour, advantage, ref=None, **changes):
     batch = {"advantage": advantage, "behaviour_logp": behaviour, "policy_weight": 1.0,
-             "likelihood_weight": 0.0}
+             "sft_weight": 0.0}
     batch = {key: torch.tensor([value]).double() for key, value in batch.items()}
     ref = None if ref is None else torch.tensor([ref]).double()
     args = torch.tensor([logp]).double(), torch.tensor([old]).double()
@@ -236,17 +235,17 @@ def test_kl_by_hand():
 def test_advantages_by_hand(rewards, changes, expected):
     completions = [Completion([1], [2], [0.0], "stop", 0.0) for _ in rewards]
     group = Group(problem(), [], completions, rewards)
-    assert ghpo.advantages(group, make_config(**changes)) == pytest.approx(expected, abs=1e-12)
+    assert hints.advantages(group, make_config(**changes), ghpo.State()) == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("n, c, k", [(4, 1, 2), (4, 0, 2), (4, 4, 2), (8, 3, 4), (6, 5, 2), (5, 2, 5)])
 def test_pass_at_k_counts_subsets(n, c, k):
     subsets = list(itertools.combinations([i < c for i in range(n)], k))
-    assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+    assert ghpo.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
 def test_pass_at_k_by_hand():
-    assert pass_at_k(4, 1, 2) == 0.5  # 1 - C(3, 2) / C(4, 2) = 1 - 3 / 6
+    assert ghpo.pass_at_k(4, 1, 2) == 0.5  # 1 - C(3, 2) / C(4, 2) = 1 - 3 / 6
 
 
 @pytest.mark.parametrize("shape, warmup, expected", [
@@ -273,7 +272,7 @@ def test_gradients_do_not_depend_on_micro_batches(loss_type, make_run, prompts):
     moves, counts = [], []
     for budget in (1, 70, 150, 10_000):
         config = float64(loss_type=loss_type, micro_batch_tokens=budget)
-        rows = ghpo.make_rows(groups, prompts, config)
+        rows = ghpo.make_rows(groups, prompts, config, ghpo.State())
         counts.append(len(ghpo.micro_batches(rows, budget, False)))
         moves.append(step_of(make_run(config), groups, prompts)[1])
     assert counts[0] == 8 and counts[-1] == 1 and len(set(counts)) == 4
@@ -292,7 +291,7 @@ def test_equal_rows_split_as_asked(per_device, accumulation, make_run, prompts):
             completion.prompt_ids[:] = [65] * 9
     config = float64(micro_batch_tokens=10 * per_device, gradient_accumulation_steps=accumulation,
                      per_device_train_batch_size=per_device)  # fmt: skip
-    rows = ghpo.make_rows(groups, prompts, config)
+    rows = ghpo.make_rows(groups, prompts, config, ghpo.State())
     batches = ghpo.micro_batches(rows, config.micro_batch_tokens, False)
     assert [len(batch) for batch in batches] == [per_device] * accumulation
     moved = step_of(make_run(config), groups, prompts)[1]
@@ -307,7 +306,7 @@ def test_packed_rows_do_not_see_each_other(budget, make_run, prompts):
     groups = recorded_groups()
     _, padded = step_of(make_run(config), groups, prompts)
     metrics, packed = step_of(make_run(replace(config, packing=True)), groups, prompts)
-    rows = ghpo.make_rows(groups, prompts, config)
+    rows = ghpo.make_rows(groups, prompts, config, ghpo.State())
     assert max(len(b) for b in ghpo.micro_batches(rows, budget, True)) > 1
     assert torch.allclose(packed, padded, rtol=0, atol=1e-9)
     assert padded.abs().max() > 1e-5
@@ -315,7 +314,7 @@ def test_packed_rows_do_not_see_each_other(budget, make_run, prompts):
 
 def test_micro_batches_keep_the_budget_and_every_row():
     rng = np.random.default_rng(0)
-    rows = [ghpo.Row([0] * int(n), 1, [], [], [], 0.0, 1, True) for n in rng.integers(2, 60, 50)]
+    rows = [row(n) for n in rng.integers(2, 60, 50)]
     for is_packed in (False, True):
         for budget in (30, 64, 200):
             batches = ghpo.micro_batches(rows, budget, is_packed)
@@ -390,5 +389,5 @@ def test_gradients_do_not_depend_on_ranks(sharding, loss_type, two_ranks, make_r
     assert ours["micro_batches"][0] > max(1, ours["micro_batches"][1])
     assert moved.abs().max() > 1e-5
     assert torch.allclose(ours["moved"], moved, rtol=0, atol=1e-9)
-    for key in ("loss", "grad_norm", "entropy", "mismatch_k3", "capped", "mismatch_max"):
+    for key in ("loss", "grad_norm", "entropy", "mismatch_k3", "importance_capped", "mismatch_max"):
         assert ours["metrics"][key] == pytest.approx(metrics[key], rel=1e-6), key

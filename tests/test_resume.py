@@ -1,8 +1,12 @@
 """Survival: kills and resume, another number of ranks, HSDP gradients, export. gloo on the CPU."""
 
 import json
+import os
 import pickle
 import re
+import signal
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,10 +16,12 @@ import soak_resume
 import torch
 import yaml
 
-import configs
+import configs.settings
 import fsdp_utils
 import ghpo
 import hints
+import conftest
+from conftest import row
 from rollout import Completion, Group
 
 TINY = Path(__file__).parent / "tiny"
@@ -28,7 +34,7 @@ def config(**settings):
     base = {"model_name_or_path": str(TINY / "base"), "max_prompt_length": 128,
             "dataset_name": str(TINY / "data" / "train.jsonl"), "torch_dtype": "float64",
             "num_generations": 4, "max_completion_length": 48, "engine": "hf"}
-    return configs.make_config(base | settings)
+    return configs.settings.make_config(base | settings)
 
 
 # ---- what runs in forked ranks ----
@@ -37,7 +43,7 @@ def config(**settings):
 def recorded_groups(c, n=7):
     """n groups of uneven lengths and rewards; one has no advantage, one is truncated."""
     rng = np.random.default_rng(3)
-    prompts = ghpo.Prompts(c)
+    prompts = ghpo.Prompts(c, ghpo.State())
     groups = []
     for number, problem in enumerate(ghpo.load_problems(c, prompts)[:n]):
         completions = []
@@ -47,7 +53,7 @@ def recorded_groups(c, n=7):
                 prompts.ids(problem)[0], rng.integers(4, 200, length).tolist(),
                 (-rng.uniform(1, 15, length)).tolist(), "length" if number == 2 else "stop", 0.0))
         rewards = np.zeros((4, 2)) if number == 1 else rng.integers(0, 2, (4, 2)).astype(float)
-        groups.append(Group(problem, [hints.Try([0.0] * 4, [""] * 4)], completions, rewards.tolist()))
+        groups.append(Group(problem, [hints.Stage([0.0] * 4, [""] * 4)], completions, rewards.tolist()))
     return prompts, groups
 
 
@@ -65,16 +71,17 @@ def gradients(place, replicas, **settings):
     c = config(max_grad_norm=0.0, micro_batch_tokens=200, replicas=replicas, **settings)
     run = SimpleNamespace(config=c, device=place.device, rank=place.rank, world=place.world,
                           master_dtype=torch.float64, compute_dtype=torch.float64, reference=None,
-                          state={"step": 0})
+                          state=ghpo.State())
     prompts, groups = recorded_groups(c)
-    run.policy = ghpo.load_policy(run)
+    run.policy = ghpo.load_policy(c)
     if c.beta:
-        run.reference = ghpo.load_policy(run).requires_grad_(False).eval()
+        run.reference = ghpo.load_policy(c).requires_grad_(False).eval()
         with torch.no_grad():  # another policy than the reference's
             for p in run.reference.parameters():
                 p.mul_(1.01)
     run.optimizer = Capture(run.policy.parameters(), lr=1.0)
-    metrics = ghpo.optimize(run, ghpo.make_rows(groups[place.rank :: place.world], prompts, c), 1.0)
+    metrics = ghpo.optimize(
+        run, ghpo.make_rows(groups[place.rank :: place.world], prompts, c, run.state), 1.0)
     return run.optimizer.seen, metrics
 
 
@@ -87,7 +94,7 @@ def save_gradients(folder):
     results = [gradients(place, 2 if place.world == 4 else 1, **case) for case in CASES]
     if place.rank == 0:
         (Path(folder) / f"gradients-{place.world}").write_bytes(pickle.dumps(results))
-    fsdp_utils.gather_objects(None)
+    fsdp_utils.barrier("gradients are there")
 
 
 def compare_export(folder, out_file):
@@ -99,16 +106,16 @@ def compare_export(folder, out_file):
 
     saved = yaml.safe_load((Path(folder) / "config.yaml").read_text())
     saved["per_device_train_batch_size"] *= 2  # one rank instead of two: as many prompts a step
-    run = ghpo.setup(configs.make_config(saved))
+    run = ghpo.setup(configs.settings.make_config(saved))
     model = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32).eval()
     texts = []
     for number, problem in enumerate(run.problems[:6]):
         ids = run.prompts.ids(problem)[0]
-        run.engine.submit(Request(problem, [ids], unhinted(1), [], [""], number,
+        run.engine.submit(Request(problem, unhinted(1), [ids], [""], number,
                                   sampling(0.0, 48), number))
     run.engine.wake()
     ours = {}
-    while run.engine.busy:
+    while run.engine.is_busy():
         for request, (completion,) in run.engine.poll():
             ours[request.slot] = completion.token_ids
     for number, problem in enumerate(run.problems[:6]):
@@ -117,7 +124,7 @@ def compare_export(folder, out_file):
                              attention_mask=torch.ones_like(ids))
         texts.append((out[0, ids.shape[1]:].tolist(), ours[number]))
     run.pool.close()
-    out_file.write_text(json.dumps({"texts": texts, "step": run.state["step"]}))
+    out_file.write_text(json.dumps({"texts": texts, "step": run.state.step}))
 
 
 # ---- tests ----
@@ -137,6 +144,45 @@ def test_killed_runs_end_with_the_same_bits(folder):
     hits, wrong = soak_resume.soak(folder, kills=3, seed=1)
     assert len(hits) == 3 and "write" in hits
     assert not wrong
+
+
+def test_what_a_method_remembers_survives_a_kill_and_is_equal_on_two_ranks(tmp_path):
+    """state.method holds the ids of every group of every step."""
+
+    def work(folder):
+        known = hints.after_step
+
+        def after_step(state, outcomes, config):
+            seen = state.method.setdefault("seen", [])
+            seen.extend(outcome.problem_id for outcome in outcomes)
+            metrics = known(state, outcomes, config)
+            os.write(1, f"method {state.step} {seen}\n".encode())  # past pytest's own stdout
+            return {**metrics, "seen": len(seen)}
+
+        hints.after_step = after_step
+        sys.argv = [
+            "ghpo.py", "--config", "configs/tiny.yaml", *soak_resume.SETTINGS, "save_steps=1",
+            f"output_dir={folder}", "per_device_train_batch_size=8", "max_steps=4"]
+        ghpo.main()
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    soak_resume.end_well(soak_resume.fork(2, whole, lambda: work(whole)), whole)
+    pids = soak_resume.fork(2, killed, lambda: work(killed))
+    while not (killed / "checkpoint-000002").exists():
+        time.sleep(0.01)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    soak_resume.wait(pids)
+    assert not (killed / "model").exists()  # it was in the middle
+    soak_resume.end_well(soak_resume.fork(2, killed, lambda: work(killed)), killed)
+    states = [json.loads((folder / "checkpoint-000004" / "state.json").read_text())
+              for folder in (whole, killed)]
+    assert states[0]["method"] == states[1]["method"]
+    assert len(states[0]["method"]["seen"]) == 4 * 4  # 4 problems a step
+    assert [line["seen"] for line in conftest.read_jsonl(killed / "metrics.jsonl")] == [4, 8, 12, 16]
+    logs = [[line for line in Path(f"{whole}.log{rank}").read_text().splitlines()
+             if line.startswith("method")] for rank in (0, 1)]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
 
 
 def test_two_ranks_continue_on_one_with_the_same_data_order(folder):
@@ -184,7 +230,7 @@ def test_hsdp_two_by_two_gives_the_gradients_of_one_process(folder):
             assert metrics[key] == pytest.approx(same_metrics[key], abs=1e-9)
 
 
-TABLES = {"default.yaml", "verifier.yaml"}  # no runs
+TABLES = {"foreign.yaml", "verifier.yaml"}  # no runs
 CONFIGS = [p for p in sorted((soak_resume.ROOT / "configs").glob("*.yaml")) if p.name not in TABLES]
 
 
@@ -204,7 +250,7 @@ def test_shipped_configs_load_and_their_arithmetic_is_right(path):
 def test_padded_micro_batches_hold_three_percent_of_padding():
     """112 problems by 8 samples with a long tail of lengths, as GSM8K and MATH have."""
     lengths = np.random.default_rng(0).lognormal(4.7, 0.6, 896).astype(int) + 20
-    rows = [ghpo.Row([0] * int(n), 1, [], [], [], 1.0, 1, True) for n in lengths]
+    rows = [row(n) for n in lengths]
     batches = [[len(row.input_ids) for row in b] for b in ghpo.micro_batches(rows, 16384, False)]
     computed = sum(max(batch) * len(batch) for batch in batches)
     assert sum(map(len, batches)) == 896 and len(batches) < 60

@@ -14,9 +14,10 @@ from hypothesis import given, settings, strategies as st
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+import reward  # noqa: E402
 from reward import (  # noqa: E402
-    UserError, VerifierPool, accuracy_reward, extract_answer, format_reward, parse_gold,
-    resolve_reward)
+    UserError, VerifierPool, accuracy_reward, extract_answer, format_reward, gold_answer,
+    parse_gold, resolve_reward)
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 FAST = settings(max_examples=60, deadline=None)
@@ -24,8 +25,8 @@ FAST = settings(max_examples=60, deadline=None)
 
 def equal(a: str, b: str) -> bool:
     """accuracy_reward in both directions, which must agree."""
-    forth = accuracy_reward("\\boxed{%s}" % a, b)
-    back = accuracy_reward("\\boxed{%s}" % b, a)
+    forth = accuracy_reward("\\boxed{%s}" % a, b, strict_answers=False)
+    back = accuracy_reward("\\boxed{%s}" % b, a, strict_answers=False)
     assert forth == back, (a, b)
     return forth == 1.0
 
@@ -56,7 +57,15 @@ def load(name: str) -> list[dict]:
     ("either \\boxed{1} or \\boxed{2}", "1\\or 2"),
     ("<answer>1</answer><answer>2</answer>", None),
     ("<answer>1</answer> <answer> 1 </answer>", "1"),
-    ("<answer><answer>1</answer></answer>", None),
+    ("<answer><answer>1</answer></answer>", "1"),  # badly formed is the format's business
+    ("<think>a <answer>7</answer> \n<|im_end|>", "7"),  # never closed, but the block is last
+    ("<think>a <answer>7</answer> and so on", None),
+    ("<think>a</think> <answer>7<|im_end|>", "7"),
+    ("<think>a</think> <answer>%s7" % ("so " * 99), None),
+    ("<think>a</think><answer> 7 \\end{answer}</answer>", "7"),
+    ("<answer>\nTogether they are 1500 feet high.\n</answer>", "1500 feet"),
+    ("<answer>330 km / 110 km/h = 3 hours</answer>", "3 hours"),
+    ("The answer is 72, in total.", "72"),
     ("The final answer is $5$. I hope it is correct.", "$5$"),
     ("work\n#### 12", "12"),
     ("**Answer:** 3/4", "3/4"),
@@ -88,7 +97,7 @@ SAME = [
     ("1/sqrt(3)", "\\frac{\\sqrt{3}}{3}"), ("2+4*sqrt(7)", "4\\sqrt7 + 2"), ("|{-3}|", "3"),
     # expressions
     ("x^2+2x+1", "(1+x)^2"), ("x/2", "\\frac{1}{2}x"), ("\\sec^2(y)", "\\tan^2 y+1"), ("x²", "x^2"),
-    ("2\\sin b\\cos a", "2 \\cos a \\sin b"), ("\\ln x^2", "2\\ln x"),
+    ("2\\sin b\\cos a", "2 \\cos a \\sin b"), ("\\ln x^4", "2\\ln x^2"),
     ("\\frac{x^3-1}{x-1}", "x^2+x+1"),
     ("\\sum_{k=1}^n k x_k", "\\sum_{k=1}^{n} x_k k"), ("m\\ddot{x}+kx", "kx + m \\ddot x"),
     ("\\arcsin(10/13)", "np.arcsin(10/13)"), ("x_1+x_{2}", "x_{2}+x_1"), ("9i+5", "5+9 i"),
@@ -146,8 +155,8 @@ DIFFERENT = [
     ("5", "7=5"), ("2.5", "1\\text{ cm } 2.5"), ("3/4", "3/4=0.8"),
     ("Minimum: 1, Maximum: 3", "Minimum: 3, Maximum: 1"),
     ("5", "x \\ne 5"), ("5", "\\neq 5"), ("5", "x<5"), ("x+y=0", "0=0"), ("x=3", "y=3"),
-    ("0", "a^2+b=0"),
-    ("x+y=1", "x+y=2"), ("6", "xy=6"), ("\\infty", "-\\infty"), ("5", "\\frac50"), ("1", "I"),
+    ("\\ln x^2", "2\\ln x"), ("\\sqrt{|x|}", "\\sqrt{x}"),
+    ("x+y=1", "x+y=2"), ("\\infty", "-\\infty"), ("5", "\\frac50"), ("1", "I"),
     ("2", "E"),
     ("1, 2", "1"), ("1, 2", "1, 2, 3"), ("1,1,2", "1,2,2"), ("6", "\\pm 6"),
     ("6", "5 \\text{ or } 6"), ("(1,2)", "(2,1)"),
@@ -272,8 +281,9 @@ PIECES = ("\\frac", "\\sqrt", "{", "}", "(", ")", "[", "]", "1", "2.5", "x", "y"
 @given(st.lists(st.sampled_from(PIECES), max_size=14).map("".join),
        st.lists(st.sampled_from(PIECES), max_size=14).map("".join))
 def test_any_latex_is_symmetric(a, b):
-    forth, back = (accuracy_reward(f"<answer>{x}</answer>", y) for x, y in ((a, b), (b, a)))
-    assert forth == back
+    forth = accuracy_reward(f"<answer>{a}</answer>", b, strict_answers=False)
+    back = accuracy_reward(f"<answer>{b}</answer>", a, strict_answers=False)
+    assert forth == back or "=" in a + b  # x + y = 5 answers 5; as a gold it is an equation
 
 
 # ---- rewriting rules: a gold accepts itself under each of them ----
@@ -366,9 +376,19 @@ def test_golds_parse_or_are_reported(name):
     assert all(accuracy_reward("\\boxed{%s}" % gold, gold) == 1.0 for gold in golds)
 
 
+@pytest.mark.parametrize("gold, answer", [
+    ("72", "72"), ("\\boxed{7}", "7"), ("48/2 = <<48/2=24>>24\n#### 72", "72"),
+    ("so $x = \\boxed{\\frac{1}{2}}$, which is right.", "\\frac{1}{2}"), ("x #### 1 #### 2", "2"),
+    ("\\text{no box}", "\\text{no box}"), ("", ""),
+])
+def test_gold_answer(gold, answer):
+    assert gold_answer(gold) == answer
+    assert not answer or accuracy_reward("\\boxed{%s}" % answer, gold) == 1.0
+
+
 @pytest.mark.parametrize("gold, why", [
     ("5", None), ("\\text{Evelyn}", None), ("$x^2$", None), ("", "no answer"), ("  ", "no answer"),
-    ("1" * 4000, "longer"),
+    ("1" * 4000, "longer"), ("48/2 = 24\n#### 72", None), ("so it is $\\boxed{\\frac12}$.", None),
     ("\\mystery{x}", "not read"),
 ])
 def test_parse_gold(gold, why):
@@ -419,7 +439,7 @@ def test_importing_needs_no_torch_and_no_sympy():
 
 
 USER = """
-import os, time
+import os, signal, subprocess, sys, time
 
 def length(response, gold):
     if response == "hang":
@@ -440,6 +460,48 @@ def length(response, gold):
 def pid(response, gold):
     time.sleep(0.05)
     return float(os.getpid())
+
+def forks(response, gold):
+    if response == "fork":
+        subprocess.Popen(["sleep", "61.75"])  # it keeps the pipe of the replies
+        os._exit(0)
+    if response == "fork and hang":
+        subprocess.Popen(["sleep", "61.75"])
+        time.sleep(60)
+    if response == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if response == "exit 1":
+        os._exit(1)
+    return 1.0
+
+def odd(response, gold):
+    values = {"none": None, "inf": float("inf"), "huge": 1e308, "list": [1.0], "true": True}
+    return values.get(response, 0.5)
+
+def see(response, gold, problem, level=0):
+    return float(len(problem) + level)
+
+def see_all(response, gold, **row):
+    return float(len(row))
+
+def lacks(response, gold, no_such_column):
+    return 1.0
+
+def never(response, gold):
+    time.sleep(60)
+
+def nan(response, gold):
+    return float("nan")
+
+def trl(completions, **kwargs):
+    return [0.0 for completion in completions]
+
+def trl_prompts(prompts, completions):
+    return [0.0 for completion in completions]
+
+def heavy(response, gold):
+    names = ("torch", "transformers", "pydantic", "numpy", "sympy", "vllm")
+    return float(sum(name in sys.modules for name in names))
 """
 
 
@@ -507,7 +569,7 @@ def output(*command: str) -> str:
 
 def children() -> list[int]:
     me = os.getpid()
-    listing = output("ps", "--ppid", str(me), "-o", "pid=,args=")
+    listing = output("ps", "-ww", "--ppid", str(me), "-o", "pid=,args=")  # -ww: nothing is cut
     return [int(line.split()[0]) for line in listing.splitlines() if "reward.py" in line]
 
 
@@ -556,3 +618,101 @@ def test_close_with_work_left(make_pool, user):
     pool.close()
     assert time.perf_counter() - start < 3.0
     assert children() == []
+
+
+@pytest.mark.parametrize("what, kind", [
+    ("stop", "timeouts"), ("fork and hang", "timeouts"), ("fork", "crashes"), ("exit 1", "crashes"),
+])
+def test_the_caller_keeps_the_deadline(make_pool, user, what, kind):
+    pool = make_pool([user + ":forks"], workers=1, timeout=0.4)
+    start = time.perf_counter()
+    pool.submit("group", ["a", what, "b"], "5")
+    assert pool.poll(wait=True) == [("group", [[1.0], [0.0], [1.0]])]
+    assert time.perf_counter() - start < 5.0
+    assert pool.stats == {"timeouts": 0, "crashes": 0} | {kind: 1}
+    assert pool.error
+    pool.close()
+    assert children() == []
+    assert "61.75" not in output("ps", "-ww", "-eo", "args=")  # no orphan is left
+
+
+def test_a_stopped_worker_does_not_stop_a_long_request(make_pool, user):
+    pool = make_pool([user + ":forks"], workers=1, timeout=0.4)
+    for worker in children():
+        os.kill(worker, signal.SIGSTOP)
+    pool.submit("group", ["a" * 2_000_000], "5")  # more than a pipe holds
+    assert pool.poll(wait=True) == [("group", [[0.0]])]
+    assert pool.stats == {"timeouts": 1, "crashes": 0}
+
+
+def test_one_broken_reward_leaves_the_others_alone(make_pool, user):
+    pool = make_pool(["accuracy", user + ":odd"], workers=1)
+    texts = ["\\boxed{5}", "none", "inf", "huge", "list", "true"]
+    pool.submit("group", texts, "5")
+    rewards = [[1.0, 0.5], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 1.0]]
+    assert pool.poll(wait=True) == [("group", rewards)]
+    assert pool.stats == {"timeouts": 0, "crashes": 4}
+    assert "float" in pool.error
+
+
+ROW = {"problem": "What is 2+3?", "level": 4, "secret": "x", "strict_answers": False}
+
+
+def test_rewards_see_the_row(make_pool, user):
+    pool = make_pool(["accuracy", user + ":see"], workers=2)
+    assert pool.columns == ["level", "problem", "strict_answers"]  # the secret is not sent
+    pool.submit("group", ["\\boxed{2+3}"] * 2, "5", ROW)
+    pool.submit("strict", ["\\boxed{2+3}"] * 2, "5", ROW | {"strict_answers": True})
+    assert dict(pool.poll(wait=True)) == {"group": [[1.0, 16.0]] * 2, "strict": [[0.0, 16.0]] * 2}
+    pool = make_pool([user + ":see_all"], workers=1)
+    pool.submit("group", ["a"], "5", ROW)
+    assert pool.poll(wait=True) == [("group", [[4.0]])]
+
+
+def test_a_group_is_sent_once(make_pool, user, monkeypatch):
+    sent = []
+    ask = reward.Worker.ask
+    monkeypatch.setattr(reward.Worker, "ask",
+                        lambda self, request, seconds: sent.append(request) or ask(self, request, seconds))
+    pool = make_pool([user + ":see_all"], workers=1)
+    pool.submit("group", ["a", "b", "c"], "5", {"problem": "long " * 1000})
+    pool.poll(wait=True)
+    assert sum(request.count(b"long") for request in sent) == 1000
+    assert sum(len(request) < 10 for request in sent) >= 2
+
+
+def test_probe(make_pool, user):
+    examples = [("5", ROW)] * 6
+    make_pool(["accuracy", "format", user + ":see"], workers=1).probe(examples)
+    pool = make_pool(["accuracy", user + ":lacks"], workers=1)
+    with pytest.raises(UserError, match="lacks.*no_such_column"):
+        pool.probe(examples)
+    pool = make_pool([user + ":odd", user + ":length"], workers=1, timeout=0.4)
+    pool.probe([("ab", ROW), ("hang", ROW), ("inf", ROW)])  # some of it works
+    assert pool.stats == {"timeouts": 0, "crashes": 0} and pool.error is None
+    pool.probe([])
+    for name, why in (("never", "no reply"), ("nan", "nan")):
+        pool = make_pool([f"{user}:{name}"], workers=2, timeout=0.2)
+        with pytest.raises(UserError, match=f"{name}.*{why}"):
+            pool.probe([("5", ROW)])
+
+
+@pytest.mark.parametrize("function", ["trl", "trl_prompts"])
+def test_a_reward_of_trl_is_refused_with_its_adapter(user, function):
+    with pytest.raises(UserError, match=r"TRL; wrap it: def mine\(response, gold"):
+        VerifierPool([f"{user}:{function}"], workers=1)
+
+
+def test_a_file_that_exits_when_imported_is_refused(tmp_path):
+    for name, text in (("quits", "import sys; sys.exit(0)"), ("dies", "import os; os._exit(0)")):
+        path = tmp_path / f"{name}.py"
+        path.write_text(text)
+        with pytest.raises(UserError):
+            VerifierPool([f"{path}:f"], workers=1)
+    assert children() == []
+
+
+def test_a_worker_loads_no_heavy_library(make_pool, user):
+    pool = make_pool(["accuracy", "format", user + ":heavy"], workers=1)
+    pool.submit(0, ["\\boxed{x<1}"], "(-\\infty,1)")
+    assert pool.poll(wait=True) == [(0, [[1.0, 0.0, 0.0]])]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -74,7 +75,7 @@ def test_behaviour_log_probs_equal_the_trainers(temperature, engine, prompt_ids,
     done = run_engine(engine, [request(p, 4, seed=10 * i, slot=i, config=config)
                                for i, p in enumerate(prompt_ids)])  # fmt: skip
     groups = [Group(problem(), [], done[i], [[float(j % 2), 0.0] for j in range(4)]) for i in done]
-    rows = ghpo.make_rows(groups, prompts, config)
+    rows = ghpo.make_rows(groups, prompts, config, ghpo.State())
     for is_packed in (False, True):
         compared = 0
         for batch in ghpo.micro_batches(rows, 300, is_packed):
@@ -126,7 +127,7 @@ def test_a_request_that_comes_later_is_sampled_as_alone(
     engine = engine(max_rows=6)
     done, entering = {}, list(order)
     engine.wake()
-    while engine.busy or entering:
+    while engine.is_busy() or entering:
         for i in entering[:2]:
             engine.submit(request(prompt_ids[i], 3, seed=100 * i, slot=i, config=sampling(1.4, 40)))
         entering = entering[2:]
@@ -201,8 +202,8 @@ def test_a_request_of_different_prompts(engine, prompt_ids):
 def test_seed_of_a_request(prompts):
     """It differs with run seed, step, problem and stage; the place in the batch plays no part."""
     def seed(run_seed=0, step=0, number=0, stage=0, slot=0):
-        group = Group(problem(number), [unhinted(2)] * stage)
-        return prompts.request(group, unhinted(2), make_config(seed=run_seed), slot, step).seed
+        group = Group(problem(number), [unhinted(2)] * stage, next_stage=unhinted(2))
+        return prompts.request(group, make_config(seed=run_seed), slot, step).seed
 
     seeds = [seed(*place) for place in itertools.product((0, 1), repeat=4)]
     assert len(set(seeds)) == 16 and all(0 <= s < 2**63 for s in seeds)
@@ -212,14 +213,18 @@ def test_seed_of_a_request(prompts):
 # ---- collect -----------------------------------------------------------------------------------
 
 
-def ladder(prompts, config):
-    """next_request of the training loop, inline."""
-    def next_request(group, slot):
-        shown, tries = hints.plan_try(group, config, {}, 0)
-        if shown is not None:
-            return prompts.request(replace(group, tries=tries), shown, config, slot, 0)
+def sample(engine, problems, pool, prompts, config):
+    """Groups of the training loop, inline."""
+    state = ghpo.State()
 
-    return next_request
+    def ask(group, slot):
+        return prompts.request(group, config, slot, 0)
+
+    def after_stage(group, completions, rewards):
+        return hints.after_stage(group, completions, rewards, 0, config, state, prompts.fit)
+
+    blank = [hints.advance(Group(p), config, state, prompts.fit) for p in problems]
+    return rollout.collect(engine, blank, pool, ask, after_stage)
 
 
 def hard_problems(n):
@@ -228,26 +233,27 @@ def hard_problems(n):
 
 
 class Clock:
-    """An engine that only keeps time: slot i takes lengths[i] polls a try."""
+    """An engine that only keeps time: slot i takes lengths[i] polls a stage."""
 
     deterministic = False
 
     def __init__(self, lengths):
         self.lengths, self.running, self.events = lengths, [], []
+        self.asked = Counter()  # stages by slot
 
-    @property
-    def busy(self):
+    def is_busy(self):
         return bool(self.running)
 
     def submit(self, request):
-        self.events.append(("asked", request.slot, len(request.tries)))
+        self.events.append(("asked", request.slot, self.asked[request.slot]))
+        self.asked[request.slot] += 1
         self.running.append([self.lengths[request.slot], request])
 
     def poll(self):
         self.running = [[left - 1, request] for left, request in self.running]
         done = [request for left, request in self.running if not left]
         self.running = [item for item in self.running if item[0]]
-        self.events += [("sampled", r.slot, len(r.tries)) for r in done]
+        self.events += [("sampled", r.slot, self.asked[r.slot] - 1) for r in done]
         return [(r, [Completion(p, [65], [0.0], "stop", 0.0) for p in r.prompts]) for r in done]
 
 
@@ -257,11 +263,10 @@ def test_a_failed_group_is_asked_again_while_others_still_run(deterministic, pro
     engine = Clock([3, 40])
     engine.deterministic = deterministic
     pool = ScriptedPool(lambda step, slot: [3, 1][slot])
-    groups = rollout.collect(engine, [Group(p) for p in hard_problems(2)], pool,
-                             ladder(prompts, config), hints.merge)  # fmt: skip
+    groups = sample(engine, hard_problems(2), pool, prompts, config)
     first = engine.events.index(("sampled", 1, 0))
     assert engine.events.index(("sampled", 0, 3)) < first  # a whole ladder while 1 generates
-    assert [len(g.tries) for g in groups] == [4, 2]
+    assert [len(g.stages) for g in groups] == [4, 2]
 
 
 @pytest.mark.parametrize("delay", [0, 3])
@@ -276,13 +281,12 @@ def test_late_verdicts_change_nothing(delay, make_run, prompts):
     for kind, late in ((rollout.HfEngine, 0), (Impatient, delay)):
         engine = new_engine(make_run(config).policy, kind, max_rows=8)
         pool = ScriptedPool(lambda step, slot: fails[slot], late)
-        blank = [Group(p) for p in hard_problems(5)]
-        results.append(rollout.collect(engine, blank, pool, ladder(prompts, config), hints.merge))
-        assert not engine.busy and not pool.waiting
+        results.append(sample(engine, hard_problems(5), pool, prompts, config))
+        assert not engine.is_busy() and not pool.waiting
     for one, two in zip(*results):
-        assert one.tries == two.tries and one.rewards == two.rewards
+        assert one.stages == two.stages and one.rewards == two.rewards
         assert tokens_of(one.completions) == tokens_of(two.completions)
-    assert [len(g.tries) for g in results[0]] == [3, 1, 2, 4, 4]
+    assert [len(g.stages) for g in results[0]] == [3, 1, 2, 4, 4]
     assert [g.problem.id for g in results[0]] == [0, 1, 2, 3, 4]
 
 
@@ -299,20 +303,22 @@ def test_every_sequence_of_stages_is_scored_as_it_was_sampled(scripted_training)
         scored = iter(rows)
         for slot, group in enumerate(groups):
             failed = script[step][slot]
-            assert [t.ratio for t in group.tries] == stages[: failed + 1]
-            hint, _ = hints.make_hint(group.problem, stages[failed])
+            assert [s.ratio for s in group.stages] == stages[: failed + 1]
+            hint, _ = hints.make_hint(group.problem, stages[failed], run.config, run.state)
             assert len(hint) == [0, 7, 15, 23][failed]  # 2, 4, 6 lines of "a37"
             expected = run.prompts.ids(group.problem, hint)[0]
             assert len(group.completions) == len(group.rewards) == 2
             for j, completion in enumerate(group.completions):
                 row = next(scored)
-                assert expected == list(completion.prompt_ids) == list(group.request.prompts[j])
+                assert expected == list(completion.prompt_ids)
                 assert list(row.input_ids) == [*expected, *completion.token_ids]
-                assert row.context == len(expected) and row.is_on_context
+                assert row.n_context == len(expected) and all(row.is_comparable)
                 assert list(row.behaviour_logp) == completion.behaviour_logp
                 assert completion.hint_ratio == stages[failed]
-            if (step + slot) % 8 == 0:  # all samples are of the last try
-                alone = run_engine(run.engine, [group.request])[slot]
+            if (step + slot) % 8 == 0:  # all samples are of the last stage
+                *before, last = group.stages
+                again = replace(group, stages=before, next_stage=last)
+                alone = run_engine(run.engine, [run.prompts.request(again, run.config, slot, step)])[slot]
                 assert tokens_of(alone) == tokens_of(group.completions)
         assert next(scored, None) is None
     for line in read_jsonl(run.folder / "metrics.jsonl"):
@@ -328,7 +334,7 @@ def test_ranks_may_sample_different_lengths(two_ranks, make_run, prompts):
     for rank, calls in enumerate(gathered):
         config = sampling(1.0, [60, 2][rank])
         for call in calls:
-            asked = [prompts.request(Group(problem(i)), unhinted(4), config, i, 0)
-                     for i in range(len(call))]  # fmt: skip
+            asked = [prompts.request(Group(problem(i), next_stage=unhinted(4)), config, i, 0)
+                     for i in range(len(call))]
             done = run_engine(new_engine(policy), asked)
             assert [tokens_of(done[i]) for i in range(len(call))] == call

@@ -1,11 +1,13 @@
 """The program as a user meets it: bad input, the reference's config, real data, equal runs."""
 
+import ast
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import yaml
 from conftest import (
     BASE, DATA, ROOT, SHARED, ScriptedPool, make_config, read_jsonl, settings, write_jsonl)
 
-import configs
+import configs.folder
 import ghpo
 import hints
 
@@ -67,20 +69,6 @@ def test_settings_are_cast():
     assert config.eval_strategy == "no" and isinstance(config.reward_weights[0], float)
 
 
-ROW = {"problem": "4a3b5?", "solution": "(7,2)", "solution_hint": "a37\nb52\nend"}
-
-
-def data_file(lines):
-    """A config change that makes the data set a file with these lines."""
-    def change(folder):
-        path = folder / "rows.jsonl"
-        path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line)
-                                  for line in lines))  # fmt: skip
-        return {"dataset_name": str(path)}
-
-    return change
-
-
 def tokenizer_without(key):
     """A config change that makes the model one whose tokenizer lacks something."""
     def change(folder):
@@ -100,15 +88,6 @@ def tokenizer_without(key):
 @pytest.mark.parametrize("change, message", [
     (lambda folder: {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2},
      "3 .* 2 = 6 is not divisible by num_generations 4"),
-    (data_file([{"problem": "4a3b5?", "answer": "(7,2)"}] * 9), "no column .'solution', 'solution_hint'. in .*answer"),
-    (data_file([{k: ROW[k] for k in ("problem", "solution")}] * 9), "no column .'solution_hint'"),
-    (data_file([]), "none of its 0 rows"),
-    (data_file([ROW, ROW, '{"problem": "4a'] + [ROW] * 9), "rows.jsonl, line 3.*Unterminated"),
-    (data_file([ROW, ROW, "[1, 2]"] + [ROW] * 9), "rows.jsonl, line 3"),
-    (data_file([ROW] * 3), "3 usable problems, a step takes 4"),
-    (data_file([ROW | {"solution": None}] * 9), "none of its 9 rows is usable"),
-    (lambda folder: {"dataset_name": str(folder / "none.jsonl")}, "none.jsonl"),
-    (lambda folder: {"dataset_name": str(folder / "none.parquet")}, "none.parquet"),
     (tokenizer_without("chat_template"), "no chat template"),
     (lambda folder: {"model_name_or_path": str(folder / "no_model")}, "no_model"),
 ])  # fmt: skip
@@ -273,51 +252,6 @@ def test_dry_run_shows_every_stage(main, tmp_path):
     assert "bytes per GPU" in done.out
 
 
-# ---- data --------------------------------------------------------------------------------------
-
-
-def test_unusable_rows_are_dropped_counted_and_named(tmp_path, capsys):
-    rows = [
-        ROW,
-        ROW | {"problem": ""},
-        ROW | {"solution": None},
-        ROW | {"solution": "  "},
-        ROW | {"solution": 0, "level": "Level 5"},
-        ROW | {"problem": "4a3b5?" * 50},
-        ROW | {"problem": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "?"},
-                           {"role": "user", "content": "4a3b5?"}]},
-        ROW | {"solution_hint": None, "level": 3},
-    ]  # fmt: skip
-    config = make_config(dataset_name=write_jsonl(tmp_path / "rows.jsonl", rows), system_prompt="S")
-    problems = ghpo.load_problems(config, ghpo.Prompts(config))
-    told = capsys.readouterr().err
-    assert [p.id for p in problems] == [0, 4, 6, 7]
-    assert [p.level for p in problems] == [0.0, 5.0, 0.0, 3.0]
-    assert problems[1].answer == "0"
-    assert problems[0].messages == [{"role": "system", "content": "S"},
-                                    {"role": "user", "content": "4a3b5?"}]  # fmt: skip
-    assert [m["role"] for m in problems[2].messages] == ["system", "user", "assistant", "user"]
-    assert "4 of 8 rows usable" in told
-    assert re.search("dropped 1, no problem text: rows .1.", told)
-    assert re.search("dropped 2, no answer: rows .2, 3.", told)
-    assert re.search("dropped 1, prompt over max_prompt_length=128 tokens: rows .5.", told)
-    assert re.search("usable, 1 without a solution", told)
-
-
-def test_parquet_and_json_give_the_same_problems(tmp_path):
-    import datasets
-
-    rows = read_jsonl(DATA / "train.jsonl")[:7]
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    found = []
-    for kind in ("jsonl", "json", "parquet"):
-        config = make_config(dataset_name=str(tmp_path / f"rows.{kind}"))
-        found.append(ghpo.load_problems(config, ghpo.Prompts(config)))
-    assert found[0] == found[1] == found[2] and len(found[0]) == 7
-
-
 # ---- real data: acceptance 3 -------------------------------------------------------------------
 
 
@@ -347,31 +281,31 @@ def test_real_problems(name, main, tmp_path):
         assert main.command(*arguments).status == 0
     metrics = read_jsonl(tmp_path / "out" / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [1, 2]
-    stages = set()
+    ratios = set()
     for step, told in zip((1, 2), metrics):
         lines = read_jsonl(tmp_path / "out" / "rollouts" / f"step_{step:06d}.jsonl")
         assert len(lines) == 4 and len({line["id"] for line in lines}) == 4
         for line in lines:
             row = source[line["id"]]
             check_line(line, row)
-            stages |= {max(t["ratios"]) for t in line["tries"] if not t["skipped"]}
-        tries = [t for line in lines for t in line["tries"]]
-        assert told["tokens/generated"] == sum(t["tokens"] for t in tries)
-        assert told["hint/skipped"] == sum(t["skipped"] for t in tries)
-        assert told["hint/trimmed"] == sum(t["trimmed"] for t in tries)
+            ratios |= {max(s["ratios"]) for s in line["stages"] if not s["is_skipped"]}
+        stages = [s for line in lines for s in line["stages"]]
+        assert told["tokens/generated"] == sum(sum(s["lengths"]) for s in stages)
+        assert told["hint/skipped"] == sum(s["is_skipped"] for s in stages)
+        assert told["hint/trimmed"] == sum(s["is_trimmed"] for s in stages)
         for omega in ("0", "0.25", "0.5", "0.75"):
-            at = [t for t in tries if max(t["ratios"]) == float(omega) and not t["skipped"]]
+            at = [s for s in stages if max(s["ratios"]) == float(omega) and not s["is_skipped"]]
             assert told.get(f"hint/tried@{omega}", 0) == len(at)
-            assert told.get(f"hint/solved@{omega}", 0) == sum(t["pass_rate"] > 0 for t in at)
-            assert told.get(f"tokens/generated@{omega}", 0) == sum(t["tokens"] for t in at)
-        plain = [line["tries"][0]["pass_rate"] for line in lines]
-        assert told["accuracy_without_hint"] == sum(plain) / 4
-        assert told["hard_fraction"] == sum(p == 0 for p in plain) / 4
-        assert told["hint/unsolved"] == sum(line["tries"][-1]["pass_rate"] == 0 for line in lines)
+            assert told.get(f"hint/solved@{omega}", 0) == sum(any(s["passes"]) for s in at)
+            assert told.get(f"tokens/generated@{omega}", 0) == sum(sum(s["lengths"]) for s in at)
+        plain = [line["stages"][0]["passes"] for line in lines]
+        assert told["accuracy_without_hint"] == sum(map(sum, plain)) / 16
+        assert told["hard_fraction"] == sum(not any(passes) for passes in plain) / 4
+        assert told["hint/unsolved"] == sum(not any(line["stages"][-1]["passes"]) for line in lines)
         for phase in ("generate", "train"):
             assert told[f"seconds/{phase}"] > 0
         assert told["mismatch_k3"] < 1e-4
-    assert len(stages) > 1  # the ladder shows
+    assert len(ratios) > 1  # the ladder shows
 
 
 def check_line(line, row):
@@ -391,11 +325,11 @@ def check_line(line, row):
         assert not any(m in hint.lower() for m in markers)
     else:
         assert hints.HINT_SENTENCE not in line["prompt"]
-    ratios = [max(t["ratios"]) for t in line["tries"]]
+    ratios = [max(s["ratios"]) for s in line["stages"]]
     assert ratios == sorted(ratios) and ratios[0] == 0
-    if line["tries"][-1]["pass_rate"] == 0:
+    if not any(line["stages"][-1]["passes"]):
         assert ratios == [0, 0.25, 0.5, 0.75]
-    last = [t for t in line["tries"] if not t["skipped"]][-1]
+    last = [s for s in line["stages"] if not s["is_skipped"]][-1]
     assert last["hints"] == [hint] * 4 and max(last["ratios"]) == line["hint_ratio"]
 
 
@@ -463,14 +397,14 @@ def test_deferred_hints_come_in_the_next_step(scripted_training):
         max_completion_length=8)  # fmt: skip
     ratios = [[line["hint_ratio"] for line in lines] for lines in steps]
     assert ratios == [[0] * 4, [0.25, 0.25, 0, 0], [0.25, 0.25, 0, 0]]  # half the places return
-    assert [[len(line["tries"]) for line in lines] for lines in steps] == [
+    assert [[len(line["stages"]) for line in lines] for lines in steps] == [
         [1] * 4, [2, 2, 1, 1], [2, 2, 1, 1]]  # fmt: skip
     ids = [[line["id"] for line in lines] for lines in steps]
     assert ids[1][:2] == ids[0][:2] and ids[2][:2] == [ids[0][2], ids[1][2]]  # first in, first out
     assert len({*ids[0], *ids[1][2:], *ids[2][2:]}) == 8
     metrics = metrics_of(run)
     assert [line["queue"] for line in metrics] == [3, 2, 1]
-    assert [i for i, _ in run.state["queue"]] == [ids[2][2]]
+    assert [i for i, _ in run.state.queue] == [ids[2][2]]
     # a group that passes has one right sample of 4; returning problems are left out of two lines
     assert [line["accuracy_without_hint"] for line in metrics] == [0.25 / 4, 0.25 / 2, 0.25 / 2]
     assert [line["hard_fraction"] for line in metrics] == [0.75, 0.5, 0.5]
@@ -478,8 +412,8 @@ def test_deferred_hints_come_in_the_next_step(scripted_training):
     for groups, rows in seen:  # a failed group is trained on as it is; one generation a step
         assert len(groups) == 4 and len(rows) == 16
     generated = [len(c.token_ids) for groups, _ in seen for g in groups for c in g.completions]
-    assert sum(generated) == sum(sum(t["tokens"] for t in line["tries"]) for line in steps[0]) + sum(
-        line["tries"][-1]["tokens"] for lines in steps[1:] for line in lines)
+    logged = [sum(line["stages"][-1]["lengths"]) for lines in steps for line in lines]
+    assert sum(generated) == sum(logged)
 
 
 def test_generated_tokens_count_every_sample_once(scripted_training):
@@ -516,8 +450,9 @@ def test_groups_that_fail_the_last_stage(changes, kept, scripted_training):
         lambda step, slot: 9 * (slot % 2), hard_rows(), max_steps=1, max_completion_length=4,
         loss_type="grpo", **changes)  # fmt: skip
     groups, rows = seen[0]
-    assert [g.request.slot for g in groups] == kept
-    assert [row.scale for row in rows] == [1 / (4 * len(kept)) / 4] * 4 * len(kept)  # counts of the kept
+    assert [g.problem.id for g in groups] == [lines[0][slot]["id"] for slot in kept]
+    weight = 1 / (4 * len(kept)) / 4  # counts of the kept
+    assert [row.token_weight for row in rows] == [weight] * 4 * len(kept)
     assert len(lines[0]) == 4 and metrics_of(run)[0]["hint/unsolved"] == 2
 
 
@@ -566,7 +501,7 @@ def test_one_process_at_a_time_writes_a_folder(main, tmp_path):
     first = main(tmp_path, max_steps=1)
     code = (f"import fcntl, time; file = open({str(first.folder / 'lock')!r}, 'w'); "
             "fcntl.lockf(file, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(60)")
-    configs.locks.clear()  # a process ends with its locks
+    configs.folder.locks.clear()  # a process ends with its locks
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "locked\n"
     second = main(tmp_path, max_steps=1)
@@ -579,11 +514,6 @@ def test_a_start_that_failed_claims_no_folder(main, tmp_path):
     (first.folder / "metrics.jsonl").unlink()  # as when it failed before its first step
     shutil.rmtree(first.folder / "checkpoint-000001")
     assert main(tmp_path, max_steps=2, save_strategy="no").status == 0
-
-
-def test_a_curriculum_needs_its_column(main, tmp_path):
-    done = main(tmp_path, curriculum=True, dataset_level_column="nowhere")
-    assert done.status == 2 and "nowhere" in done.err
 
 
 @pytest.mark.parametrize("sets, message", [
@@ -612,9 +542,9 @@ def test_own_rewards_decide_what_is_hard_and_what_is_right(setup, tmp_path):
     names = ["format", f"{own}:right"]
     for order in (names, names[::-1]):
         run = setup(reward_funcs=order, hint_trigger=names[1], reward_weights=[1.0, 1.0])
-        assert order[run.trigger] == order[run.accuracy] == names[1]
+        assert order[run.trigger_column] == order[run.accuracy_column] == names[1]
     run = setup(reward_funcs=["format", "accuracy"], hint_trigger="always")
-    assert run.trigger == run.accuracy == 1
+    assert run.trigger_column == run.accuracy_column == 1
 
 
 def test_the_start_up_pass_changes_no_bit(main, tmp_path):
@@ -639,8 +569,8 @@ def test_evaluation_numbers_by_hand(setup, prompts):
     rights = [1, 0, 2, 4]
 
     class Verdicts(ScriptedPool):
-        def submit(self, key, texts, gold):
-            assert len(texts) == 4 and key[0].shown.hints == [""] * 4
+        def submit(self, key, texts, gold, row=None):
+            assert len(texts) == 4 and key[0].stage.hints == [""] * 4
             right = rights[key[0].slot]
             self.waiting.append((0, key, [[float(j < right), 0.0] for j in range(4)]))
 
@@ -648,7 +578,7 @@ def test_evaluation_numbers_by_hand(setup, prompts):
                 eval_max_completion_length=3)  # fmt: skip
     run.pool.close()
     run.eval_sets["x"] = run.eval_sets["x"][0], run.eval_sets["x"][1][:4]
-    run.pool = Verdicts(None)
+    run = replace(run, pool=Verdicts(None))
     ghpo.evaluate(run)
     told = metrics_of(run)[0]
     assert told["eval/x"] == 7 / 16
@@ -664,29 +594,26 @@ def test_evaluation_numbers_by_hand(setup, prompts):
 @pytest.mark.parametrize("equation", [f"E{i}" for i in range(1, 9)])
 def test_every_equation_has_its_anchor(equation):
     texts = [(ROOT / f"{name}.py").read_text().splitlines()
-             for name in (*MODULES, "tests/estimates")]  # fmt: skip
+             for name in MODULES]
     anchors = [line for text in texts for line in text
                if re.search(rf"#.*\b{equation}\b", line)]  # fmt: skip
     assert anchors
 
 
-def test_the_readmes_table_points_at_the_equations():
-    readme = ROOT / "README.md"
-    if not readme.exists():
-        pytest.skip("no README yet")
-    found = {}
-    for line in readme.read_text().splitlines():
-        row = re.match(r"\|\s*(E\d)\s*\|", line)
-        for file, number in re.findall(r"\(([\w/]+\.py)#L(\d+)\)", line) if row else []:
-            found.setdefault(row[1], []).append((file, int(number)))
-            text = (ROOT / file).read_text().splitlines()[int(number) - 1]
-            assert re.search(rf"\b{row[1]}\b", text), f"{row[1]} is not in {file}:{number}: {text}"
+def test_the_readmes_table_names_the_functions_of_the_equations():
+    """Each row links a module and names the function whose body has the equation's anchor."""
+    found = set()
+    for line in (ROOT / "README.md").read_text().splitlines():
+        row = re.match(r"\|\s*(E\d)\s*\|.*\[`(\w+)`\]\((\w+\.py)\)", line)
+        if row:
+            equation, name, file = row.groups()
+            text = (ROOT / file).read_text()
+            (function,) = [node for node in ast.walk(ast.parse(text))
+                           if isinstance(node, ast.FunctionDef) and node.name == name]
+            body = "\n".join(text.splitlines()[function.lineno - 1 : function.end_lineno])
+            assert re.search(rf"#.*\b{equation}\b", body), f"{equation} is not in {file} {name}"
+            found.add(equation)
     assert sorted(found) == [f"E{i}" for i in range(1, 9)]
-
-
-def test_the_modules_are_small():
-    sizes = [len((ROOT / f"{name}.py").read_text().splitlines()) for name in MODULES]
-    assert sum(sizes) <= 1600
 
 
 def test_hints_and_reward_import_neither_torch_nor_vllm():

@@ -66,7 +66,7 @@ def test_splits_are_disjoint_and_half_easy():
 def test_hints_are_whole_steps_of_the_hard_tier(ratio, steps):
     for row in task.make_splits()["eval_hard"]:
         problem = hints.Problem(0, [], row["solution"], row["solution_hint"])
-        text, trimmed = hints.make_hint(problem, ratio)
+        text, trimmed = hints.make_hint(problem, ratio, None, None)
         assert text == "\n".join(row["solution_hint"].split("\n")[:steps])
         assert not trimmed
 

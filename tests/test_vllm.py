@@ -26,9 +26,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 pytest.importorskip("vllm")
 
 import fsdp_utils
-import serve
+from configs.plan import server_arguments
+from configs.settings import Config
 from ghpo import Policy
-from hints import Problem, Try
+from hints import Problem, Stage
 from rollout import HfEngine, Request, ServerEngine, VllmEngine
 
 TESTS = Path(__file__).parent
@@ -63,9 +64,9 @@ def settings(folder, port=0):
 def ask(problem, temperature=1.0, samples=3, max_tokens=48, length=160):
     """A request whose prompt fills a whole 128-token block of vLLM's prefix cache."""
     prompt = torch.randint(8, 96, (length,), generator=torch.Generator().manual_seed(problem))
-    shown = Try([0.0] * samples, [""] * samples)
+    stage = Stage([0.0] * samples, [""] * samples)
     return Request(
-        Problem(problem, [], ""), [prompt.tolist()] * samples, shown, [], [""] * samples,
+        Problem(problem, [], ""), stage, [prompt.tolist()] * samples, [""] * samples,
         2**62 - 2 + problem, SimpleNamespace(
             temperature=temperature, max_completion_length=max_tokens, top_p=1.0, top_k=0),
     )  # fmt: skip
@@ -76,7 +77,7 @@ def sample(engine, requests):
     for request in requests:
         engine.submit(request)
     found = {}
-    while engine.busy:
+    while engine.is_busy():
         for request, completions in engine.poll():
             for j, completion in enumerate(completions):
                 found[request.problem.id, j] = completion
@@ -206,7 +207,7 @@ def test_refuses_what_would_go_wrong_silently(pair):
     engine, model = pair
     with pytest.raises(ValueError, match="160 prompt.*200 new"):
         engine.submit(ask(0, max_tokens=200))
-    assert not engine.busy
+    assert not engine.is_busy()
     weights = list(model.named_parameters())
     with pytest.raises(RuntimeError, match="norm|lm_head"):
         engine.update_weights(weights[:-1])
@@ -279,7 +280,9 @@ def free_port():
 def server(tmp_path_factory):
     """A server on the tiny model, which the last test kills: .port, .log, .kill()."""
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-    argv, environment = serve.command(BASE, "127.0.0.1", port, LENGTH, "float32", "cpu")
+    config = Config(str(BASE), dataset_name="-", torch_dtype="float32", vllm_server_port=port,
+                    max_prompt_length=LENGTH - 64, max_completion_length=64)  # fmt: skip
+    argv, environment = server_arguments(config, 0)
     with open(log, "w") as file:
         process = subprocess.Popen(
             argv, env=environment, stdout=file, stderr=file, start_new_session=True

@@ -35,9 +35,9 @@ def new_run(rank, sharding, **changes):
                          micro_batch_tokens=40, gradient_checkpointing=sharding == "zero2",
                          **changes)  # fmt: skip
     run = SimpleNamespace(config=config, compute_dtype=torch.float64, master_dtype=torch.float64,
-                          rank=rank, world=2, reference=None,
-                          state={"step": 0, "history": {}}, device=torch.device("cpu"))  # fmt: skip
-    run.policy = compute_exactly(ghpo.load_policy(run))
+                          rank=rank, world=2, reference=None, trigger_column=0,
+                          state=ghpo.State(), device=torch.device("cpu"))  # fmt: skip
+    run.policy = compute_exactly(ghpo.load_policy(config))
     run.optimizer = torch.optim.SGD(run.policy.parameters(), lr=0.0)
     return run
 
@@ -54,7 +54,8 @@ def gradients(rank, folder):
         groups = recorded_groups(sizes=(4, 4, 4, 4))
         groups = groups[:split] if rank == 0 else groups[split:]
         before = weights_of(run.policy)
-        rows = ghpo.make_rows(groups, ghpo.Prompts(run.config), run.config)
+        prompts = ghpo.Prompts(run.config, run.state)
+        rows = ghpo.make_rows(groups, prompts, run.config, run.state)
         used = [row for row in rows if row.advantage]
         counts = fsdp_utils.gather_objects(
             len(ghpo.micro_batches(used, run.config.micro_batch_tokens, False)))
@@ -68,15 +69,15 @@ def gradients(rank, folder):
 def uneven_sampling(rank, folder):
     """Rank 0 decodes 60 tokens of 3 problems, rank 1 two tokens of one, then none at all."""
     run = new_run(rank, "zero3")
-    run.prompts, run.trigger = ghpo.Prompts(run.config), 0
+    run.prompts = ghpo.Prompts(run.config, run.state)
     run.engine, run.pool = new_engine(run.policy), ScriptedPool(lambda step, slot: 0)
     tokens = []
     for count in ([3, 1][rank], [2, 0][rank]):
         blank = [Group(problem(i)) for i in range(count)]
-        groups, _ = ghpo.roll_out(run, blank, sampling(1.0, [60, 2][rank]), 0)
+        groups = ghpo.sample_groups(run, blank, sampling(1.0, [60, 2][rank]), 0)
         tokens.append([[c.token_ids for c in group.completions] for group in groups])
     gathered = fsdp_utils.gather_objects(tokens)
-    ghpo.optimize(run, ghpo.make_rows([], run.prompts, run.config), 0.0)  # the shards are back
+    ghpo.optimize(run, ghpo.make_rows([], run.prompts, run.config, run.state), 0.0)  # the shards are back
     if rank == 0:
         (folder / "uneven.json").write_text(json.dumps(gathered))
 
@@ -87,5 +88,5 @@ if __name__ == "__main__":
     one_step(folder)
     gradients(dist.get_rank(), folder)
     uneven_sampling(dist.get_rank(), folder)
-    fsdp_utils.gather_objects("done")
+    fsdp_utils.barrier("done")
     os._exit(0)  # as ghpo.py ends

@@ -3,9 +3,9 @@
 Both ends of a weight transfer import this module, the rest of vLLM's transfer is unchanged: the
 trainer in rollout.py, the server's worker, before it builds the model, by
 
-    PYTHONPATH=tests python -m vllm.entrypoints.openai.api_server ... \
-        --worker-extension-cls vllm_ext.Extension --weight-transfer-config '{"backend": "nccl"}'
+    PYTHONPATH=checkout ... --worker-extension-cls configs.vllm_cpu.Extension        (plan.py)
 """
+
 from datetime import timedelta
 
 import torch
@@ -16,7 +16,7 @@ from vllm.distributed.device_communicators import pynccl
 vllm._custom_ops._supports_onednn = False  # packed weights cannot be loaded into again
 
 
-def cpu_options(max_model_len):
+def cpu_options(max_model_len: int) -> dict:
     """Arguments of vllm.LLM inside a training process."""
     torch._dynamo.config.disable = True  # else log-probs need a C++ compiler
     # trap: a request with a seed crashes in a chunked prefill on CPU

@@ -1,0 +1,231 @@
+"""What dataset_name and the columns of a config stand for: rows of a file or the hub, as problems.
+
+Called by ghpo.py: load_problems. Rows that cannot be used are counted and shown, never silently
+dropped; what is wrong with a file is one line that names file and line.
+"""
+
+import contextlib
+import csv
+import difflib
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from configs import UserError, need, say
+from hints import Problem, uses_hints
+from reward import extract_answer, gold_answer, parse_gold
+
+UNREADABLE = (OSError, EOFError, zlib.error, csv.Error, ValueError, TypeError, RecursionError)
+FLOAT_NOISE = re.compile(r"-?\d*\.\d*(?:0{7,}|9{7,})\d{1,2}")  # 0.1 + 0.2 is 0.30000000000000004
+TEMPLATE_SLACK = 16  # tokens that a text in its template may take beyond those of both alone
+
+
+def read_rows(config: Any) -> list[dict]:
+    """Rows of the data set as dicts; UserError names the file, and the line where it is known."""
+    name, path = config.dataset_name, Path(config.dataset_name)
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    need(not path.is_fifo(), f"dataset_name={name} is a pipe: write a file, every rank reads it")
+    if kind in ("jsonl", "json", "csv", "tsv") and not path.is_dir():
+        return read_text_rows(path, kind)
+    try:
+        import datasets
+        if (path / "state.json").is_file():  # by save_to_disk
+            data = datasets.load_from_disk(name)
+        elif kind == "parquet" and not path.is_dir():
+            data = datasets.load_dataset(kind, data_files=name, split="train")
+        else:
+            data = datasets.load_dataset(name, config.dataset_config, split=config.dataset_split)
+        return data.to_list()
+    except Exception as error:  # whatever the library makes of a file or of the hub's answer
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"dataset_name={name}: {reason} (dataset_name is a hub name, with "
+                        "dataset_config and dataset_split, a folder, or a .jsonl, .json, .csv, "
+                        ".tsv or .parquet file)") from error
+
+
+def read_text_rows(path, kind):
+    """Rows of a .jsonl, .json, .csv or .tsv file, plain or gzipped, without `datasets`."""
+    rows, place = [], ""
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+            if kind in ("csv", "tsv"):  # all cells are text: 007 is not 7.0
+                csv.field_size_limit(2**31 - 1)
+                table = csv.DictReader(file, delimiter="\t" if kind == "tsv" else ",", strict=True)
+                for row in table:
+                    place = f", line {table.line_num}"
+                    if None in row:
+                        raise ValueError("more cells than columns: are all separators quoted?")
+                    rows.append(row)
+                return rows
+            text = file.read()
+        if text.lstrip().startswith("["):
+            for number, row in enumerate(json.loads(text)):
+                place = f", row {number}"
+                rows.append({**row})
+            return rows
+        for number, line in enumerate(text.split("\n"), 1):
+            place = f", line {number}"
+            if line.strip():
+                rows.append({**json.loads(line)})
+        return rows
+    except UNREADABLE as error:
+        raise UserError(f"dataset_name={path}{place}: {error} (rows are UTF-8: a JSON "
+                        "object a line, an array of objects, or a table with a header)") from None
+
+
+def flat(row, levels=4):
+    """A row's columns, and what is in dicts by dotted names: {"a": {"b": 1}, "a.b": 1}."""
+    cells = dict(row)
+    for key, value in row.items():
+        if isinstance(value, dict) and levels:
+            for inner, part in flat(value, levels - 1).items():
+                cells.setdefault(f"{key}.{inner}", part)
+    return cells
+
+
+def check_columns(config, table):
+    """UserError with the columns there are, and the nearest, when no row has a wanted one."""
+    c, columns = config, list(dict.fromkeys(column for cells in table for column in cells))
+    wanted = [c.dataset_prompt_column, c.dataset_answer_column]
+    has_chats = any(isinstance(cells.get(c.dataset_prompt_column), list) for cells in table)
+    if uses_hints(c) and not has_chats:  # a chat can end with the solution
+        wanted.append(c.dataset_hint_column)
+    if c.curriculum:
+        wanted.append(c.dataset_level_column)
+    missing, near = [column for column in wanted if column not in columns], []
+    for column in missing:
+        near += difflib.get_close_matches(column, columns, n=1, cutoff=0.4)
+    need(not table or not missing, f"{c.dataset_name}: no column {missing} in {columns}, nearest "
+         f"{near}: set dataset_prompt_column and so on (eval_datasets: in a set's own settings)")
+
+
+class BadRow(Exception):
+    """Why a row of the data set cannot be used."""
+
+
+def split_chat(turns):
+    """(turns up to the user's last, text of the assistant's after it: a solution)."""
+    messages, solution = [], ""
+    for turn in turns:
+        turn = turn if isinstance(turn, dict) else {}
+        messages.append({"role": turn.get("role"), "content": turn.get("content")})
+        if not all(isinstance(part, str) for part in messages[-1].values()):
+            raise BadRow("a turn of the chat has no role, or content that is no text")
+    while messages and messages[-1]["role"] == "assistant":
+        solution = messages.pop()["content"] + "\n" + solution
+    if messages and messages[-1]["role"] != "user":
+        raise BadRow("the chat ends with neither the user's turn nor the assistant's")
+    return messages, solution.rstrip()
+
+
+def cell_text(cells, column):
+    """Text of a cell, "" when it is empty: of a chat its solution, of a list of one its item."""
+    value = cells.get(column)
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return split_chat(value)[1]
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, (list, dict)):
+        raise BadRow(f"{column} is a {type(value).__name__}, not a text")
+    return "" if value is None or value != value else str(value)  # NaN is not itself
+
+
+def read_gold(text):
+    """The answer in a text that may be a whole solution; BadRow where there is none."""
+    if FLOAT_NOISE.fullmatch(text):
+        text = f"{float(text):.15g}"
+    gold = gold_answer(text).strip()
+    if gold == text:
+        gold = extract_answer(text) or text  # "The answer is 4."
+    if gold.lower() in ("", "nan", "inf", "-inf"):
+        raise BadRow("no answer")
+    return gold
+
+
+def read_problem(number, row, cells, config):
+    """(Problem, why its gold is of no use or None) of a row; BadRow when it cannot be asked."""
+    c, own_solution = config, ""
+    if isinstance(cells.get(c.dataset_prompt_column), list):
+        messages, own_solution = split_chat(cells[c.dataset_prompt_column])
+    else:
+        messages = [{"role": "user", "content": cell_text(cells, c.dataset_prompt_column)}]
+    if not messages or not messages[-1]["content"].strip():
+        raise BadRow("no problem text")
+    if c.system_prompt:
+        others = [turn for turn in messages if turn["role"] != "system"]
+        messages = [{"role": "system", "content": c.system_prompt}, *others]
+    solution = cell_text(cells, c.dataset_hint_column) if uses_hints(c) else ""
+    solution = solution if solution.strip() else own_solution
+    try:
+        gold = read_gold(cell_text(cells, c.dataset_answer_column).strip())
+        reason = parse_gold(gold) if "accuracy" in c.reward_funcs else None
+    except BadRow as error:
+        gold, reason = "", str(error)
+    texts = [solution, gold, *(turn["content"] for turn in messages)]
+    if re.search("[\ud800-\udfff]", "".join(texts)):
+        raise BadRow("halves of surrogate pairs, which are no text")
+    level = re.search(r"\d+\.?\d*|$", str(cells.get(c.dataset_level_column)))[0]  # "Level 5" is 5
+    columns = {}
+    for column, value in row.items():
+        with contextlib.suppress(TypeError, ValueError, RecursionError):  # not JSON: left out
+            json.dumps(value, allow_nan=False)
+            columns[column] = value
+    return Problem(number, messages, gold, solution, float(level or 0), columns), reason
+
+
+def load_problems(config: Any, prompts: Any, keep_all: bool = False) -> list[Problem]:
+    """Usable problems, ids = row numbers; what is dropped is counted and shown. keep_all, for an
+    evaluation: no row is dropped, an answer that cannot be read counts as wrong."""
+    c, name, rows = config, config.dataset_name, read_rows(config)
+    table = [flat(row) for row in rows]
+    check_columns(c, table)
+    blank, _ = read_problem(0, {}, {c.dataset_prompt_column: "x"}, c)
+    roles = [turn["role"] for turn in blank.messages]
+    frame = len(prompts.ids(blank)[0]) + TEMPLATE_SLACK
+    problems, told = [], defaultdict(list)  # told: {(what became of rows, why): their numbers}
+    for number, (row, cells) in enumerate(zip(rows, table)):
+        try:
+            problem, reason = read_problem(number, row, cells, c)
+            # a token is at least a byte: most prompts need not be tokenised
+            is_short = frame + len(problem.text.encode()) <= c.max_prompt_length
+            is_usual = roles == [turn["role"] for turn in problem.messages]
+            if not (is_short and is_usual) and len(prompts.ids(problem)[0]) > c.max_prompt_length:
+                raise BadRow(f"prompt over max_prompt_length={c.max_prompt_length} tokens")
+            if reason and not keep_all:
+                raise BadRow(reason)
+        except (BadRow, UserError) as error:  # a template may refuse a chat's roles
+            need(not keep_all, f"{name}, row {number}: {error}; evaluation drops no row, mend it")
+            told["dropped", str(error)].append(number)
+            continue
+        if reason:
+            problem = replace(problem, gold="")
+            told["counted as wrong", reason].append(number)
+        shown = "\n".join(turn["content"] for turn in problem.messages)
+        if problem.solution not in ("", problem.gold) and problem.solution.strip() in shown:
+            told["kept", "but the prompt shows the whole solution"].append(number)
+        for column in row.keys() - problem.row.keys():
+            told["kept", f"but rewards do not get {column}, which is no JSON"].append(number)
+        problems.append(problem)
+    bare = sum(problem.solution.strip() in ("", problem.gold) for problem in problems)
+    hintless = f", {bare} without a solution to hint from" if bare and uses_hints(c) else ""
+    say(f"data: {name}: {len(problems)} of {len(rows)} rows usable{hintless}")
+    for (fate, reason), numbers in told.items():
+        say(f"data: {fate} {len(numbers)}, {reason}: rows {numbers[:5]}")
+    reasons = "".join(f"; {reason}" for _, reason in told)
+    need(problems, f"dataset_name={name}: none of its {len(rows)} rows is usable{reasons}")
+    return problems
+
+
+def fingerprint(problems: list[Problem]) -> str:
+    """A short hash of ids, prompts and golds: a resumed run must meet the data it began with."""
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(json.dumps([problem.id, problem.messages, problem.gold]).encode())
+    return digest.hexdigest()[:16]

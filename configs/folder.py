@@ -1,0 +1,54 @@
+"""The folder of a run: whose it is, and the settings it was started with."""
+
+import fcntl
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import get_type_hints
+
+import yaml
+
+from configs import UserError, say
+from configs.settings import DEFAULTS, RESUMABLE, Config
+
+locks = {}  # folder: the open file that holds its lock until the process ends
+
+
+def changed_settings(config: Config, path: Path) -> list[str]:
+    """The settings that differ from those of the run in a folder, and make it another run.
+
+    path: the folder's config.yaml. What that lacks had its default: it is newer than the run.
+    """
+    if not path.is_file() or not path.with_name("metrics.jsonl").is_file():
+        return []
+    mine = yaml.safe_load(as_yaml(config))
+    theirs = yaml.safe_load(yaml.safe_dump(DEFAULTS)) | yaml.safe_load(path.read_text())
+    hints = get_type_hints(Config, include_extras=True)
+    return [name for name, hint in hints.items()
+            if RESUMABLE not in getattr(hint, "__metadata__", ()) and mine[name] != theirs[name]]
+
+
+def as_yaml(config: Config) -> str:
+    """All settings, in the order of the class."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes the config with the command line and the commit; a kill leaves the old one."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                         capture_output=True, text=True, cwd=Path(__file__).parent)  # fmt: skip
+    new = path.with_suffix(".new")
+    new.write_text(f"# {sys.argv}\n# git {git.stdout.strip()}\n{as_yaml(config)}")
+    new.rename(path)
+
+
+def lock_folder(folder: Path) -> None:
+    """Takes the folder for this process, or UserError: one process at a time writes there."""
+    locks[folder] = open(folder / "lock", "w")
+    try:
+        fcntl.lockf(locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"output_dir={folder}: another process writes there, end it first") from None
+    except OSError as error:
+        say(f"output_dir={folder} cannot be locked, see that no other run uses it: {error}")

@@ -1,0 +1,160 @@
+"""What a config's model_name_or_path stands for: model and tokenizer, as they can be trained.
+
+Called by ghpo.py. What the libraries refuse is one line that names the model, and what an export
+writes beside the weights is written once at the start, lest the first checkpoint fails on it.
+"""
+
+import re
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from configs import UserError, need, say
+
+EXAMPLE_TEMPLATE = (  # as YAML
+    r'"{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"')
+LIBRARY_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError,
+                  RuntimeError, SafetensorError, TemplateError)
+
+
+@contextmanager
+def as_user_error(what: str):
+    """What the libraries raise inside becomes one line that begins with `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except LIBRARY_ERRORS as error:
+        raise UserError(f"{what}: {' '.join(str(error).split())[:400]}") from None
+
+
+def load_tokenizer(config):
+    """The tokenizer, with a chat template and a pad token; UserError when it cannot be used."""
+    name = f"model_name_or_path={config.model_name_or_path}"
+    with as_user_error(f"{name}: tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.model_name_or_path, revision=config.model_revision, trust_remote_code=False)
+        spelt = tokenizer.decode(tokenizer("12").input_ids)
+    need("12" in spelt.replace(" ", ""), f"{name}: its tokenizer reads 12 as {spelt!r}: are files "
+         "missing?")
+    template = config.chat_template
+    if template and "{" not in template:  # all Jinja has a brace
+        with as_user_error(f"chat_template={template}"):
+            template = Path(template).read_text(encoding="utf-8")
+    if template:
+        tokenizer.chat_template = template
+    need(tokenizer.chat_template, f"{name}: its tokenizer has no chat template: set one, Jinja or "
+         f"a file, for example chat_template: {EXAMPLE_TEMPLATE}")
+    need(tokenizer.eos_token is not None, f"{name}: its tokenizer names no eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+        say(f"tokenizer: no pad token, {tokenizer.eos_token} takes its place")
+    prove_export(name, tokenizer)
+    return tokenizer
+
+
+def prove_export(name, *parts):
+    """Saves configs or a tokenizer once, lest the first checkpoint of a run fails on them."""
+    with as_user_error(f"{name}: cannot be exported"), TemporaryDirectory() as folder:
+        for part in parts:
+            part.save_pretrained(folder)
+
+
+def load_model(config, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal LM without dropout; UserError when a folder is incomplete, or holds no text model
+    alone. Everything that an export writes beside the weights has been written once."""
+    name = f"model_name_or_path={config.model_name_or_path}"
+    where = {"revision": config.model_revision, "trust_remote_code": False}
+    with as_user_error(name):
+        model_config = AutoConfig.from_pretrained(config.model_name_or_path, **where)
+        text_config = model_config.get_text_config()
+    if text_config is not model_config:
+        check_wrapper(name, model_config)
+    off = turn_off_dropout(text_config)
+    if off:
+        say(f"{name}: trained without its {', '.join(off)}")
+    attention = config.attn_implementation
+    if attention == "sdpa" and not sdpa_computes(model_config, text_config):
+        say(f"{name}: attn_implementation: sdpa cannot compute its attention, using eager")
+        attention = "eager"
+    longest = config.max_prompt_length + config.max_completion_length
+    limit = getattr(text_config, "max_position_embeddings", longest)
+    need(longest <= limit, f"{name}: max_prompt_length + max_completion_length = {longest} tokens, "
+         f"but it has {limit} positions: lower one of them")
+    with as_user_error(name):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            config.model_name_or_path, config=model_config, dtype=dtype,
+            attn_implementation=attention, output_loading_info=True, **where)
+    missing = sorted(report["missing_keys"])
+    need(not missing, f"{name}: its files lack {len(missing)} of the model's tensors, which would "
+         f"be random: get the whole model ({', '.join(missing[:2])} ...)")
+    allow_sampling(name, model.generation_config)
+    prove_export(name, model.config, model.generation_config)
+    return model
+
+
+def check_wrapper(name, model_config):
+    """A model of several modalities is refused, or told where the library has its text model."""
+    text_config = model_config.get_text_config()
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    if kind and kind.config_class is type(text_config):
+        say(f"{name}: of {model_config.model_type} the text model alone is trained and exported")
+        return
+    text_type = text_config.model_type
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    text_model = names.get(text_type) or names.get(text_type.split("_")[0]) or "one for text alone"
+    raise UserError(f"{name}: {model_config.model_type} wraps a text model ({text_type}) and is "
+                    f"not trained here: name a text model, {text_model}")
+
+
+def sdpa_computes(model_config, text_config) -> bool:
+    """Can sdpa compute the attention? It would leave out a cap on its logits (Gemma 2) silently."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    is_capped = getattr(text_config, "attn_logit_softcapping", None) is not None
+    return getattr(kind, "_supports_sdpa", True) and not is_capped
+
+
+def turn_off_dropout(model_config) -> list[str]:
+    """Sets what is random in training to 0; the names of what was not."""
+    names = [name for name, value in vars(model_config).items()
+             if re.search("drop|jitter", name) and isinstance(value, float) and value > 0]
+    for name in names:
+        setattr(model_config, name, 0.0)
+    return names
+
+
+def allow_sampling(name, generation):
+    """A generation config that names a temperature, say, but does not sample cannot be saved."""
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        if not generation.do_sample:
+            generation.do_sample = True
+            say(f"{name}: its generation_config is exported with do_sample: true")
+
+
+def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The layers, which FSDP shards one by one; what holds the embedding belongs to the root."""
+    names, embedding = model._no_split_modules or [], model.get_input_embeddings()
+    return [part for part in model.modules()
+            if type(part).__name__ in names and embedding not in part.modules()]
+
+
+def sizes(config) -> tuple[int, int]:
+    """(weights of the model, those that zero3 holds at once: the root's and two blocks'), of which
+    only the configuration is read."""
+    with as_user_error(f"model_name_or_path={config.model_name_or_path}"):
+        shape = AutoConfig.from_pretrained(
+            config.model_name_or_path, revision=config.model_revision)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(shape)
+    n_params = sum(p.numel() for p in model.parameters())
+    sharded = [p for block in blocks_of(model)[2:] for p in block.parameters()]
+    return n_params, n_params - sum(p.numel() for p in sharded)

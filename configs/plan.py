@@ -1,0 +1,120 @@
+"""What a config amounts to: steps, memory, and the vLLM server of `engine: server`.
+
+    python -m configs.plan serve CONFIG [key=value ...]        what `./run.sh serve CONFIG` runs
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs import need, say
+from configs.settings import Config, eval_config, load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+CPU_CACHE = 2**30  # bytes of KV cache of a server without a GPU
+CPU_BATCH = 4096  # tokens, at least
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Counts in steps, a step being one rollout batch."""
+
+    prompts: int  # a step, of all ranks
+    per_epoch: int
+    steps: int  # of the run
+    save_every: int
+
+
+def make_plan(config: Config, world: int, n_problems: int) -> Plan:
+    """Batch arithmetic, told: prompts = ranks * per_device * accumulation / G."""
+    batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    G, rows = config.num_generations, batch * accumulation
+    need(G > 1, "config: num_generations=1: advantages compare a group's samples, it takes 2")
+    need(rows % G == 0, f"config: per_device_train_batch_size {batch} * gradient_accumulation_steps"
+         f" {accumulation} = {rows} is not divisible by num_generations {G}")
+    prompts = world * rows // G
+    per_epoch = n_problems // prompts
+    need(per_epoch, f"{config.dataset_name}: {n_problems} usable problems, a step takes {prompts}")
+    steps = max(1, int(config.num_train_epochs * per_epoch))
+    if config.max_steps > 0:
+        steps = config.max_steps
+    save_every = {"steps": config.save_steps, "epoch": per_epoch, "no": steps}
+    say(f"batch: {world} ranks * {batch} per device * {accumulation} accumulation / {G} generations"
+        f" = {prompts} prompts a step; {per_epoch} steps an epoch; {steps} steps")
+    return Plan(prompts, per_epoch, steps, save_every[config.save_strategy])
+
+
+def mismatch_limit(config: Config) -> float | None:
+    """The mean k3 of sampler against trainer above which a run stops; None: it only warns."""
+    if config.mismatch_limit == "auto":
+        return 1e-2 if config.torch_dtype == "bfloat16" else 1e-4
+    return config.mismatch_limit
+
+
+def memory_estimate(n_params: int, world: int, sharding: str, replicate: int = 1,
+                    dtype_bytes: int = 2, gathered: int = 0) -> dict[str, int]:  # fmt: skip
+    """Bytes per GPU of fp32 masters, compute copy, fp32 gradients and Adam's two moments.
+
+    gathered: weights that zero3 holds at once (the root's plus two blocks'). Activations excluded.
+    """
+    shards = 1 if sharding == "ddp" else world // replicate
+    copied = gathered if sharding == "zero3" else n_params
+    if world == 1 and dtype_bytes == 4:  # it computes with the masters themselves
+        copied = 0
+    parts = {"weights": 4 * n_params // shards, "compute_copy": copied * dtype_bytes,
+             "gradients": 4 * n_params // shards, "optimizer": 8 * n_params // shards}  # fmt: skip
+    return {**parts, "total": sum(parts.values())}
+
+
+def bytes_per_gpu(config: Config, world: int, n_params: int, gathered: int) -> dict[str, int]:
+    """memory_estimate for a run of a model of this size."""
+    estimate = memory_estimate(
+        n_params, world, config.sharding, config.replicas, BYTES[config.torch_dtype], gathered)
+    return {"parameters": n_params, **estimate}
+
+
+def longest_sequence(config: Config) -> int:
+    """Tokens of the longest prompt with its completion, in training and in evaluation."""
+    configs = [config, *(eval_config(config, spec) for spec in config.eval_datasets.values())]
+    return max(c.max_prompt_length + c.max_completion_length for c in configs)
+
+
+def server_arguments(config: Config, n_gpus: int) -> tuple[list[str], dict[str, str]]:
+    """(argv, environment) of the vLLM server; without a GPU its weights come over gloo."""
+    length = longest_sequence(config)
+    options = {
+        "model": config.model_name_or_path, "revision": config.model_revision,
+        "host": config.vllm_server_host, "port": config.vllm_server_port,
+        "dtype": config.torch_dtype, "max-model-len": length,
+        "logprobs-mode": "processed_logprobs", "weight-transfer-config": '{"backend":"nccl"}'}
+    flags = ["--enable-scale-out", "--skip-tokenizer-init"]
+    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # the calls that update weights
+    if n_gpus > 1:
+        options["data-parallel-size"] = n_gpus  # a copy of the model on each
+    if n_gpus == 0:
+        # trap: seeded requests crash in a chunked prefill on CPU
+        flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
+        options |= {"worker-extension-cls": "configs.vllm_cpu.Extension",
+                    "max-num-batched-tokens": max(CPU_BATCH, length),
+                    "kv-cache-memory-bytes": CPU_CACHE}  # fmt: skip
+        path = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
+        environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
+                        "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # fmt: skip
+    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
+    for name, value in options.items():
+        argv += [f"--{name}", str(value)]
+    return argv, environment
+
+
+def serve(path: str, *overrides: str) -> None:
+    """Becomes the server of a config; Ctrl-C or SIGTERM stops it."""
+    import torch
+
+    argv, environment = server_arguments(load_config(path, overrides), torch.cuda.device_count())
+    os.execve(argv[0], argv, environment)
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[2:])

@@ -1,0 +1,390 @@
+"""Every setting, in one class: its type, range and choices, its default, its meaning.
+
+    config = load_config("configs/x.yaml", ["learning_rate=2e-6", "--max_steps", "50"])
+
+A config file names only what it changes; a value on the command line wins over it. "Steps" are
+rollout batches everywhere. To add a setting, add its line: runs made before it still resume.
+Files of TRL, Open-R1 and the reference load too: foreign.yaml says what their other keys mean.
+"""
+
+import difflib
+import importlib.metadata
+import importlib.util
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+import yaml
+from annotated_types import Ge, Gt, Interval, Lt, MinLen
+from pydantic import AllowInfNan, BeforeValidator, TypeAdapter, ValidationError
+
+from configs import UserError, need, say
+from configs.foreign import our_names, translate
+from reward import REWARDS
+
+INTEGER = re.compile(r"[-+]?\d+")
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+RESUMABLE = "may differ when a run is resumed"
+NEAREST = 0.8  # similarity from which an unknown key is taken for a misspelt one
+SHOWN = 90  # characters of a value in a message
+FLASH = {"flash_attention_2": "flash-attn", "kernels-community/flash-attn2": "kernels",
+         "kernels-community/flash-attn3": "kernels"}  # what each of them needs installed
+ALSO_IN_EVALUATION = {"temperature": "eval_temperature", "num_generations": "eval_samples",
+                      "engine": "that of the run", "reward_funcs": "those of the run"}
+
+
+def as_number(value: object) -> object:
+    """YAML 1.1 takes 1e-6 for text and 1e6 for no integer."""
+    if isinstance(value, str) and INTEGER.fullmatch(value):
+        return int(value)
+    if isinstance(value, str) and NUMBER.fullmatch(value):
+        value = float(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def as_tuple(value: object) -> tuple:
+    """One value stands for a list of one."""
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def as_choice(value: object) -> object:
+    """YAML 1.1 takes a bare no for false."""
+    return "no" if value is False else value
+
+
+T = TypeVar("T")
+MayChange = Annotated[T, RESUMABLE]  # all the other settings define the run
+Int = Annotated[int, BeforeValidator(as_number)]
+Real = Annotated[float, BeforeValidator(as_number), AllowInfNan(False)]
+Tuple = Annotated[tuple[T, ...], BeforeValidator(as_tuple)]
+Choice = Annotated[T, BeforeValidator(as_choice)]
+Count = Annotated[Int, Ge(1)]
+Length = Annotated[Int, Interval(ge=1, le=2**20)]  # tokens
+Positive = Annotated[Real, Gt(0)]
+Limit = Annotated[Real, Ge(0)]
+Share = Annotated[Real, Interval(ge=0, le=1)]
+Attention = Literal["sdpa", "eager", "flash_attention_2", "kernels-community/flash-attn2",
+                    "kernels-community/flash-attn3"]  # fmt: skip
+Schedule = Literal[
+    "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt",
+    "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
+    "warmup_stable_decay"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a run or of an evaluation; whoever makes one gets it checked."""
+
+    # model
+    model_name_or_path: str = ""  # hub name or folder of a causal LM
+    model_revision: str = "main"
+    torch_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # computed in; kept: float32
+    bf16: bool | None = None  # the reference's flag: must agree with torch_dtype
+    attn_implementation: MayChange[Attention] = "sdpa"  # flash becomes sdpa where it is not installed
+    chat_template: str | None = None  # Jinja text or its file; null: the tokenizer's
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # enable_thinking ...
+
+    # data; a column may be dotted: reward_model.ground_truth
+    dataset_name: str = ""  # hub name, folder or file
+    dataset_config: str | None = None
+    dataset_split: str = "train"
+    dataset_prompt_column: str = "problem"  # text, or a list of chat messages
+    dataset_answer_column: str = "solution"  # the gold answer, as the reference's data names it
+    dataset_hint_column: str = "solution_hint"  # the solution that hints are cut from
+    dataset_level_column: str = "level"  # difficulty for the curriculum; may be missing
+    system_prompt: str | None = None
+    curriculum: bool = False  # easy to hard by level instead of shuffled (GRPO-CL)
+
+    # hints: the method
+    rl_type: Literal["ghpo", "grpo"] = "ghpo"  # grpo: the same code without hints
+    hint_ratio: Tuple[Share] = (0.25, 0.5, 0.75)  # omega of the stages; one number: a fixed ratio
+    start_hint_step: Annotated[Int, Ge(0)] = 0  # cold start: no hints before (paper: 20)
+    hint_trigger: str = "accuracy"  # the reward that decides what is hard; always: hint everything
+    hint_threshold: Share = 0.0  # hard: mean trigger reward of the group is at most this
+    hint_where: Literal["user", "assistant"] = "user"  # (paper), or the assistant's turn begins so
+    hint_timing: Literal["inline", "deferred"] = "inline"  # within the step (paper), or in the next
+    deferred_share: Share = 0.5  # at most this part of a step's prompts are returning problems
+    hint_context: Literal["hinted", "original"] = "hinted"  # the loss conditions on (paper: hinted)
+    hint_exhausted: Literal["keep", "drop"] = "keep"  # a group that fails the last stage
+
+    # rollouts
+    engine: Literal["hf", "vllm", "server"] | None = None  # null: vllm if use_vllm, else hf
+    use_vllm: bool | None = None
+    num_generations: Count = 8  # G, samples per problem
+    max_prompt_length: Length = 512  # longer problems are dropped at load, longer hints shortened
+    max_completion_length: Length = 2048
+    temperature: Annotated[Real, Interval(ge=0, le=10)] = 1.0  # 0: greedy, in evaluation only
+    top_p: Annotated[Real, Interval(gt=0, le=1)] = 1.0  # below 1 the loss sees another distribution
+    top_k: Annotated[Int, Ge(0)] = 0  # 0: off; otherwise as top_p
+    mismatch_limit: MayChange[Literal["auto"] | Positive | None] = "auto"  # k3; null only warns
+    vllm_gpu_memory_utilization: MayChange[Annotated[Real, Interval(gt=0, le=1)]] = 0.3  # of the GPU
+    vllm_server_host: MayChange[str] = "127.0.0.1"
+    vllm_server_port: MayChange[Annotated[Int, Interval(ge=1, le=65534)]] = 8000  # weights: + 1
+
+    # rewards
+    reward_funcs: Annotated[Tuple[str], MinLen(1)] = ("accuracy", "format")  # or file.py:function
+    reward_weights: Tuple[Real] = (1.0, 0.5)
+    strict_answers: bool = True  # in training an answer must be worked out, not copied
+    verifier_timeout: MayChange[Annotated[Real, Interval(ge=0.01, le=3600)]] = 5.0  # s; then 0
+
+    # loss
+    loss_type: Literal["bnpo", "dapo", "grpo", "dr_grpo"] = "bnpo"  # E6; bnpo is the reference's
+    epsilon: Limit = 0.2
+    epsilon_high: Limit | None = None  # null: epsilon
+    beta: Limit = 0.0  # of the KL term; above 0 a frozen copy of the model is kept
+    scale_rewards: bool = True  # divide advantages by the standard deviation of the group
+    num_iterations: Count = 1  # optimizer steps on each rollout batch
+    mask_truncated_completions: bool = False
+    importance_cap: Positive | None = 2.0  # E7; null: no correction
+
+    # optimisation
+    learning_rate: Share = 1e-6
+    lr_scheduler_type: Schedule = "cosine"  # as in transformers
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)  # min_lr_rate ...
+    warmup_ratio: Share = 0.0
+    warmup_steps: Annotated[Int, Ge(0)] = 0  # above 0 it wins over warmup_ratio
+    weight_decay: Limit = 0.0
+    adam_beta1: Annotated[Limit, Lt(1)] = 0.9
+    adam_beta2: Annotated[Limit, Lt(1)] = 0.999
+    max_grad_norm: Limit = 1.0  # 0: no clipping
+    nonfinite: Literal["stop", "skip"] = "stop"  # when the gradient norm is not finite
+    num_train_epochs: Positive = 1.0
+    max_steps: Annotated[Int, Ge(-1)] = -1  # above 0 it wins over num_train_epochs
+    per_device_train_batch_size: MayChange[Count] = 8  # see plan.py for the prompts of a step
+    gradient_accumulation_steps: MayChange[Count] = 1
+    micro_batch_tokens: MayChange[Count] = 16384  # per forward: a matter of memory only
+    packing: MayChange[bool | None] = None  # rows in one sequence; null: with flash attention only
+    gradient_checkpointing: MayChange[bool] = True
+    sharding: MayChange[Literal["zero3", "zero2", "ddp"]] = "zero3"
+    replicas: MayChange[Count] = 1  # HSDP: copies of the sharded model, e.g. one a node
+    cpu_offload: MayChange[bool] = False
+    startup_pass: MayChange[bool | None] = None  # first a pass at full length; null: on GPU
+
+    # evaluation, always without hints
+    eval_strategy: MayChange[Choice[Literal["no", "steps"]]] = "no"
+    eval_steps: MayChange[Count] = 100
+    # name: path, or name: {dataset_name: ..., eval_samples: ..., more of data and evaluation}
+    eval_datasets: MayChange[dict[str, str | dict[str, Any]]] = field(default_factory=dict)
+    eval_samples: MayChange[Count] = 1  # k of avg@k
+    eval_temperature: MayChange[Annotated[Real, Interval(ge=0, le=10)]] = 0.0
+    eval_max_completion_length: MayChange[Length | None] = None  # null: max_completion_length
+
+    # output
+    output_dir: MayChange[Annotated[str, MinLen(1)]] = "runs/ghpo"  # the same config resumes there
+    overwrite_output_dir: MayChange[bool] = False  # another run there is moved aside, not deleted
+    save_strategy: MayChange[Choice[Literal["no", "steps", "epoch"]]] = "steps"  # no: only the last
+    save_steps: MayChange[Count] = 100
+    save_minutes: MayChange[Positive | None] = None  # also by the clock
+    save_total_limit: MayChange[Count | None] = None
+    push_to_hub: MayChange[bool] = False
+    hub_model_id: MayChange[str | None] = None
+    report_to: MayChange[Tuple[Literal["wandb"]]] = ()
+    gpu_tflops: MayChange[Positive | None] = None  # of a GPU in bf16 (H100: 989): then MFU is told
+    logging_steps: MayChange[Count] = 1  # for the terminal; metrics.jsonl has every step
+    seed: Annotated[Int, Interval(ge=0, lt=2**63)] = 42
+
+    def __post_init__(self):
+        wrong = {}
+        for name, kind in KINDS.items():
+            value = getattr(self, name)
+            try:
+                value = kind.validate_python(value, strict=True)
+            except ValidationError as error:
+                found = [one["msg"].replace("Input should", "must") for one in error.errors()]
+                wrong[name] = f"{shown(name, value)} {' or '.join(dict.fromkeys(found))}"
+                value = DEFAULTS[name]  # for what follows; the config is refused below
+            object.__setattr__(self, name, value)
+        if self.engine is None:
+            object.__setattr__(self, "engine", "vllm" if self.use_vllm else "hf")
+        lines = list(wrong.values())
+        for names, message in contradictions(self):
+            if wrong.keys().isdisjoint(names.split()):
+                settings = [shown(name, getattr(self, name)) for name in names.split()]
+                lines.append(f"{' and '.join(settings)} {message}")
+        if lines:
+            raise SettingsError(lines)
+
+
+class SettingsError(UserError):
+    """All that is wrong with some settings, a line each."""
+
+    def __init__(self, lines: list[str]):
+        self.lines = lines
+        title = "config: " if len(lines) == 1 else f"config: {len(lines)} mistakes\n  "
+        super().__init__(title + "\n  ".join(lines))
+
+
+def shown(name: str, value: object) -> str:
+    """key=value, not longer than a message can hold."""
+    text = repr(value)
+    return f"{name}={text if len(text) <= SHOWN else text[:SHOWN] + '...'}"
+
+
+KINDS = {name: TypeAdapter(hint)
+         for name, hint in get_type_hints(Config, include_extras=True).items()}  # fmt: skip
+def contradictions(c: Config) -> Iterator[tuple[str, str]]:
+    """(names of settings, why they cannot stand so) for values that are right one by one."""
+    if not c.model_name_or_path:
+        yield "model_name_or_path", "must be set, to a hub name or a folder"
+    if not c.dataset_name:
+        yield "dataset_name", "must be set, to a hub name, a folder or a file"
+    if c.use_vllm is not None and c.use_vllm != (c.engine != "hf"):
+        yield "engine use_vllm", "disagree, set one"
+    if c.bf16 is not None and c.bf16 != (c.torch_dtype == "bfloat16"):
+        yield "bf16 torch_dtype", "disagree, set one"
+    if c.chat_template and "{" not in c.chat_template and not Path(c.chat_template).is_file():
+        yield "chat_template", "is neither Jinja text nor a file"
+    for name in c.reward_funcs:
+        file, _, function = name.rpartition(":")
+        if name not in REWARDS and not (function and Path(file).is_file()):
+            yield "reward_funcs", f"{name!r} is none of {', '.join(REWARDS)}, nor a file.py:function"
+    if len(set(c.reward_funcs)) < len(c.reward_funcs):
+        yield "reward_funcs", "names a reward twice"
+    if len(c.reward_weights) != len(c.reward_funcs):
+        yield "reward_funcs reward_weights", "need one weight for each reward"
+    if list(c.hint_ratio) != sorted(set(c.hint_ratio)):
+        yield "hint_ratio", "must ascend"
+    if c.rl_type == "ghpo":
+        if c.hint_trigger not in (*c.reward_funcs, "always"):
+            yield "hint_trigger reward_funcs", "disagree: the trigger is one of the rewards, or always"
+        if not c.hint_ratio and (c.hint_trigger == "always" or c.hint_exhausted == "keep"):
+            yield "hint_ratio", "shows no hint: set rl_type: grpo, or hint_exhausted: drop"
+        if c.hint_timing == "deferred" and not c.deferred_share:
+            yield "hint_timing deferred_share", "never ask again"
+    if c.temperature == 0 and c.num_generations > 1:
+        yield "temperature num_generations", "make the same greedy sample several times"
+    if "min_lr" in c.lr_scheduler_type and not {"min_lr", "min_lr_rate"} & {*c.lr_scheduler_kwargs}:
+        yield "lr_scheduler_type lr_scheduler_kwargs", "lack min_lr or min_lr_rate"
+
+
+DEFAULTS = asdict(Config(model_name_or_path="-", dataset_name="-"))
+
+
+class OnceLoader(yaml.SafeLoader):
+    """YAML in which no key stands twice: of two values the first would be lost without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            need(keys.count(key) == 1, f"{key} stands twice,{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str, name: str) -> Any:
+    """What YAML text says; UserError names where it comes from."""
+    try:
+        return yaml.load(text, OnceLoader)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+    raise UserError(f"config: {name}: {reason}")
+
+
+def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
+    """Settings from a command line: key=value, --key=value, --key value, --key value value."""
+    texts, last = {}, None  # last: the key whose values may still come
+    for word in arguments:
+        key, equals, text = word.removeprefix("--").partition("=")
+        key = key.replace("-", "_")
+        if word.startswith("--"):
+            texts[key] = [text] if equals else []
+            last = key
+        elif last and (not texts[last] or not (equals and key.isidentifier())):
+            texts[last].append(word)
+        else:
+            need(equals and key.isidentifier(), f"config: {word}: an override is written key=value")
+            texts[key], last = [text], None
+    values = {}
+    for key, words in texts.items():
+        need(words, f"config: --{key} has no value")
+        found = [read_yaml(word, f"{key}={word}") for word in words]
+        values[key] = found[0] if len(found) == 1 else found
+    return values
+
+
+def load_config(path: str | Path, arguments: Iterable[str] = (), is_eval: bool = False,
+                is_dry: bool = True) -> Config:  # fmt: skip
+    """The checked Config of a YAML file and a command line's overrides (see parse_overrides)."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"config: {path}: {error}") from None
+    values = read_yaml(text, path)
+    need(isinstance(values, dict | None), f"config: {path}: no settings, but {shown('', values)}")
+    config = make_config(our_names(values or {}) | our_names(parse_overrides(arguments)))
+    need(config.eval_datasets or not is_eval, "config: --eval needs eval_datasets")
+    need(is_dry or config.engine == "hf" or importlib.util.find_spec("vllm"),
+         "config: engine: vllm is not installed: pip install -r requirements-vllm.txt (on a CPU: "
+         "./run.sh test-vllm)")  # fmt: skip
+    if config.eval_strategy == "steps" and not config.eval_datasets:
+        say("config: eval_strategy: nothing is evaluated without eval_datasets")
+    if config.eval_datasets and (is_eval or config.eval_strategy == "steps"):
+        return config
+    return replace(config, eval_strategy="no", eval_datasets={})
+
+
+def make_config(values: dict[str, Any]) -> Config:
+    """The checked Config of a dict of settings, ours or another trainer's."""
+    ours, lines = translate(values)
+    for key in [key for key in ours if key not in KINDS]:
+        near = difflib.get_close_matches(key, KINDS, 1, NEAREST)
+        lines.append(f"unknown key {key!r}" + "".join(f", not {name}?" for name in near))
+        del ours[key]
+    if isinstance(ours.get("hint_ratio"), int | float):
+        say("config: one hint_ratio is a fixed ratio here; the released trainer ignores the key")
+    try:
+        config = Config(**ours)
+    except SettingsError as error:
+        raise SettingsError(lines + error.lines) from None
+    for name, spec in config.eval_datasets.items():
+        try:
+            eval_config(config, spec)
+        except SettingsError as error:
+            lines += [f"eval_datasets: {name}: {line}" for line in error.lines]
+    if lines:
+        raise SettingsError(lines)
+    return with_what_is_installed(config)
+
+
+def eval_config(config: Config, spec: str | dict) -> Config:
+    """The config of an eval set, a path or a dict of settings: G = k, no hints."""
+    if isinstance(spec, str):
+        spec = {"dataset_name": spec}
+    spec = our_names(spec)
+    lines = [f"{key} has no meaning there, use {ALSO_IN_EVALUATION[key]}"
+             for key in spec if key in ALSO_IN_EVALUATION]  # fmt: skip
+    lines += [f"unknown key {key!r}" for key in spec if key not in KINDS]
+    if "dataset_name" not in spec:
+        lines.append("has no dataset_name")
+    if lines:
+        raise SettingsError(lines)
+    values = asdict(config) | spec
+    if config.eval_max_completion_length and "max_completion_length" not in spec:
+        values["max_completion_length"] = values["eval_max_completion_length"]
+    values |= {"rl_type": "grpo", "curriculum": False, "num_generations": values["eval_samples"],
+               "temperature": values["eval_temperature"]}  # fmt: skip
+    return Config(**values)
+
+
+def with_what_is_installed(config: Config) -> Config:
+    """The config without wandb and flash attention where they are missing, which is told."""
+    report_to, attention = config.report_to, config.attn_implementation
+    if "wandb" in report_to and not is_installed("wandb"):
+        say("config: report_to: wandb is not installed; metrics.jsonl has everything")
+        report_to = ()
+    if attention in FLASH and not is_installed(FLASH[attention]):
+        say(f"config: attn_implementation: {FLASH[attention]} is not installed, using sdpa")
+        attention = "sdpa"
+    packing = attention in FLASH if config.packing is None else config.packing
+    return replace(config, report_to=report_to, attn_implementation=attention, packing=packing)
+
+
+def is_installed(package: str) -> bool:
+    """Is the package of this name in the index there (modules of other packages may share it)?"""
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False

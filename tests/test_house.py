@@ -1,0 +1,181 @@
+"""What forks rely on: the modules stand alone, hooks take effect, what a method remembers is kept."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import DATA, ROOT, ScriptedPool, read_jsonl, settings, write_jsonl
+
+import ghpo
+import hints
+
+MODULES = ("ghpo", "rollout", "reward", "hints", "fsdp_utils")
+
+
+def hard_rows(n=8):
+    return read_jsonl(DATA / "eval_hard.jsonl")[:n]
+
+
+def test_the_five_modules_and_configs_stand_alone(tmp_path):
+    """In a folder of their own, with a model and data elsewhere: train, kill, resume, evaluate."""
+    home = tmp_path / "a fork of it"
+    home.mkdir()
+    for name in MODULES:
+        shutil.copy(ROOT / f"{name}.py", home)
+    shutil.copytree(ROOT / "configs", home / "configs", ignore=shutil.ignore_patterns("__pycache__"))
+    out = tmp_path / "out"
+    config = tmp_path / "config.json"
+    eval_rows = write_jsonl(tmp_path / "eval.jsonl", read_jsonl(DATA / "eval_easy.jsonl")[:4])
+    config.write_text(json.dumps(settings(
+        output_dir=str(out), save_strategy="steps", save_steps=1, eval_datasets={"x": eval_rows})))
+    command = [sys.executable, "ghpo.py", "--config", str(config)]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    run = subprocess.Popen(command, cwd=home, env=environment, stderr=subprocess.PIPE, text=True)
+    while not (out / "checkpoint-000001").exists():
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.01)
+    run.kill()
+    run.communicate()
+    for more in ([], ["--eval", f"output_dir={tmp_path / 'evaluated'}"], ["--dry_run"]):
+        done = subprocess.run([*command, *more], cwd=home, env=environment, capture_output=True,
+                              text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        if not more:
+            assert "resuming" in done.stderr
+    assert [line["step"] for line in read_jsonl(out / "metrics.jsonl")] == [1, 2]
+    assert (out / "model" / "model.safetensors").is_file()
+    assert "eval/x" in read_jsonl(tmp_path / "evaluated" / "metrics.jsonl")[0]
+
+
+def test_the_program_imports_nothing_from_tests():
+    for path in [*ROOT.glob("*.py"), *(ROOT / "configs").glob("*.py")]:
+        assert "import tests" not in path.read_text() and "from tests" not in path.read_text(), path
+
+
+def test_a_verifier_worker_stays_light():
+    code = ("import runpy, sys; runpy.run_path('reward.py'); "
+            "print([name for name in ('torch', 'transformers', 'pydantic') if name in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_a_run_goes_on_after_a_setting_or_a_state_key_was_added(main, tmp_path):
+    """Config and state were saved by a program that did not know them yet."""
+    first = main(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    assert first.status == 0
+    saved = yaml.safe_load((first.folder / "config.yaml").read_text())
+    for key in ("importance_cap", "hint_threshold"):
+        del saved[key]
+    (first.folder / "config.yaml").write_text(yaml.safe_dump(saved))
+    state = first.folder / "checkpoint-000001" / "state.json"
+    kept = json.loads(state.read_text())
+    del kept["method"], kept["mismatch"]
+    state.write_text(json.dumps(kept | {"of_another_fork": 1}))
+    again = main(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    assert again.status == 0 and "resuming" in again.err
+    other = main(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, hint_threshold=0.25)
+    assert other.status == 2 and "hint_threshold" in other.err  # not at its default
+
+
+class HalfRight(ScriptedPool):
+    """Samples with a hint are right, samples without one are wrong; slot 0's first is right too."""
+
+    def submit(self, key, texts, gold, row=None):
+        request, completions = key
+        rewards = [[float(bool(c.hint)), 0.0] for c in completions]
+        if request.slot == 0:
+            rewards[0] = [1.0, 0.0]
+        self.waiting.append((0, key, rewards))
+
+
+def test_a_mixed_group_is_counted_and_shown_sample_by_sample(scripted_training, monkeypatch):
+    """Half of each group has a hint: accuracy without hints is that of the other half."""
+    omegas = [0.0, 0.0, 0.3, 0.5]
+
+    def next_ratio(group, config, state):
+        return None if group.stages else omegas
+
+    monkeypatch.setattr(hints, "next_ratio", next_ratio)
+    run, seen, steps = scripted_training(
+        None, hard_rows(), pool=HalfRight, max_steps=1, max_completion_length=8)
+    (told,) = read_jsonl(run.folder / "metrics.jsonl")
+    assert told["accuracy_without_hint"] == 1 / 8  # of 8 samples without a hint
+    assert told["hard_fraction"] == 3 / 4  # of 4 problems, by their samples without a hint
+    assert told["reward/accuracy"] == (4 * 2 + 1) / 16
+    # .3 is counted at the nearest rung, .25
+    assert {key: value for key, value in told.items() if "@" in key} == {
+        "hint/tried@0": 4, "hint/solved@0": 1, "tokens/generated@0": 64,
+        "hint/tried@0.25": 4, "hint/solved@0.25": 4, "tokens/generated@0.25": 32,
+        "hint/tried@0.5": 4, "hint/solved@0.5": 4, "tokens/generated@0.5": 32}
+    for group, line in zip(seen[0][0], steps[0]):
+        assert line["hint"] == "" and line["hint_ratio"] == 0
+        shown = line["completions"]
+        assert [sample["hint_ratio"] for sample in shown] == omegas
+        assert ["prompt" in sample for sample in shown] == [False, False, True, True]
+        for sample, omega in zip(shown[2:], omegas[2:]):
+            hint, _ = hints.make_hint(group.problem, omega, run.config, run.state)
+            assert hint and sample["hint"] == hint and hint in sample["prompt"]
+
+
+def test_a_launcher_may_replace_advantages_and_the_loss(tmp_path):
+    """GSPO's ratio of whole sequences, and advantages without a mean: 12 lines, own process."""
+    launcher = tmp_path / "gspo.py"
+    launcher.write_text(f'''
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import numpy as np
+import torch
+import ghpo
+import hints
+
+def advantages(group, config, state):
+    state.method["groups"] = state.method.get("groups", 0) + 1
+    return np.array(group.rewards)[:, 1] - 0.25
+
+def sequence_loss(logp, old_logp, ref_logp, batch, config):
+    row = batch["row"]
+    count = torch.bincount(row).to(logp.dtype)
+    mean = torch.zeros_like(count).index_add(0, row, logp - old_logp) / count
+    print("rows", len(count), "tokens", len(row))
+    return -torch.exp(mean)[row] * batch["advantage"], torch.zeros_like(logp, dtype=torch.bool)
+
+hints.advantages = advantages
+ghpo.token_loss = sequence_loss
+ghpo.main()
+''')
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(settings(
+        output_dir=str(tmp_path / "out"), max_steps=1, save_strategy="steps", save_steps=1)))
+    done = subprocess.run([sys.executable, str(launcher), "--config", str(config)],
+                          capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("rows")]
+    assert sum(rows) == 16  # every row is used: no advantage is 0
+    state = json.loads((tmp_path / "out" / "checkpoint-000001" / "state.json").read_text())
+    assert state["method"] == {"groups": 4}
+    (told,) = read_jsonl(tmp_path / "out" / "metrics.jsonl")
+    samples = [sample for line in read_jsonl(tmp_path / "out" / "rollouts" / "step_000001.jsonl")
+               for sample in line["completions"]]
+    assert told["grad_norm"] > 0
+    # bnpo: mean over groups of the token mean; with a ratio of 1 the value is minus the advantage
+    groups = [samples[i : i + 4] for i in range(0, 16, 4)]
+    expected = [-sum(s["tokens"] * (s["format"] - 0.25) for s in group)
+                / sum(s["tokens"] for s in group) for group in groups]
+    assert told["loss"] == pytest.approx(np.mean(expected), abs=1e-5)
+
+
+def test_the_loss_sees_which_row_a_token_belongs_to():
+    lengths = [3, 1, 2]
+    for is_packed in (False, True):
+        rows = [ghpo.Row([5] * (2 + n), 2, [0.0] * n, [1.0] * n, [0.0] * n, [True] * n, float(n), n)
+                for n in lengths]
+        _, batch = ghpo.collate(rows, is_packed, torch.device("cpu"), torch.float32)
+        assert batch["row"].tolist() == [0, 0, 0, 1, 2, 2]
+        assert batch["advantage"].tolist() == [3, 3, 3, 1, 2, 2]
