@@ -903,13 +903,16 @@ def is_plain(tree) -> bool:
 
 def is_copied(answer: str, gold: str, problem: str) -> bool:
     """Does the answer stand in the problem's text as it is, and the gold not?"""
-    answer, gold, problem = map(squeezed, (answer, gold, problem))
-    found = re.search(rf"(?<![A-Za-z0-9\\]){re.escape(answer)}(?![A-Za-z0-9])", problem)
-    return bool(found) and gold not in problem
+    answer, gold = (re.escape(squeezed(text).strip("$")) for text in (answer, gold))
+    problem = squeezed(problem)
+    stands = [re.search(rf"(?<![A-Za-z0-9\\]){text}(?![A-Za-z0-9])", problem)
+              for text in (answer, gold)]
+    return bool(stands[0]) and not stands[1]
 
 
 def squeezed(text: str) -> str:
-    text = re.sub(r"\\(?:left|right|displaystyle|[,;:! ])|[\s${}]", "", text)
+    """Without blanks, braces and sizes."""
+    text = re.sub(r"\\(?:left|right|displaystyle|[,;:! ])|[\s{}]", "", text)
     return re.sub(r"\\[dtc]frac", r"\\frac", text)
 
 

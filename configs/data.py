@@ -202,7 +202,8 @@ def load_problems(config: Any, prompts: Any, keep_all: bool = False) -> list[Pro
                 raise BadRow(reason)
         except (BadRow, UserError) as error:  # a template may refuse a chat's roles
             need(not keep_all, f"{name}, row {number}: {error}; evaluation drops no row, mend it")
-            told["dropped", str(error)].append(number)
+            reason = str(error).rpartition(f"row {number}: ")[2]
+            told["dropped", reason].append(number)
             continue
         if reason:
             problem = replace(problem, gold="")

@@ -8,13 +8,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs import need, say
+from configs import UserError, need, say
 from configs.settings import Config, eval_config, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
-BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
-CPU_CACHE = 2**30  # bytes of KV cache of a server without a GPU
-CPU_BATCH = 4096  # tokens, at least
+BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}  # of a number
 
 
 @dataclass(frozen=True)
@@ -40,10 +38,14 @@ def make_plan(config: Config, world: int, n_problems: int) -> Plan:
     steps = max(1, int(config.num_train_epochs * per_epoch))
     if config.max_steps > 0:
         steps = config.max_steps
-    save_every = {"steps": config.save_steps, "epoch": per_epoch, "no": steps}
+    save_every = steps
+    if config.save_strategy == "steps":
+        save_every = config.save_steps
+    if config.save_strategy == "epoch":
+        save_every = per_epoch
     say(f"batch: {world} ranks * {batch} per device * {accumulation} accumulation / {G} generations"
         f" = {prompts} prompts a step; {per_epoch} steps an epoch; {steps} steps")
-    return Plan(prompts, per_epoch, steps, save_every[config.save_strategy])
+    return Plan(prompts, per_epoch, steps, save_every)
 
 
 def mismatch_limit(config: Config) -> float | None:
@@ -53,26 +55,20 @@ def mismatch_limit(config: Config) -> float | None:
     return config.mismatch_limit
 
 
-def memory_estimate(n_params: int, world: int, sharding: str, replicate: int = 1,
-                    dtype_bytes: int = 2, gathered: int = 0) -> dict[str, int]:  # fmt: skip
-    """Bytes per GPU of fp32 masters, compute copy, fp32 gradients and Adam's two moments.
-
-    gathered: weights that zero3 holds at once (the root's plus two blocks'). Activations excluded.
-    """
-    shards = 1 if sharding == "ddp" else world // replicate
-    copied = gathered if sharding == "zero3" else n_params
-    if world == 1 and dtype_bytes == 4:  # it computes with the masters themselves
-        copied = 0
-    parts = {"weights": 4 * n_params // shards, "compute_copy": copied * dtype_bytes,
-             "gradients": 4 * n_params // shards, "optimizer": 8 * n_params // shards}  # fmt: skip
-    return {**parts, "total": sum(parts.values())}
-
-
 def bytes_per_gpu(config: Config, world: int, n_params: int, gathered: int) -> dict[str, int]:
-    """memory_estimate for a run of a model of this size."""
-    estimate = memory_estimate(
-        n_params, world, config.sharding, config.replicas, BYTES[config.torch_dtype], gathered)
-    return {"parameters": n_params, **estimate}
+    """What a model of this size takes, activations excluded; with cpu_offload some on the host.
+
+    gathered: weights that zero3 holds at once (the root's plus two blocks').
+    """
+    shards = 1 if config.sharding == "ddp" else world // config.replicas
+    copied = gathered if config.sharding == "zero3" else n_params
+    if world == 1 and config.torch_dtype == "float32":  # it computes with the masters themselves
+        copied = 0
+    held = {"weights": 4 * n_params // shards, "gradients": 4 * n_params // shards,
+            "optimizer": 8 * n_params // shards}  # fmt: skip
+    compute_copy = copied * BYTES[config.torch_dtype]
+    total = compute_copy if config.cpu_offload else compute_copy + sum(held.values())
+    return {"parameters": n_params, **held, "compute_copy": compute_copy, "total": total}
 
 
 def longest_sequence(config: Config) -> int:
@@ -84,37 +80,42 @@ def longest_sequence(config: Config) -> int:
 def server_arguments(config: Config, n_gpus: int) -> tuple[list[str], dict[str, str]]:
     """(argv, environment) of the vLLM server; without a GPU its weights come over gloo."""
     length = longest_sequence(config)
+    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enable-scale-out",
+            "--skip-tokenizer-init"]  # fmt: skip
+    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # the calls that update weights
     options = {
         "model": config.model_name_or_path, "revision": config.model_revision,
         "host": config.vllm_server_host, "port": config.vllm_server_port,
         "dtype": config.torch_dtype, "max-model-len": length,
-        "logprobs-mode": "processed_logprobs", "weight-transfer-config": '{"backend":"nccl"}'}
-    flags = ["--enable-scale-out", "--skip-tokenizer-init"]
-    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # the calls that update weights
+        "logprobs-mode": "processed_logprobs", "weight-transfer-config": '{"backend":"nccl"}',
+    }  # fmt: skip
     if n_gpus > 1:
         options["data-parallel-size"] = n_gpus  # a copy of the model on each
     if n_gpus == 0:
         # trap: seeded requests crash in a chunked prefill on CPU
-        flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
+        argv += ["--enforce-eager", "--no-enable-chunked-prefill"]
         options |= {"worker-extension-cls": "configs.vllm_cpu.Extension",
-                    "max-num-batched-tokens": max(CPU_BATCH, length),
-                    "kv-cache-memory-bytes": CPU_CACHE}  # fmt: skip
-        path = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-        environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
-                        "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # fmt: skip
-    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
+                    "max-num-batched-tokens": max(4096, length), "kv-cache-memory-bytes": 2**30}
+        path = [str(ROOT), environment.get("PYTHONPATH", "")]
+        environment |= {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1",
+                        "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     for name, value in options.items():
         argv += [f"--{name}", str(value)]
     return argv, environment
 
 
-def serve(path: str, *overrides: str) -> None:
+def main(path: str, *overrides: str) -> None:
     """Becomes the server of a config; Ctrl-C or SIGTERM stops it."""
     import torch
 
-    argv, environment = server_arguments(load_config(path, overrides), torch.cuda.device_count())
+    try:
+        config = load_config(path, overrides)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    argv, environment = server_arguments(config, torch.cuda.device_count())
     os.execve(argv[0], argv, environment)
 
 
 if __name__ == "__main__":
-    serve(*sys.argv[2:])
+    main(*sys.argv[2:])

@@ -12,7 +12,7 @@ import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
@@ -26,6 +26,7 @@ from reward import REWARDS
 
 INTEGER = re.compile(r"[-+]?\d+")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+SUBJECT = re.compile(r"^\w+ should")  # of pydantic's messages
 RESUMABLE = "may differ when a run is resumed"
 NEAREST = 0.8  # similarity from which an unknown key is taken for a misspelt one
 SHOWN = 90  # characters of a value in a message
@@ -51,22 +52,20 @@ def as_tuple(value: object) -> tuple:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def as_choice(value: object) -> object:
-    """YAML 1.1 takes a bare no for false."""
-    return "no" if value is False else value
-
-
 T = TypeVar("T")
 MayChange = Annotated[T, RESUMABLE]  # all the other settings define the run
 Int = Annotated[int, BeforeValidator(as_number)]
 Real = Annotated[float, BeforeValidator(as_number), AllowInfNan(False)]
 Tuple = Annotated[tuple[T, ...], BeforeValidator(as_tuple)]
-Choice = Annotated[T, BeforeValidator(as_choice)]
+Natural = Annotated[Int, Ge(0)]
 Count = Annotated[Int, Ge(1)]
 Length = Annotated[Int, Interval(ge=1, le=2**20)]  # tokens
 Positive = Annotated[Real, Gt(0)]
-Limit = Annotated[Real, Ge(0)]
+NonNegative = Annotated[Real, Ge(0)]
 Share = Annotated[Real, Interval(ge=0, le=1)]
+Part = Annotated[Real, Interval(gt=0, le=1)]
+Temperature = Annotated[Real, Interval(ge=0, le=10)]
+Port = Annotated[Int, Interval(ge=1, lt=65535)]
 Attention = Literal["sdpa", "eager", "flash_attention_2", "kernels-community/flash-attn2",
                     "kernels-community/flash-attn3"]  # fmt: skip
 Schedule = Literal[
@@ -82,9 +81,9 @@ class Config:
     # model
     model_name_or_path: str = ""  # hub name or folder of a causal LM
     model_revision: str = "main"
-    torch_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # computed in; kept: float32
+    torch_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of computing
     bf16: bool | None = None  # the reference's flag: must agree with torch_dtype
-    attn_implementation: MayChange[Attention] = "sdpa"  # flash becomes sdpa where it is not installed
+    attn_implementation: MayChange[Attention] = "sdpa"  # flash: sdpa where it is missing
     chat_template: str | None = None  # Jinja text or its file; null: the tokenizer's
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # enable_thinking ...
 
@@ -102,7 +101,7 @@ class Config:
     # hints: the method
     rl_type: Literal["ghpo", "grpo"] = "ghpo"  # grpo: the same code without hints
     hint_ratio: Tuple[Share] = (0.25, 0.5, 0.75)  # omega of the stages; one number: a fixed ratio
-    start_hint_step: Annotated[Int, Ge(0)] = 0  # cold start: no hints before (paper: 20)
+    start_hint_step: Natural = 0  # cold start: no hints before (paper: 20)
     hint_trigger: str = "accuracy"  # the reward that decides what is hard; always: hint everything
     hint_threshold: Share = 0.0  # hard: mean trigger reward of the group is at most this
     hint_where: Literal["user", "assistant"] = "user"  # (paper), or the assistant's turn begins so
@@ -117,25 +116,27 @@ class Config:
     num_generations: Count = 8  # G, samples per problem
     max_prompt_length: Length = 512  # longer problems are dropped at load, longer hints shortened
     max_completion_length: Length = 2048
-    temperature: Annotated[Real, Interval(ge=0, le=10)] = 1.0  # 0: greedy, in evaluation only
-    top_p: Annotated[Real, Interval(gt=0, le=1)] = 1.0  # below 1 the loss sees another distribution
-    top_k: Annotated[Int, Ge(0)] = 0  # 0: off; otherwise as top_p
-    mismatch_limit: MayChange[Literal["auto"] | Positive | None] = "auto"  # k3; null only warns
-    vllm_gpu_memory_utilization: MayChange[Annotated[Real, Interval(gt=0, le=1)]] = 0.3  # of the GPU
+    temperature: Temperature = 1.0  # 0: greedy, in evaluation only
+    top_p: Part = 1.0  # below 1 the sampler's log-probs are of another distribution than the loss's
+    top_k: Natural = 0  # 0: off; otherwise as top_p
+    # mean k3 of sampler against trainer that stops the run; auto: see plan.py; null: only warns
+    mismatch_limit: MayChange[Literal["auto"] | Positive | None] = "auto"
+    vllm_gpu_memory_utilization: MayChange[Part] = 0.3  # of the whole GPU, colocated engine
     vllm_server_host: MayChange[str] = "127.0.0.1"
-    vllm_server_port: MayChange[Annotated[Int, Interval(ge=1, le=65534)]] = 8000  # weights: + 1
+    vllm_server_port: MayChange[Port] = 8000  # weights travel through port + 1
 
     # rewards
     reward_funcs: Annotated[Tuple[str], MinLen(1)] = ("accuracy", "format")  # or file.py:function
     reward_weights: Tuple[Real] = (1.0, 0.5)
     strict_answers: bool = True  # in training an answer must be worked out, not copied
-    verifier_timeout: MayChange[Annotated[Real, Interval(ge=0.01, le=3600)]] = 5.0  # s; then 0
+    # seconds for one answer, which then scores 0
+    verifier_timeout: MayChange[Annotated[Real, Interval(ge=0.01, le=3600)]] = 5.0
 
     # loss
     loss_type: Literal["bnpo", "dapo", "grpo", "dr_grpo"] = "bnpo"  # E6; bnpo is the reference's
-    epsilon: Limit = 0.2
-    epsilon_high: Limit | None = None  # null: epsilon
-    beta: Limit = 0.0  # of the KL term; above 0 a frozen copy of the model is kept
+    epsilon: NonNegative = 0.2
+    epsilon_high: NonNegative | None = None  # null: epsilon
+    beta: NonNegative = 0.0  # of the KL term; above 0 a frozen copy of the model is kept
     scale_rewards: bool = True  # divide advantages by the standard deviation of the group
     num_iterations: Count = 1  # optimizer steps on each rollout batch
     mask_truncated_completions: bool = False
@@ -146,11 +147,11 @@ class Config:
     lr_scheduler_type: Schedule = "cosine"  # as in transformers
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)  # min_lr_rate ...
     warmup_ratio: Share = 0.0
-    warmup_steps: Annotated[Int, Ge(0)] = 0  # above 0 it wins over warmup_ratio
-    weight_decay: Limit = 0.0
-    adam_beta1: Annotated[Limit, Lt(1)] = 0.9
-    adam_beta2: Annotated[Limit, Lt(1)] = 0.999
-    max_grad_norm: Limit = 1.0  # 0: no clipping
+    warmup_steps: Natural = 0  # above 0 it wins over warmup_ratio
+    weight_decay: NonNegative = 0.0
+    adam_beta1: Annotated[NonNegative, Lt(1)] = 0.9
+    adam_beta2: Annotated[NonNegative, Lt(1)] = 0.999
+    max_grad_norm: NonNegative = 1.0  # 0: no clipping
     nonfinite: Literal["stop", "skip"] = "stop"  # when the gradient norm is not finite
     num_train_epochs: Positive = 1.0
     max_steps: Annotated[Int, Ge(-1)] = -1  # above 0 it wins over num_train_epochs
@@ -165,18 +166,18 @@ class Config:
     startup_pass: MayChange[bool | None] = None  # first a pass at full length; null: on GPU
 
     # evaluation, always without hints
-    eval_strategy: MayChange[Choice[Literal["no", "steps"]]] = "no"
+    eval_strategy: MayChange[Literal["no", "steps"]] = "no"
     eval_steps: MayChange[Count] = 100
     # name: path, or name: {dataset_name: ..., eval_samples: ..., more of data and evaluation}
     eval_datasets: MayChange[dict[str, str | dict[str, Any]]] = field(default_factory=dict)
     eval_samples: MayChange[Count] = 1  # k of avg@k
-    eval_temperature: MayChange[Annotated[Real, Interval(ge=0, le=10)]] = 0.0
+    eval_temperature: MayChange[Temperature] = 0.0
     eval_max_completion_length: MayChange[Length | None] = None  # null: max_completion_length
 
     # output
     output_dir: MayChange[Annotated[str, MinLen(1)]] = "runs/ghpo"  # the same config resumes there
     overwrite_output_dir: MayChange[bool] = False  # another run there is moved aside, not deleted
-    save_strategy: MayChange[Choice[Literal["no", "steps", "epoch"]]] = "steps"  # no: only the last
+    save_strategy: MayChange[Literal["no", "steps", "epoch"]] = "steps"  # no: only the last
     save_steps: MayChange[Count] = 100
     save_minutes: MayChange[Positive | None] = None  # also by the clock
     save_total_limit: MayChange[Count | None] = None
@@ -194,7 +195,7 @@ class Config:
             try:
                 value = kind.validate_python(value, strict=True)
             except ValidationError as error:
-                found = [one["msg"].replace("Input should", "must") for one in error.errors()]
+                found = [SUBJECT.sub("must", one["msg"]) for one in error.errors()]
                 wrong[name] = f"{shown(name, value)} {' or '.join(dict.fromkeys(found))}"
                 value = DEFAULTS[name]  # for what follows; the config is refused below
             object.__setattr__(self, name, value)
@@ -226,6 +227,8 @@ def shown(name: str, value: object) -> str:
 
 KINDS = {name: TypeAdapter(hint)
          for name, hint in get_type_hints(Config, include_extras=True).items()}  # fmt: skip
+
+
 def contradictions(c: Config) -> Iterator[tuple[str, str]]:
     """(names of settings, why they cannot stand so) for values that are right one by one."""
     if not c.model_name_or_path:
@@ -238,10 +241,10 @@ def contradictions(c: Config) -> Iterator[tuple[str, str]]:
         yield "bf16 torch_dtype", "disagree, set one"
     if c.chat_template and "{" not in c.chat_template and not Path(c.chat_template).is_file():
         yield "chat_template", "is neither Jinja text nor a file"
-    for name in c.reward_funcs:
-        file, _, function = name.rpartition(":")
-        if name not in REWARDS and not (function and Path(file).is_file()):
-            yield "reward_funcs", f"{name!r} is none of {', '.join(REWARDS)}, nor a file.py:function"
+    unknown = [name for name in c.reward_funcs
+               if name not in REWARDS and not Path(name.rpartition(":")[0]).is_file()]  # fmt: skip
+    if unknown:
+        yield "reward_funcs", f"{unknown[0]!r}: none of {', '.join(REWARDS)}, no file.py:function"
     if len(set(c.reward_funcs)) < len(c.reward_funcs):
         yield "reward_funcs", "names a reward twice"
     if len(c.reward_weights) != len(c.reward_funcs):
@@ -249,14 +252,14 @@ def contradictions(c: Config) -> Iterator[tuple[str, str]]:
     if list(c.hint_ratio) != sorted(set(c.hint_ratio)):
         yield "hint_ratio", "must ascend"
     if c.rl_type == "ghpo":
-        if c.hint_trigger not in (*c.reward_funcs, "always"):
-            yield "hint_trigger reward_funcs", "disagree: the trigger is one of the rewards, or always"
+        if not unknown and c.hint_trigger not in (*c.reward_funcs, "always"):
+            yield "hint_trigger reward_funcs", "disagree: name one of the rewards, or always"
         if not c.hint_ratio and (c.hint_trigger == "always" or c.hint_exhausted == "keep"):
             yield "hint_ratio", "shows no hint: set rl_type: grpo, or hint_exhausted: drop"
         if c.hint_timing == "deferred" and not c.deferred_share:
             yield "hint_timing deferred_share", "never ask again"
     if c.temperature == 0 and c.num_generations > 1:
-        yield "temperature num_generations", "make the same greedy sample several times"
+        yield "temperature num_generations", "are several greedy samples, all the same"
     if "min_lr" in c.lr_scheduler_type and not {"min_lr", "min_lr_rate"} & {*c.lr_scheduler_kwargs}:
         yield "lr_scheduler_type lr_scheduler_kwargs", "lack min_lr or min_lr_rate"
 
@@ -268,9 +271,11 @@ class OnceLoader(yaml.SafeLoader):
     """YAML in which no key stands twice: of two values the first would be lost without a word."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            need(keys.count(key) == 1, f"{key} stands twice,{node.start_mark}")
+        seen = set()
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            need(name not in seen, f"line {line}: {name} stands there twice")
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
 
@@ -291,7 +296,7 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
         key = key.replace("-", "_")
         if word.startswith("--"):
             texts[key] = [text] if equals else []
-            last = key
+            last = None if equals else key
         elif last and (not texts[last] or not (equals and key.isidentifier())):
             texts[last].append(word)
         else:
@@ -328,7 +333,7 @@ def load_config(path: str | Path, arguments: Iterable[str] = (), is_eval: bool =
 
 def make_config(values: dict[str, Any]) -> Config:
     """The checked Config of a dict of settings, ours or another trainer's."""
-    ours, lines = translate(values)
+    ours, lines = translate(values, KINDS.keys())
     for key in [key for key in ours if key not in KINDS]:
         near = difflib.get_close_matches(key, KINDS, 1, NEAREST)
         lines.append(f"unknown key {key!r}" + "".join(f", not {name}?" for name in near))
@@ -361,12 +366,12 @@ def eval_config(config: Config, spec: str | dict) -> Config:
         lines.append("has no dataset_name")
     if lines:
         raise SettingsError(lines)
-    values = asdict(config) | spec
+    values = asdict(config) | {"strict_answers": False} | spec  # as others report accuracies
     if config.eval_max_completion_length and "max_completion_length" not in spec:
         values["max_completion_length"] = values["eval_max_completion_length"]
-    values |= {"rl_type": "grpo", "curriculum": False, "num_generations": values["eval_samples"],
-               "temperature": values["eval_temperature"]}  # fmt: skip
-    return Config(**values)
+    return Config(**values | {
+        "rl_type": "grpo", "curriculum": False, "num_generations": values["eval_samples"],
+        "temperature": values["eval_temperature"]})  # fmt: skip
 
 
 def with_what_is_installed(config: Config) -> Config:

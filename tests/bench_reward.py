@@ -1,12 +1,16 @@
-"""CPU seconds of accuracy_reward and of math-verify on the same labelled answers, in one run.
+"""What accuracy_reward costs beside math-verify, and what copying the question earns.
 
     python tests/bench_reward.py [verifier_dev.jsonl] [items]
 
-Every `step`-th item is taken when `items` is given. Both read each response and gold from text;
-math-verify gets its gold as $gold$, which is how it scores best.
+CPU seconds on the same labelled answers in one run (every n-th when `items` is given); both read
+each response and gold from text, math-verify gets its gold as $gold$, which is how it scores best.
+Then math500_dev.jsonl: the problems on which some formula of the problem's text, as it stands and
+unless it is the gold's own string, scores 1 as the answer; and the right answers of both files that
+strict_answers loses.
 """
 
 import json
+import re
 import statistics
 import sys
 import time
@@ -14,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from reward import accuracy_reward, readings, tokenise  # noqa: E402
+from reward import accuracy_reward, equal, is_plain, read, squeezed  # noqa: E402
 
 
 def math_verify_reward(response: str, gold: str) -> float:
@@ -39,6 +43,52 @@ def measure(function, items: list[dict]) -> dict:
             "max_us": 1e6 * max(walls), "accuracy_%": 100 * right / len(items)}
 
 
+FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
+
+
+def copies(problem: str, gold: str) -> list[str]:
+    """Formulas of a problem's text, whole and the sides of their equations, but not the gold."""
+    formulas = [next(filter(None, groups)) for groups in FORMULA.findall(problem)]
+    parts = [part for formula in formulas for part in [formula, *formula.split("=")]]
+    texts = dict.fromkeys(part.strip(" .,;\n") for part in parts)
+    return [text for text in texts if text and squeezed(text) != squeezed(gold)]
+
+
+def is_expression(text: str) -> bool:
+    """Has it an operator or a function? Numbers and letters may well be the answer."""
+    tree = read(text).tree
+    return tree is not None and not is_plain(tree)
+
+
+def copied(problems: list[dict], with_row: bool, strict: bool) -> float:
+    """% of problems on which a copy scores 1."""
+    hits = 0
+    for item in problems:
+        row = {"problem": item["problem"]} if with_row else {}
+        hits += any(accuracy_reward("\\boxed{%s}" % text, item["solution"], strict_answers=strict, **row)
+                    for text in copies(item["problem"], item["solution"]) if is_expression(text))
+    return 100 * hits / len(problems)
+
+
+def lost(items: list[tuple[str, str, str | None]]) -> int:
+    """Right answers (response, gold, problem) that only strict_answers refuses."""
+    right = [item for item in items if accuracy_reward(*item[:2], strict_answers=False)]
+    return sum(not accuracy_reward(*item) for item in right)
+
+
+def report_copies(data: Path, labelled: list[dict]) -> None:
+    problems = [json.loads(line) for line in (data / "math500_dev.jsonl").open(encoding="utf-8")]
+    print(f"copies of the question on {len(problems)} problems: "
+          f"{copied(problems, True, True):.1f} % with the row, "
+          f"{copied(problems, False, True):.1f} % without, "
+          f"{copied(problems, False, False):.1f} % with strict_answers off")
+    right = [(item["response"], item["gold"], None) for item in labelled if item["label"]]
+    golds = [("\\boxed{%s}" % item["solution"], item["solution"], item["problem"])
+             for item in problems]
+    print(f"right answers lost by strict_answers: {lost(right)} of {len(right)} labelled, "
+          f"{lost(golds)} of {len(golds)} golds")
+
+
 def main() -> None:
     path = ROOT.parent / "shared" / "data" / "verifier_dev.jsonl"
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else path
@@ -47,11 +97,12 @@ def main() -> None:
     if len(sys.argv) > 2:
         items = items[::max(1, len(items) // int(sys.argv[2]))]
     accuracy_reward("\\boxed{\\sqrt{2}}", "\\sqrt[4]{4}")  # imports and first-call costs
-    for cached in (readings, tokenise):
-        getattr(cached, "cache_clear", lambda: None)()
+    read.cache_clear()
+    equal.cache_clear()
     ours = measure(accuracy_reward, items)
     print(f"{len(items)} items")
     print("accuracy_reward", {key: round(value, 3) for key, value in ours.items()})
+    report_copies(path.parent, items)
     try:
         import math_verify  # noqa: F401
     except ImportError:

@@ -612,7 +612,7 @@ def test_a_template_that_refuses_a_chat_drops_the_row(tmp_path, capsys):
         "{%- for m in messages -%}{%- if m.role == 'critic' -%}{{ raise_exception('no critics') }}"
         "{%- endif -%}{{ m.content }}{%- endfor -%}")
     assert [p.id for p in ghpo.load_problems(config, prompts)] == [0]
-    assert "dropped 1, no critics: rows [1]" in capsys.readouterr().err
+    assert "dropped 1, chat template: no critics: rows [1]" in capsys.readouterr().err
 
 
 def test_the_configs_system_prompt_replaces_the_rows(tmp_path):

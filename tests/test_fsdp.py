@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fsdp_utils as fu  # noqa: E402
-from configs.plan import memory_estimate  # noqa: E402
 
 MODES = {"zero3": {}, "zero2": {}, "ddp": {}, "hsdp": {"sharding": "zero3", "replicate": 2}}
 
@@ -505,26 +504,6 @@ def test_kill_while_saving_keeps_a_good_checkpoint(tmp_path):
         assert int(path.name[-6:]) >= last
         root = tiny(torch.float32)
         assert fu.load_checkpoint(path, root, adam(root)) == {"step": int(path.name[-6:])}
-
-
-@pytest.mark.parametrize("case,want", [
-    # 1.5 B weights on one GPU in bf16: 16 bytes of masters, gradients, moments + 2 of the copy
-    ((1.5e9, 1, "zero2", 1, 2), {"weights": 6e9, "compute_copy": 3e9, "gradients": 6e9,
-                                 "optimizer": 12e9, "total": 27e9}),
-    # 8 GPUs, zero3, 0.2 B weights gathered at once
-    ((8e9, 8, "zero3", 1, 2, 0.2e9), {"weights": 4e9, "compute_copy": 0.4e9, "gradients": 4e9,
-                                      "optimizer": 8e9, "total": 16.4e9}),
-    # 2 replicas of 8 GPUs each, like 8 GPUs
-    ((8e9, 16, "zero2", 2, 2), {"weights": 4e9, "compute_copy": 16e9, "gradients": 4e9,
-                                "optimizer": 8e9, "total": 32e9}),
-    ((1e6, 4, "ddp", 1, 4), {"weights": 4e6, "compute_copy": 4e6, "gradients": 4e6,
-                             "optimizer": 8e6, "total": 20e6}),
-    # one fp32 process is not wrapped: the masters compute
-    ((1e6, 1, "zero3", 1, 4), {"weights": 4e6, "compute_copy": 0, "gradients": 4e6,
-                               "optimizer": 8e6, "total": 16e6}),
-])
-def test_memory_estimate(case, want):
-    assert memory_estimate(*case) == want
 
 
 def run_checks(target):

@@ -13,6 +13,7 @@ import torch
 import yaml
 from conftest import DATA, ROOT, ScriptedPool, read_jsonl, settings, write_jsonl
 
+import fsdp_utils
 import ghpo
 import hints
 
@@ -78,6 +79,9 @@ def test_a_run_goes_on_after_a_setting_or_a_state_key_was_added(main, tmp_path):
     kept = json.loads(state.read_text())
     del kept["method"], kept["mismatch"]
     state.write_text(json.dumps(kept | {"of_another_fork": 1}))
+    sums = state.with_name("checksums.json")
+    known = json.loads(sums.read_text()) | {"state.json": fsdp_utils.checksum(state)}
+    sums.write_text(json.dumps(known))
     again = main(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
     assert again.status == 0 and "resuming" in again.err
     other = main(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, hint_threshold=0.25)
@@ -132,6 +136,7 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import numpy as np
 import torch
+import fsdp_utils
 import ghpo
 import hints
 

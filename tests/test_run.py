@@ -25,50 +25,6 @@ MODULES = ("ghpo", "rollout", "hints", "reward", "fsdp_utils")
 # ---- bad input ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"hint_ratios": [0.5]}, "unknown key 'hint_ratios', not hint_ratio"),
-    ({"learning_rat": 1e-6}, "unknown key 'learning_rat', not learning_rate"),
-    ({"xyzzy_42": 1}, "unknown key 'xyzzy_42'"),
-    ({"max_steps": "many"}, "max_steps='many' must be of type int"),
-    ({"max_steps": 2.5}, "max_steps=2.5 must be of type int"),
-    ({"num_generations": True}, "num_generations=True must be of type int"),
-    ({"learning_rate": "fast"}, "learning_rate='fast' must be of type float"),
-    ({"learning_rate": None}, "learning_rate=None must be of type float"),
-    ({"learning_rate": "nan"}, "learning_rate=.?nan.? must be of type float"),
-    ({"gradient_checkpointing": "yes"}, "gradient_checkpointing='yes' must be of type bool"),
-    ({"dataset_name": 5}, "dataset_name=5 must be of type str"),
-    ({"reward_weights": ["much", 1]}, "reward_weights=.* must be of type float"),
-    ({"eval_datasets": "x.jsonl"}, "eval_datasets='x.jsonl' must be of type dict"),
-    ({"loss_type": "ppo"}, "loss_type='ppo' must be one of .*dapo"),
-    ({"engine": "sglang"}, "engine='sglang' must be one of .*vllm"),
-    ({"hint_ratio": [0.5, 1.5]}, r"hint_ratio=\\[0.5, 1.5\\] must .*\\[0, 1\\]"),
-    ({"hint_ratio": -0.25}, r"hint_ratio=\\[-0.25\\] must .*\\[0, 1\\]"),
-    ({"hint_ratio": [0.75, 0.25]}, "hint_ratio=.* must ascend"),
-    ({"reward_weights": [1.0]}, "reward_weights"),
-    ({"reward_funcs": ["accuracy", "fromat"]}, "reward 'fromat'.*accuracy"),
-    ({"hint_trigger": "format", "reward_funcs": "accuracy", "reward_weights": 1}, "hint_trigger=format"),
-    ({"engine": "hf", "use_vllm": True}, "engine.* and use_vllm.* disagree"),
-    ({"engine": "vllm", "use_vllm": False}, "engine.* and use_vllm.* disagree"),
-    ({"bf16": True}, "bf16.* and torch_dtype.* disagree"),
-    ({"num_generations": 1}, "num_generations=1 must be .* 2"),
-    ({"temperature": 0.0}, "temperature=0.0 must be"),
-    ({"save_steps": 0}, "save_steps=0 must be .* 1"),
-    ({"model_name_or_path": ""}, "model_name_or_path"),
-    ({"dataset_name": ""}, "dataset_name"),
-])  # fmt: skip
-def test_bad_settings(changes, message):
-    with pytest.raises(ghpo.UserError, match=message.replace("\\\\", "\\")):
-        make_config(**changes)
-
-
-def test_settings_are_cast():
-    config = make_config(learning_rate="1e-6", hint_ratio=0.5, max_steps="7", reward_funcs="accuracy",
-                         reward_weights=2, eval_strategy=False, save_strategy="no")  # fmt: skip
-    assert (config.learning_rate, config.max_steps, config.hint_ratio) == (1e-6, 7, [0.5])
-    assert (config.reward_funcs, config.reward_weights) == (["accuracy"], [2.0])
-    assert config.eval_strategy == "no" and isinstance(config.reward_weights[0], float)
-
-
 def tokenizer_without(key):
     """A config change that makes the model one whose tokenizer lacks something."""
     def change(folder):
@@ -99,28 +55,6 @@ def test_bad_input_ends_with_one_message(change, message, main, tmp_path):
     assert "Traceback" not in done.err
 
 
-def test_bad_command_lines(main, tmp_path):
-    good = tmp_path / "good.yaml"
-    good.write_text(yaml.safe_dump(settings()))
-    (tmp_path / "broken.yaml").write_text("a: [1\nb")
-    (tmp_path / "list.yaml").write_text("- a\n- b\n")
-    for arguments, message in [
-        (["--config", str(tmp_path / "none.yaml")], "none.yaml"),
-        (["--config", str(tmp_path / "broken.yaml")], "broken.yaml"),
-        (["--config", str(tmp_path / "list.yaml")], "list.yaml"),
-        (["--config", str(good), "max_steps"], "key=value"),
-        (["--config", str(good), "max_stepz=3"], "not max_steps"),
-        (["--config", str(good), "hint_ratio=[0.5"], "[0.5"),
-        (["--config", str(good), "importance_cap"], "key=value"),
-        (["--config", str(good), "micro_batch_tokens=1e4", "top_k=-1"], "top_k=-1 must be >= 0"),
-        (["--config", str(good), "save_total_limit=-1"], "save_total_limit=-1 must be >= 1"),
-        (["--config", str(good), "verifier_timeout=0"], "verifier_timeout=0.0 must be >= 0.01"),
-    ]:
-        done = main.command(*arguments, "--dry_run")
-        assert done.status == 2 and message in done.err, arguments
-        assert done.err.count("error: ") == 1 and "Traceback" not in done.err
-
-
 def test_output_folder_of_another_run(main, tmp_path):
     first = main(tmp_path, max_steps=1)
     assert first.status == 0 and (first.folder / "model" / "config.json").is_file()
@@ -147,92 +81,6 @@ def test_exit_status_of_the_process(tmp_path):
 
 
 # ---- the reference's config, dry run -----------------------------------------------------------
-
-REFERENCE = """
-model_name_or_path: Qwen/Qwen2.5-Math-7B
-model_revision: main
-torch_dtype: bfloat16
-attn_implementation: flash_attention_2
-dataset_name: hkgc/math3to5_olympiads_aime
-dataset_prompt_column: problem
-system_prompt: "You are a helpful AI Assistant. <think>\\n...\\n</think>"
-beta: 0.0
-bf16: true
-use_vllm: true
-vllm_device: auto
-vllm_gpu_memory_utilization: 0.75
-do_eval: true
-eval_strategy: no
-eval_steps: 1
-gradient_accumulation_steps: 28
-gradient_checkpointing: true
-gradient_checkpointing_kwargs:
-  use_reentrant: false
-hub_model_id: Qwen2.5-Math-7B-ghpo
-hub_strategy: every_save
-learning_rate: 1.0e-06
-log_completions: true
-log_level: info
-logging_first_step: true
-logging_steps: 5
-logging_strategy: steps
-lr_scheduler_type: cosine
-max_prompt_length: 2048
-max_completion_length: 2048
-max_steps: -1
-num_generations: 8
-num_train_epochs: 5
-output_dir: Qwen2.5-Math-7B-ghpo
-overwrite_output_dir: true
-per_device_eval_batch_size: 8
-per_device_train_batch_size: 8
-push_to_hub: true
-report_to:
-- wandb
-reward_funcs:
-- accuracy
-- format
-reward_weights:
-- 1.0
-- 0.5
-scale_rewards: true
-rl_type: "ghpo"
-hint_ratio: 0.5
-start_hint_step: 0
-save_strategy: "epoch"
-seed: 42
-warmup_ratio: 0.1
-save_total_limit: 6
-temperature: 1.0
-"""
-
-
-@pytest.mark.parametrize("source", ["copy", "shared"])
-def test_the_references_config_loads_unchanged(source, tmp_path, capsys):
-    path = SHARED / "config_ghpo.yaml" if source == "shared" else tmp_path / "reference.yaml"
-    if source == "copy":
-        path.write_text(REFERENCE)
-    elif not path.exists():
-        pytest.skip("no shared data")
-    config = ghpo.load_config(path)
-    warnings = capsys.readouterr().err
-    for key in ("vllm_device", "do_eval", "hub_strategy", "log_completions", "logging_strategy"):
-        assert len(re.findall(rf"\b{key}\b", warnings)) == 1
-    assert (config.hint_ratio, config.learning_rate, config.eval_strategy) == ([0.5], 1e-6, "no")
-    assert (config.warmup_ratio, config.save_strategy, config.loss_type) == (0.1, "epoch", "bnpo")
-    assert config.engine == "vllm" and config.max_steps == -1
-    # processes x 8 x 28 / 8: the reference's 7 make 196, the paper's 112 need 4, one makes 28
-    for world, prompts in ((7, 196), (4, 112), (1, 28)):
-        plan = ghpo.make_plan(config, world, 8890)
-        assert plan.prompts == prompts and plan.per_epoch == 8890 // prompts
-        assert plan.steps == 5 * (8890 // prompts)
-        assert f"= {prompts} prompts a step" in capsys.readouterr().err
-
-
-def test_plan_prefers_max_steps():
-    assert ghpo.make_plan(make_config(max_steps=3), 1, 100).steps == 3
-    assert ghpo.make_plan(make_config(max_steps=-1, num_train_epochs=0.5), 1, 100).steps == 12
-
 
 def test_dry_run_shows_every_stage(main, tmp_path):
     rows = read_jsonl(DATA / "eval_hard.jsonl")[:9]
@@ -516,17 +364,6 @@ def test_a_start_that_failed_claims_no_folder(main, tmp_path):
     assert main(tmp_path, max_steps=2, save_strategy="no").status == 0
 
 
-@pytest.mark.parametrize("sets, message", [
-    ({}, "--eval needs eval_datasets"),
-    ({"x": None}, "None must be a path or name"),
-    ({"x": {}}, "must be a path or name, or have a dataset_name"),
-    ({"x": {"dataset_name": "a.jsonl", "temperature": 0.6}}, "use eval_temperature"),
-])
-def test_eval_sets_that_would_not_be_what_they_say(sets, message, main, tmp_path):
-    done = main(tmp_path, "--eval", eval_datasets=sets)
-    assert done.status == 2 and message in done.err and "Traceback" not in done.err
-
-
 def test_evaluation_twice_keeps_both_lines(main, tmp_path):
     changes = {"eval_datasets": {"x": {"dataset_name": str(DATA / "eval_easy.jsonl")}},
                "eval_max_completion_length": 2, "system_prompt": "Think.\n\nThen: answer."}
@@ -574,7 +411,7 @@ def test_evaluation_numbers_by_hand(setup, prompts):
             right = rights[key[0].slot]
             self.waiting.append((0, key, [[float(j < right), 0.0] for j in range(4)]))
 
-    run = setup(eval_datasets={"x": str(DATA / "eval_easy.jsonl")}, eval_samples=4,
+    run = setup(eval_datasets={"x": str(DATA / "eval_easy.jsonl")}, eval_samples=4, eval_temperature=1.0,
                 eval_max_completion_length=3)  # fmt: skip
     run.pool.close()
     run.eval_sets["x"] = run.eval_sets["x"][0], run.eval_sets["x"][1][:4]
