@@ -147,7 +147,7 @@ class Prompts:
                         if not re.fullmatch("</?(think|answer)>", token)]
         # the date that a template shows must not change the prompts when a run is resumed
         self.template_values = {"strftime_now": PROMPT_DATE.strftime}
-        self.template_values |= getattr(config, "chat_template_kwargs", None) or {}
+        self.template_values |= config.chat_template_kwargs
         if "strftime_now" in str(self.tokenizer.chat_template):
             say(f"chat template: the date that it shows is always {PROMPT_DATE:%Y-%m-%d}")
         name = f"model_name_or_path={config.model_name_or_path}"

@@ -44,7 +44,7 @@ def load_tokenizer(config):
         spelt = tokenizer.decode(tokenizer("12").input_ids)
     need("12" in spelt.replace(" ", ""), f"{name}: its tokenizer reads 12 as {spelt!r}: are files "
          "missing?")
-    template = getattr(config, "chat_template", None)
+    template = config.chat_template
     if template and "{" not in template:  # all Jinja has a brace
         with as_user_error(f"chat_template={template}"):
             template = Path(template).read_text(encoding="utf-8")
@@ -123,11 +123,11 @@ def sdpa_computes(model_config, text_config) -> bool:
 
 def turn_off_dropout(model_config) -> list[str]:
     """Sets what is random in training to 0; the names of what was not."""
-    random = [key for key, value in vars(model_config).items()
-              if re.search("drop|jitter", key) and isinstance(value, float) and value > 0]
-    for key in random:
-        setattr(model_config, key, 0.0)
-    return random
+    names = [name for name, value in vars(model_config).items()
+             if re.search("drop|jitter", name) and isinstance(value, float) and value > 0]
+    for name in names:
+        setattr(model_config, name, 0.0)
+    return names
 
 
 def allow_sampling(name, generation):

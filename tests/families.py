@@ -102,11 +102,10 @@ def policy_run(folder: str, rank: int = 0, world: int = 1, **changes: object) ->
     import ghpo
 
     config = conftest.make_config(model_name_or_path=folder, **changes)
-    run = SimpleNamespace(config=config, rank=rank, world=world, device=torch.device("cpu"))
-    run.compute_dtype = getattr(torch, config.torch_dtype)
-    run.master_dtype = torch.promote_types(run.compute_dtype, torch.float32)
-    run.policy = ghpo.load_policy(run.config)
-    return run
+    compute_dtype, master_dtype = ghpo.dtypes(config)
+    return SimpleNamespace(
+        config=config, policy=ghpo.load_policy(config), rank=rank, world=world,
+        device=torch.device("cpu"), compute_dtype=compute_dtype, master_dtype=master_dtype)
 
 
 def sequences(seed: int = 0) -> list[torch.Tensor]:

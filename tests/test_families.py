@@ -20,8 +20,9 @@ from transformers import (
     GPTJForCausalLM, Qwen2_5_VLConfig, Qwen3_5Config, T5Config)
 
 import ghpo
-from configs import model as model_module
-from reward import UserError, VerifierPool, format_reward
+from configs import UserError
+from configs.model import blocks_of, check_wrapper
+from reward import VerifierPool, format_reward
 
 REWARD = "def digest(text, gold):\n    return sum(text.encode()) % 97 / 97\n"
 
@@ -183,7 +184,7 @@ def test_a_head_shares_the_weights_of_its_model():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_layers_are_the_blocks(family):
     model = families.build(family)
-    blocks = ghpo.blocks_of(model)
+    blocks = blocks_of(model)
     assert len(blocks) == 2 and model.get_input_embeddings() not in blocks
 
 
@@ -297,7 +298,7 @@ def test_attention_that_sdpa_does_not_have_is_eager(alone, capsys, tmp_path):
 
 
 def test_the_text_model_of_a_wrapper_is_told_where_the_library_has_it(capsys):
-    model_module.check_wrapper("model", Qwen3_5Config())
+    check_wrapper("model", Qwen3_5Config())
     assert "model: of qwen3_5 the text model alone is trained" in capsys.readouterr().err
 
 
@@ -397,8 +398,7 @@ def prompts_of(tmp_path):
         folder = tmp_path / f"model{len(list(tmp_path.glob('model*')))}"
         families.save(families.build("llama").config, folder, chat_template=template,
                       **(tokenizer or {}))
-        config = make_config(model_name_or_path=str(folder))
-        return ghpo.Prompts(SimpleNamespace(**(vars(config) | changes)))
+        return ghpo.Prompts(make_config(model_name_or_path=str(folder), **changes))
 
     return build
 
@@ -471,7 +471,7 @@ def test_chat_template_is_a_text_or_a_file(prompts_of, tmp_path):
     path.write_text(THINKS)
     assert text_of(prompts_of(TURNS, chat_template=str(path)), USER)[1] == "<think>\n"
     assert text_of(prompts_of(TURNS, chat_template=THINKS), USER)[1] == "<think>\n"
-    with pytest.raises(UserError, match="chat_template=none.jinja: .*No such file"):
+    with pytest.raises(UserError, match="chat_template.*none.jinja.*neither Jinja text nor a file"):
         prompts_of(TURNS, chat_template="none.jinja")
 
 
