@@ -728,17 +728,35 @@ def watch_mismatch(run: Run, metrics: dict) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """Accuracy without hints on each eval set: avg@k, its standard error over problems, pass@k."""
+    """Accuracy without hints on each eval set: avg@k, its standard error over problems, pass@k; and
+    avg@k by the rule of training, strict_answers, for comparison with the rewards."""
     metrics = {}
     for name, (c, problems) in run.eval_sets.items():
         blank = [Group(problem) for problem in problems[run.rank :: run.world]]
         groups = sample_groups(run, blank, c, name)
-        column = run.accuracy_column
-        is_right = [[scores[column] > 0 for scores in group.rewards] for group in groups]
-        is_right_PK = [row for rank in fsdp_utils.gather_objects(is_right) for row in rank]
-        for key, value in accuracy_at_k(is_right_PK).items():
+        lenient = [group.rewards for group in groups]
+        for key, value in accuracy_at_k(rights(run, lenient)).items():
             metrics[f"eval/{name}{key}"] = value
+        if "accuracy" in c.reward_funcs:
+            strict = judge(run, groups, replace(c, strict_answers=True))
+            metrics[f"eval/{name}_strict"] = accuracy_at_k(rights(run, strict))[""]
     write_metrics(run, metrics)
+
+
+def rights(run: Run, rewards: list) -> list[list[bool]]:
+    """(P, k), of all ranks: is each sample of each problem right?"""
+    column = run.accuracy_column
+    mine = [[scores[column] > 0 for scores in rewards_GF] for rewards_GF in rewards]
+    return [row for rank in fsdp_utils.gather_objects(mine) for row in rank]
+
+
+def judge(run: Run, groups: list[Group], config: Config) -> list:
+    """The rewards (G, F) of each group, again, under a config."""
+    for slot, group in enumerate(groups):
+        texts = [completion.prefix + completion.text for completion in group.completions]
+        run.pool.submit(slot, texts, group.problem.gold, rollout.row_of(group.problem, config))
+    verdicts = dict(run.pool.poll(wait=True))
+    return [verdicts[slot] for slot in range(len(groups))]
 
 
 def accuracy_at_k(is_right_PK: list) -> dict[str, float]:
@@ -803,6 +821,7 @@ def setup(config: Config, is_eval: bool = False) -> Run:
     state = State()
     prompts = Prompts(config, state)
     problems = load_problems(config, prompts)
+    pool.probe([(problem.gold, rollout.row_of(problem, config)) for problem in problems])
     plan = make_plan(config, place.world, len(problems))
     state.prompts_per_step, state.data = plan.prompts, fingerprint(problems)
     eval_sets = {}

@@ -101,8 +101,8 @@ def collect(
                 engine.progress.update(done=1)
         for request, completions in finished:
             texts = [completion.prefix + completion.text for completion in completions]
-            gold, row = request.problem.gold, row_of(request)
-            pool.submit((request, completions), texts, gold, row)
+            row = row_of(request.problem, request.config)
+            pool.submit((request, completions), texts, request.problem.gold, row)
     return groups
 
 
@@ -111,10 +111,10 @@ def slot_of(verdict: tuple) -> int:
     return request.slot
 
 
-def row_of(request: Request) -> dict:
+def row_of(problem: Problem, config: Any) -> dict:
     """What rewards may ask for beside the text and the gold answer."""
-    known = {"problem": request.problem.text, "strict_answers": request.config.strict_answers}
-    return {**request.problem.row, **known}
+    known = {"problem": problem.text, "strict_answers": config.strict_answers}
+    return {**problem.row, **known}
 
 
 class Engine:

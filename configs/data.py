@@ -180,6 +180,15 @@ def read_problem(number, row, cells, config):
     return Problem(number, messages, gold, solution, float(level or 0), columns), reason
 
 
+def prompt_length(problem: Problem, prompts: Any) -> int:
+    """Tokens of the prompt without a hint; BadRow when the chat template refuses its turns."""
+    try:
+        ids, _ = prompts.ids(problem)
+    except UserError as error:
+        raise BadRow("chat template: " + str(error).rpartition("chat template: ")[2]) from None
+    return len(ids)
+
+
 def load_problems(config: Any, prompts: Any, keep_all: bool = False) -> list[Problem]:
     """Usable problems, ids = row numbers; what is dropped is counted and shown. keep_all, for an
     evaluation: no row is dropped, an answer that cannot be read counts as wrong."""
@@ -196,14 +205,14 @@ def load_problems(config: Any, prompts: Any, keep_all: bool = False) -> list[Pro
             # a token is at least a byte: most prompts need not be tokenised
             is_short = frame + len(problem.text.encode()) <= c.max_prompt_length
             is_usual = roles == [turn["role"] for turn in problem.messages]
-            if not (is_short and is_usual) and len(prompts.ids(problem)[0]) > c.max_prompt_length:
+            is_sure = is_short and is_usual
+            if not is_sure and prompt_length(problem, prompts) > c.max_prompt_length:
                 raise BadRow(f"prompt over max_prompt_length={c.max_prompt_length} tokens")
             if reason and not keep_all:
                 raise BadRow(reason)
-        except (BadRow, UserError) as error:  # a template may refuse a chat's roles
+        except BadRow as error:
             need(not keep_all, f"{name}, row {number}: {error}; evaluation drops no row, mend it")
-            reason = str(error).rpartition(f"row {number}: ")[2]
-            told["dropped", reason].append(number)
+            told["dropped", str(error)].append(number)
             continue
         if reason:
             problem = replace(problem, gold="")

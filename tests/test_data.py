@@ -306,6 +306,13 @@ def empty_folder(folder):
     return str(folder / "nothing")
 
 
+def folder_of_bad_csv(folder):
+    """Read by the library, which hides what was wrong behind a message of its own."""
+    (folder / "bad").mkdir()
+    (folder / "bad" / "train.csv").write_text("problem,solution\na,1\nHi, you,2\n")
+    return str(folder / "bad")
+
+
 GOOD = json.dumps(TABLE[0]) + "\n"
 
 
@@ -331,6 +338,7 @@ GOOD = json.dumps(TABLE[0]) + "\n"
     (lambda folder: str(folder / "none.tsv"), "none.tsv: .*No such file"),
     (lambda folder: str(folder / "none.parquet"), "none.parquet"),
     (lambda folder: "not a name", "not a name: .*hub name"),
+    (folder_of_bad_csv, "bad: Error tokenizing data.*line 3"),
     (empty_folder, "nothing: .*any data files"),
     (pipe, "pipe.jsonl is a pipe: write a file"),
 ])  # fmt: skip
@@ -414,6 +422,7 @@ NO_GOLDS = [
     (float("inf"), "no answer"), ([], "solution is a list"), (["2", "3"], "solution is a list"),
     ([2, 3], "solution is a list"), ({"value": "2"}, "solution is a dict"), ("#### ", "no answer"),
     ([{"value": "8"}], "no role"), ("x+" * 4000, "not read"), ("\\frac{", "not read"),
+    ("['2', '3']", "not read"),
 ]  # fmt: skip
 
 
@@ -443,6 +452,14 @@ def test_evaluation_drops_no_row(cell, reason, tmp_path, capsys):
 def test_an_evaluation_set_with_a_row_that_cannot_be_asked(cells, reason, tmp_path):
     with pytest.raises(ghpo.UserError, match=f"rows.jsonl, row 1: [^;]*{reason};"):
         load([ROW, ROW | cells], tmp_path, keep_all=True, rl_type="grpo", max_prompt_length=128)
+
+
+def test_cells_that_are_no_number(tmp_path):
+    """NaN is how tables say that there is nothing."""
+    nan = float("nan")
+    rows = [ROW | {"solution_hint": nan, "level": nan}, ROW | {"problem": nan}]
+    (problem,) = load(rows, tmp_path)
+    assert (problem.id, problem.solution, problem.level) == (0, "", 0.0)
 
 
 def test_own_rewards_take_any_gold(tmp_path):
