@@ -341,11 +341,12 @@ def test_evaluation_is_in_the_metrics(main, tmp_path):
     ("return 1 / 0", 2, "failed in all 8 trials: ZeroDivisionError"),
     ("return None", 2, "failed in all 8 trials"),
     # fine with golds and empty texts, which are tried at the start
-    ("return 1.0 if len(response) < 8 else 1 / (len(response) % 2)", 0, "scored 0; last: Zero"),
+    ("return 1.0 if response in ('', gold) else 1 / (zlib.crc32(response.encode()) % 2)", 0,
+     "scored 0; last: Zero"),
 ])
 def test_a_reward_that_fails_is_told(body, status, told, main, tmp_path):
     own = tmp_path / "own.py"
-    own.write_text(f"def boom(response, gold):\n    {body}\n")
+    own.write_text(f"import zlib\ndef boom(response, gold):\n    {body}\n")
     done = main(tmp_path, reward_funcs=[f"{own}:boom"], reward_weights=[1.0], max_steps=1,
                 hint_trigger=f"{own}:boom")
     assert done.status == status and told in done.err and "Traceback" not in done.err
