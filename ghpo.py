@@ -57,6 +57,7 @@ USER_PROBE = {"role": "user", "content": "What is 1 + 2?"}
 CHECK_LENGTHS = [48, 48, 29]  # tokens of the sequences that check_policy compares
 CHECK_LIMITS = {"bfloat16": (0.02, 0.2)}  # mean and largest |dlogp|; of other types EXACT
 EXACT = (1e-4, 1e-4)
+CHARS_PER_TOKEN = 8  # a guess: hints of more characters are tried in parts
 FILLER_IDS = [0, 0]  # of a row that runs and weighs nothing
 PADDED_SHARE, PADDED_TOKENS = 0.97, 512  # a micro-batch has so little padding, or so few tokens
 MAX_WORKERS = 8  # verifiers of a process
@@ -204,19 +205,28 @@ class Prompts:
         """make_hint, shortened (the hint, never the problem) until max_prompt_length holds."""
         c, state = self.config, self.state
         hint, is_trimmed = hints.make_hint(problem, ratio, c, state)
+        fitting, limit = "", CHARS_PER_TOKEN * c.max_prompt_length
+        while limit < len(hint):  # of a very long hint not all is tokenised
+            shorter, _ = hints.make_hint(problem, ratio, c, state, limit)
+            if not self._fits(problem, shorter):
+                hint = shorter
+                break
+            fitting, limit = shorter, 2 * limit
         if self._fits(problem, hint):
             return hint, is_trimmed
-        # bisection: of hints of at most `fitting` characters it is known that they fit
-        fitting, too_long = 0, len(hint)
-        while too_long - fitting > 1:
-            limit = (fitting + too_long) // 2
+        while len(hint) - len(fitting) > 1:  # `fitting` fits, `hint` does not
+            limit = (len(fitting) + len(hint)) // 2
             shorter, _ = hints.make_hint(problem, ratio, c, state, limit)
+            if shorter == fitting:  # no step ends between fitting and limit
+                longer, _ = hints.make_hint(problem, ratio, c, state, len(hint) - 1)
+                if longer == fitting:
+                    break
+                shorter = longer
             if self._fits(problem, shorter):
-                fitting = limit
+                fitting = shorter
             else:
-                too_long = max(len(shorter), fitting + 1)
-        shorter, _ = hints.make_hint(problem, ratio, c, state, fitting)
-        return shorter, is_trimmed
+                hint = shorter
+        return fitting, is_trimmed
 
     def _fits(self, problem, hint):
         return not hint or len(self.ids(problem, hint)[0]) <= self.config.max_prompt_length

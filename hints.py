@@ -18,6 +18,8 @@ for whatever else a method must remember: JSON values, alike on every rank, chec
 torch nor vllm is imported.
 """
 
+import bisect
+import functools
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
@@ -165,11 +167,10 @@ def make_hint(
     longest = round(len(solution) * ratio)
     if limit is not None:
         longest = min(longest, limit)
-    ends = [0, *step_ends(solution)]
-    wanted = [end for end in ends if end <= longest]
-    leak = answer_start(solution, problem.gold, ends)
-    allowed = [end for end in wanted if end <= leak]
-    return solution[: allowed[-1]].rstrip(), len(allowed) < len(wanted)
+    ends, leak = cuts(solution, problem.gold)
+    wanted = bisect.bisect_right(ends, longest)  # how many ends
+    allowed = bisect.bisect_right(ends, min(longest, leak))
+    return solution[: ends[allowed - 1]].rstrip(), allowed < wanted
 
 
 def render(problem: Problem, hint: str, config: Any, state: Any) -> tuple[list[dict], str]:
@@ -350,6 +351,13 @@ def stage_counts(stage: Stage, config: Any) -> Counter:
         if not stage.is_skipped:
             counts[f"tokens/generated@{rung:g}"] = sum(stage.lengths[j] for j in samples)
     return counts
+
+
+@functools.lru_cache(maxsize=256)
+def cuts(solution: str, gold: str) -> tuple[list[int], int]:
+    """(where a solution may be cut, ascending from 0; where a hint stops at the latest)."""
+    ends = [0, *step_ends(solution)]
+    return ends, answer_start(solution, gold, ends)
 
 
 def step_ends(solution: str) -> list[int]:
