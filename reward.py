@@ -469,7 +469,8 @@ def walk(tree: tuple):
 
 
 def variables(tree: tuple) -> set[str]:
-    return {part[1] for part in walk(tree) if part[0] == "var"}
+    """The names in a tree, and the words, which have no value either."""
+    return {part[1] for part in walk(tree) if part[0] in ("var", "word")}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -939,7 +940,8 @@ def split_choice(tokens: list[str]) -> tuple[str | None, list[str]]:
     closings = (")",) if start else (")", ".", ":")
     rest = rest[:-2]
     is_ratio = closing == ":" and len(rest) == 1 and rest[0].isalpha()
-    if letter not in tuple("ABCDEFGHIJ") or closing not in closings or not rest or is_ratio:
+    is_list = is_ratio or re.search(r"[A-J][).:]", "".join(rest))  # A: 5 or B: 6
+    if letter not in tuple("ABCDEFGHIJ") or closing not in closings or not rest or is_list:
         return None, tokens
     return letter, rest
 
