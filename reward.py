@@ -1,7 +1,7 @@
 r"""Rewards for mathematical answers, and a pool of processes that scores them.
 
-The way of an answer: `extract_answer` finds its text in a response, `tokenise` rewrites LaTeX, words
-and signs to tokens, `Reader` makes a tree of them, `settle` turns the tree into an answer (a value,
+The way of an answer: `extract_answer` finds its text in a response, `tokenise` rewrites LaTeX,
+words and signs to tokens, `Reader` makes a tree of them, `settle` turns the tree into an answer (a value,
 a list, an equation, ...), `same` compares two answers: structure first, then values, which are
 Fractions while they can be and 100-digit numbers else; formulas are equal when they agree at fixed
 points. `is_worked_out` and `is_copied` refuse answers that repeat the question. Nothing is ever
@@ -90,12 +90,12 @@ def closing(box: str, brace: str) -> int:
 
 
 def answer_blocks(text: str) -> list[str]:
-    """What stands in <answer>..</answer>; a last one that is not closed counts while it is short."""
+    """What stands in <answer>..</answer>; a last one that is not closed counts if it is short."""
     blocks, pieces = [], text.split("<answer>")[1:]
     for piece in pieces:
-        body, closing, _ = piece.partition("</answer>")
+        body, end, _ = piece.partition("</answer>")
         body = body.strip()
-        if closing or piece is pieces[-1] and len(body) <= MAX_OPEN_BLOCK:
+        if end or piece is pieces[-1] and len(body) <= MAX_OPEN_BLOCK:
             tail = re.sub(PATTERNS["stray"].pattern + r"\Z", "", body[-MAX_OPEN_BLOCK:])
             body = body[:-MAX_OPEN_BLOCK] + tail
             blocks.append(body[PATTERNS["stray"].match(body).end():])
@@ -227,7 +227,7 @@ class Reader:
     (1, \infty)                   ( 1 , ∞ )                     (tuple "()" 1 ∞)
     1 < x \le 2                   1 < x ≤ 2                     (relation 1 "<" x "≤" 2)
     5 \text{ km} \text{ or } 7    5 "km" "or" 7                 (or (unit 5 "km") 7)
-    \frac12 \text{ or } x<3       \frac { 1 } { 2 } "or" x < 3  (or (quotient 1 2) (relation x "<" 3))
+    \frac12 \text{ or } x<3       \frac {1} {2} "or" x < 3      (or (quotient 1 2) (relation x "<" 3))
     """
 
     def __init__(self, tokens: list[str]):
@@ -467,7 +467,8 @@ def walk(tree: tuple):
 
 
 def variables(tree: tuple) -> set[str]:
-    return {part[1] for part in walk(tree) if part[0] == "var"}
+    """The names in a tree, and the words, which have no value either."""
+    return {part[1] for part in walk(tree) if part[0] in ("var", "word")}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -588,7 +589,7 @@ def settle_rows(kind: str, tree: tuple):
 
 
 def settle_items(kind: str, parts: list):
-    """A list or set of at least two items; conditions are a region; 2 h and 15 min are one value."""
+    """A list or set of several items; conditions are a region; 2 h and 15 min are one value."""
     items = []
     for part in parts:
         is_nested = isinstance(part, tuple) and part[0] == "list"
@@ -596,7 +597,7 @@ def settle_items(kind: str, parts: list):
     if not 0 < len(items) <= MAX_ITEMS:
         raise ValueError("no items, or too many")
     if any(isinstance(item, tuple) and item[0] in REGIONS for item in items):
-        conditions = [condition(item, items[0]) for item in items]
+        conditions = [as_condition(item, items[0]) for item in items]
         return ("union" if kind == "or" else "intersection", *conditions)
     if len(items) == 1:
         return items[0]
@@ -607,13 +608,13 @@ def settle_items(kind: str, parts: list):
     return ("set" if kind == "set" else "list", *items)
 
 
-def condition(item, first) -> tuple:
-    """An item among conditions: x = 2 as a region; the 3 of "x != 2, 3" as x != 3."""
+def as_condition(item, first) -> tuple:
+    """An item among conditions: x = 2 as a region; the 3 after "x != 2," as x != 3."""
     if isinstance(item, Equation) and item.value:
         is_region = item.value[0] in STRUCTURES
         return item.value if is_region else ("relation", item.name, "=", item.value)
-    is_value = item[0] not in STRUCTURES and isinstance(first, tuple)
-    if is_value and first[0] == "relation" and first[2] == "≠":
+    is_exclusion = isinstance(first, tuple) and first[0] == "relation" and first[2] == "≠"
+    if is_exclusion and item[0] not in STRUCTURES:
         return ("relation", first[1], "≠", item)
     return item
 
@@ -871,25 +872,28 @@ def is_solved(region: tuple) -> bool:
     return all(is_solved(part) for part in parts if isinstance(part, tuple))
 
 
-def is_worked_out(answer, gold) -> bool:
-    """A number wants a number, what is solved for its variable something solved.
-
-    The equation y = 2x + 3 may also be a line, which has many forms; y = (7 - 2x)/3 is solved.
-    """
-    if isinstance(gold, tuple):
-        value = answer.value if isinstance(answer, Equation) else answer
-        if is_number(gold):
-            has_degrees = any(part[0] == "unit" and part[2] == "°" for part in walk(gold))
-            return is_number(value, with_pi=has_degrees)
-        is_region = bool({gold[0], answer[0]} & REGIONS) if isinstance(answer, tuple) else False
-        return not is_region or is_solved(answer) or not is_solved(gold)
-    is_line = gold.name is None or variables(gold.value) and gold.value[0] != "quotient"
-    if is_line:
+def is_curve(equation: Equation) -> bool:
+    """y = 2x + 3 is a line, which has many forms; x = 5 and y = (7 - 2x)/3 are solved."""
+    if equation.name is None or equation.value is None:
         return True
-    if not isinstance(answer, Equation):
-        return is_worked_out(answer, gold.value)
-    is_named = answer.name is not None and answer.name[1] not in variables(answer.value)
-    return is_named and is_worked_out(answer.value, gold.value)
+    return bool(variables(equation.value)) and equation.value[0] != "quotient"
+
+
+def is_worked_out(answer, gold) -> bool:
+    """A number wants a number, what is solved for its variable something solved."""
+    if isinstance(gold, Equation):
+        if is_curve(gold):
+            return True
+        if isinstance(answer, Equation) and is_curve(answer):  # 3x + 1 = 16 for x = 5
+            return False
+        gold = gold.value
+    value = answer.value if isinstance(answer, Equation) else answer
+    if is_number(gold):
+        is_angle = any(part[:1] == ("unit",) and part[2] == "°" for part in walk(gold))
+        return is_number(value, with_pi=is_angle)
+    if gold[0] in REGIONS or value[0] in REGIONS:
+        return is_solved(value) or not is_solved(gold)
+    return True
 
 
 def is_plain(tree) -> bool:
@@ -926,20 +930,19 @@ class Reading(NamedTuple):
 
 
 LETTERS = re.compile(r"[A-J](?:(?:,|and)+[A-J])+|\([A-J]\)")
+CHOICE, OTHER_CHOICE = re.compile(r"\(([A-J])\)|([A-J])[).:]"), re.compile(r"[A-J][).:]")
 SIMPLE = re.compile(r"-?\d{1,40}(?:\.\d{1,40})?\Z")
 MAX_DIGITS = 12  # of a gold that only a number answers
 
 
 def split_choice(tokens: list[str]) -> tuple[str | None, list[str]]:
-    """The letter of "(B) 17", "B. 17" or "B: 17" and the tokens of the rest."""
-    start = int(tokens[:1] == ["("])
-    letter, closing, *rest = [*tokens[start:], "", ""]
-    closings = (")",) if start else (")", ".", ":")
-    rest = rest[:-2]
-    is_ratio = closing == ":" and len(rest) == 1 and rest[0].isalpha()
-    if letter not in tuple("ABCDEFGHIJ") or closing not in closings or not rest or is_ratio:
+    """The letter of "(B) 17", "B. 17" or "B: 17" and the tokens of the rest; not of A:B."""
+    size = 3 if tokens[:1] == ["("] else 2
+    start, rest = CHOICE.fullmatch("".join(tokens[:size])), tokens[size:]
+    is_single = len(rest) == 1 and rest[0].isalpha()
+    if not start or not rest or is_single or OTHER_CHOICE.search("".join(rest)):
         return None, tokens
-    return letter, rest
+    return start[1] or start[2], rest
 
 
 @functools.lru_cache(maxsize=4096)
@@ -963,11 +966,11 @@ def read(text: str) -> Reading:
 def parse_gold(gold: str) -> str | None:
     """Why `gold` cannot be compared as mathematics or as words, or None when it can."""
     answer = gold_answer(gold).strip()
+    if not answer or len(answer) > MAX_CHARS:
+        return f"answer longer than {MAX_CHARS} characters" if answer else "no answer"
+    has_words = re.search("[A-Za-z]{2}", re.sub(r"\\[A-Za-z]+", "", answer))
     with LOCK:
-        reading = read(answer)
-    if reading.tree is not None or re.search("[A-Za-z]{2}", re.sub(r"\\[A-Za-z]+", "", answer)):
-        return None if len(answer) <= MAX_CHARS else f"answer longer than {MAX_CHARS} characters"
-    return f"answer not read, or longer than {MAX_CHARS}" if answer else "no answer"
+        return None if has_words or read(answer).tree is not None else "answer not read"
 
 
 def is_right(answer: str, gold: str, problem: str | None, strict: bool) -> bool:
@@ -1091,14 +1094,11 @@ class Worker:
         self.process = Popen(command, stdin=PIPE, stdout=PIPE, bufsize=0, start_new_session=True)
         os.set_blocking(self.process.stdin.fileno(), False)
         self.group = None  # the last one whose gold and row it got
-        self.hello = None
-
-    def start(self) -> dict:
-        """What it says first: the columns that it wants, or why it is of no use."""
-        if self.hello is None:
-            reply = self.ask(b"", START)
-            self.hello = json.loads(reply) if reply else {"refused": "a worker does not start"}
-        return self.hello
+        hello = json.loads(self.ask(b"", START) or '{"refused": "a worker does not start"}')
+        if "refused" in hello:
+            self.kill()
+            raise UserError(hello["refused"])
+        self.columns = hello["columns"]
 
     def ask(self, request: bytes, seconds: float) -> bytes | None:
         """Its line of reply; b"" when it died, None when it is late. Never waits longer."""
@@ -1145,13 +1145,13 @@ class VerifierPool:
         self.groups = {}  # the futures of a group's texts: its key
         self.lock, self.is_closed = threading.Lock(), False
         self.threads = ThreadPoolExecutor(workers)
-        self.workers = [Worker(self.command) for _ in range(workers)]  # one for each thread
-        self.idle = list(self.workers)
-        hello = self.idle[-1].start()
-        if "refused" in hello:
+        self.workers, self.idle = [], []  # one worker for each thread
+        try:
+            list(self.threads.map(lambda _: self._start(), range(workers)))
+        except UserError:
             self.close()
-            raise UserError(hello["refused"])
-        self.columns = hello["columns"]
+            raise
+        self.columns = self.workers[0].columns
 
     def submit(self, key, texts: list[str], gold: str, row: dict | None = None) -> None:
         """Queue the G `texts` of one problem; returns at once. `row`: JSON values by name, the
@@ -1174,15 +1174,14 @@ class VerifierPool:
         for index, name in enumerate(self.names):
             errors = [reply["errors"][index] for reply in replies]
             if errors and all(errors):
-                raise UserError(f"reward {name!r} failed in all {len(errors)} trials: {errors[0]}; "
-                                "it must be f(response, gold) -> float, or name columns of the data")
+                raise UserError(f"reward {name!r} failed in all {len(errors)} trials: {errors[0]}; it "
+                                "must be f(response, gold) -> float, or name columns of the data")
         self.stats, self.error = dict.fromkeys(self.stats, 0), None
 
     def close(self) -> None:
         """Drop what is still queued and stop the workers. Can be called twice."""
-        with self.lock:
-            self.is_closed = True
-        for worker in self.workers:
+        self.is_closed = True
+        for worker in list(self.workers):
             worker.kill()
         self.threads.shutdown(cancel_futures=True)
 
@@ -1194,7 +1193,6 @@ class VerifierPool:
     def _ask(self, text: str, group: bytes, may_retry: bool = True) -> dict:
         """In a thread: {"rewards", "errors"} of one text."""
         worker = self.idle.pop()
-        worker.start()
         request = json.dumps(text).encode() + b"\n"
         if worker.group is not group:
             request = group + request
@@ -1203,7 +1201,10 @@ class VerifierPool:
         if reply:
             self.idle.append(worker)
             return self._counted(json.loads(reply), "crashes")
-        self._replace(worker)
+        worker.kill()
+        self.workers.remove(worker)
+        if not self.is_closed:
+            self._start()
         if reply == b"" and may_retry and not self.is_closed:
             return self._ask(text, group, may_retry=False)
         is_late = reply is None
@@ -1219,13 +1220,13 @@ class VerifierPool:
                 self.error = errors[0]
         return reply
 
-    def _replace(self, worker: Worker) -> None:
-        worker.kill()
+    def _start(self) -> None:
+        worker = Worker(self.command)
         with self.lock:
-            self.workers.remove(worker)
-            if not self.is_closed:
-                self.workers.append(Worker(self.command))
-                self.idle.append(self.workers[-1])
+            self.workers.append(worker)
+            self.idle.append(worker)
+        if self.is_closed:
+            worker.kill()
 
 
 if __name__ == "__main__":

@@ -65,8 +65,9 @@ def copied(problems: list[dict], with_row: bool, strict: bool) -> float:
     hits = 0
     for item in problems:
         row = {"problem": item["problem"]} if with_row else {}
-        hits += any(accuracy_reward("\\boxed{%s}" % text, item["solution"], strict_answers=strict, **row)
-                    for text in copies(item["problem"], item["solution"]) if is_expression(text))
+        texts = filter(is_expression, copies(item["problem"], item["solution"]))
+        hits += any(accuracy_reward("\\boxed{%s}" % text, item["solution"], strict_answers=strict,
+                                    **row) for text in texts)
     return 100 * hits / len(problems)
 
 

@@ -193,6 +193,166 @@ def test_empty_and_placeholder_answers_never_match(gold, answer):
     assert accuracy_reward("\\boxed{%s}" % answer, gold) == 0.0
 
 
+# ---- where the answer is, as models write it ----
+@pytest.mark.parametrize("response, gold, score", [
+    ("### Final Answer\n\n**58**", "58", 1),
+    ("So we are done.\n\n**Final Answer:** 58", "58", 1),
+    ("## Answer\n\n$58$", "58", 1),
+    ("The final result.\n\n**Final answer**\n\n58", "58", 1),
+    ("✅ Answer: **58**", "58", 1),
+    ("Answer: `58`", "58", 1),
+    ("**Answer:**\n$$58$$", "58", 1),
+    ("### Final Answer\n\n**59**", "58", 0),
+    ("Therefore the answer is 58 apples, all together.", "58", 1),
+    ("The answer is 58 since 29*2=58.", "58", 1),
+    ("The answer is 58, as required.", "58", 1),
+    ("So the final answer is \\$58.", "58", 1),
+    ("the answer is $58$ dollars.", "58", 1),
+    ("So the answer is $58.50.", "58", 0),
+    ("The answer is 59, not 58.", "58", 0),
+    ("The answer is not 58.", "58", 0),
+    ("I put my answer in \\boxed{}. It is \\boxed{58}", "58", 1),
+    ("\\boxed{58}. I used \\boxed as you said.", "58", 1),
+    ("\\boxed{58} (given with \\boxed{}, as asked)", "58", 1),
+    ("we get $\\boxed 58$", "58", 1),
+    ("Hence $\\boxed 5$.", "5", 1),
+    ("$\\fbox{58}$", "58", 1),
+    ("The roots are $\\boxed{2}$ and $\\boxed{3}$.", "2, 3", 1),
+    ("The roots are $x=\\boxed{2}$ and $x=\\boxed{3}$.", "2", 0),
+    ("Thus $x=\\boxed{2}$ or $x=\\boxed{3}$", "3", 0),
+    ("It is $\\boxed{2}$ or possibly $\\boxed{3}$.", "3", 0),
+    ("\\boxed{2} is wrong. \\boxed{3}", "2", 0),
+    ("\\boxed{007}, that is \\boxed{007}", "7", 1),
+    ("It follows that \\boxed{x>2}.\n\n**Answer: C**", "C", 1),
+    ("The answer is (C).", "C", 1),
+    ("The correct option is **C**.\n\nAnswer: C", "C", 1),
+    ("\\boxed{x>2}\n\nAnswer: A", "C", 0),
+    ("9", "9", 0),
+    ("We get 4+5=9 and go on", "9", 0),
+    ("So it is \\boxed{9", "9", 0),
+    ("<think>\\boxed{9} looks right", "9", 0),
+    ("<think>4+5=9\n<answer>9</answer>", "9", 1),
+    ("<think>4+5=9\n<answer>9 apples</answer>\n<|im_end|>", "9", 1),
+    ("<think>4+5=9\n<answer>9</answer> wait no, I think", "9", 0),
+    ("reasoning here</think><answer>\\boxed{9}</answer>", "9", 1),
+    ("<think>x</think>\n<answer>9 \\end{answer}", "9", 1),
+    ("<think>x</think>\n<answer>9</ answer>", "9", 1),
+    ("<think>x</think>\n<answer>\nShe has 9 apples left.\n</answer>", "9", 1),
+    ("<think>x</think>\n<answer>\nShe has 9 apples and 3 pears.\n</answer>", "9", 0),
+    ("<think>x</think>\n<answer>\nIt is not 9.\n</answer>", "9", 0),
+    ("<think>x</think>\n<answer>81 / 9 = 9</answer>", "9", 1),
+    ("<think>x</think>\n<answer>\n27 miles / 3 mph = 9 hours\n</answer>", "9", 1),
+    ("<think>x</think>\n<answer>81 / 9 = 9</answer>", "81", 0),
+    ("<think>x</think>\n<answer>Total = 4 + 5 = 9 apples</answer>", "9", 1),
+    ("<think>x</think><answer>The probability is $\\boxed{\\frac14}$.</answer>", "1/4", 1),
+    ("<think>x</think><answer>The probability is 1/4</answer>", "1/4", 1),
+    ("<think>x</think><answer>The probability is \\frac{1}{4}.</answer>", "1/4", 1),
+    ("<think>a <think>b</think> c</think> \\boxed{9}", "9", 1),
+    ("<think>a</think> \\boxed{8} <think>b</think> \\boxed{9}", "9", 1),
+    ("\\boxed{9}<|endoftext|>", "9", 1),
+    ("所以答案是9。", "9", 1),
+    ("最终答案：9", "9", 1),
+    ("答案为 $\\boxed{9}$。", "9", 1),
+    ("故答案为：9个", "9", 1),
+    ("\\boxed{（3，4）}", "(3,4)", 1),
+    ("Thus the answer is 3/8 of the tank.", "3/8", 1),
+    ("#### 3/8", "3/8", 1),
+    ("The answer is\n\n$$58$$", "58", 1),
+    ("The answer is:\n\\[ 58 \\]", "58", 1),
+    ("**The answer is 58**", "58", 1),
+    ("Therefore, the answer is", "58", 0),
+    ("<think>x</think><answer>$33</answer>", "33", 1),
+    ("<answer>33</answer> or <answer>34</answer>", "33", 0),
+    ("<think>x</think><answer>It is either 33 or 34</answer>", "33", 0),
+    ("<think>x</think><answer>It is Monday.</answer>", "\\text{Monday}", 1),
+    ("## Final Answer\n**46**", "46", 1),
+    ("**Final Answer**: $46$", "46", 1),
+    ("Final answer: 46.", "46", 1),
+    ("Thus the answer is **46**.", "46", 1),
+    ("Therefore, the answer is: $\\boxed{46}$", "46", 1),
+    ("The answer: 46", "46", 1),
+    ("Answer = 46", "46", 1),
+    ("The final answer is 46 cookies in total.", "46", 1),
+    ("So, the correct answer is 46.", "46", 1),
+    ("The answer is 46; we are done.", "46", 1),
+    ("I think the answer is 46 or 47.", "46", 0),
+    ("The answer is greater than 46.", "46", 0),
+    ("$$\\boxed{46}$$ is what we put in \\boxed{}", "46", 1),
+    ("\\fbox{46}", "46", 1),
+    ("\\boxed{45}\n\\boxed{46", "46", 0),
+    ("\\boxed{5} and \\boxed{7}", "5, 7", 1),
+    ("$\\boxed{5}$, $\\boxed{7}$", "5, 7", 1),
+    ("Either $\\boxed{5}$ or $\\boxed{7}$", "5", 0),
+    ("$x = \\boxed{5}$ or $x = \\boxed{7}$.", "7", 0),
+    ("Thus \\boxed{12}.\n\nAnswer: (B)", "B", 1),
+    ("The answer is B.", "B", 1),
+    ("The answer is **(B)** 12", "B", 1),
+    ("<think>\n40+6\n<answer>\n46\n</answer></s>", "46", 1),
+    ("<think>\n40+6\n<answer>\nThere are 46 apples in the basket.\n</answer>", "46", 1),
+    ("<think>\n40+6\n<answer>46</answer>\nBut wait", "46", 0),
+    ("<think>x</think><answer>46<|endoftext|>", "46", 1),
+    ("<think>x</think>\n<answer>\n```\n46\n```\n</answer>", "46", 1),
+    ("<think>x</think>\n<answer> \\boxed{46} </answer>\n<answer> \\boxed{46} </answer>", "46", 1),
+    ("<think>x</think>\n<answer>46</answer>\n<answer>47</answer>", "46", 0),
+    ("<think>x</think>\n<answer>40 + 6 = 46</answer>", "46", 1),
+    ("<think>x</think>\n<answer>x = 46</answer>", "46", 1),
+    ("<think>x</think>\n<answer>92 / 2 = 46 dollars</answer>", "46", 1),
+    ("<think>x</think>\n<answer>40 + 6 = 46</answer>", "40", 0),
+    ("<think>x</think>\n<answer>The total cost is $46.</answer>", "46", 1),
+    ("<think>x</think>\n<answer>The total cost is \\$46.</answer>", "46", 1),
+    ("<think>x</think>\n<answer>The cost is at most 46 dollars but maybe less.</answer>", "46", 0),
+    ("<think>x</think>\n<answer>From 40 to 46 it grows by 6.</answer>", "46", 0),
+    ("<think>x</think>\n<answer>It takes 2.5 hours.</answer>", "2.5", 1),
+    ("<think>x</think>\n<answer>The value of x is -3.</answer>", "-3", 1),
+    ("<think>x</think>\n<answer>The probability is $\\frac{2}{3}$.</answer>", "\\frac{2}{3}", 1),
+    ("<think>x</think>\n<answer>He earns 1,200 dollars a month.</answer>", "1,200", 1),
+    ("<think>x</think>\n<answer>The rate is 75%.</answer>", "75\\%", 1),
+    ("<think>x</think>\n<answer>It isn't 75.</answer>", "75", 0),
+    ("答案是：46", "46", 1),
+    ("因此，答案为46。", "46", 1),
+    ("所以最终答案是 $\\boxed{46}$ 元。", "46", 1),
+    ("\\boxed{46元}", "46", 1),
+    ("The answer is 9/16 of a mile.", "9/16", 1),
+    ("The answer is \\(46\\).", "46", 1),
+    ("The answer is $46$ because $40+6=46$.", "46", 1),
+    ("#### 46 apples", "46", 1),
+])
+def test_responses(response, gold, score):
+    assert accuracy_reward(response, gold) == score
+
+
+# ---- an answer must be as worked out as the gold ----
+@pytest.mark.parametrize("gold, answer, strict, loose", [
+    ("408", "17\\cdot 24", 0, 1), ("\\frac12", "\\cos 60^\\circ", 0, 1), ("7", "\\sqrt{49}", 0, 1),
+    ("70", "\\binom84", 0, 1), ("1500", "1.5\\times10^3", 1, 1), ("100", "10^2", 1, 1),
+    ("-\\frac34", "-\\frac{6}{8}", 1, 1), ("1.5", "1\\frac12", 1, 1), ("50\\%", "\\frac12", 1, 1),
+    ("60^\\circ", "\\frac\\pi3", 1, 1), ("1234567890123", "1234567890122+1", 1, 1),
+    ("x=5", "3x+1=16", 0, 1), ("x>5", "2x-3>7", 0, 1), ("[-2,3)", "-3\\le 2x+1<7", 0, 1),
+    ("x=5", "x=\\frac{10}{2}", 1, 1), ("x=5", "x=2+3", 0, 1), ("x<1", "-x>-1", 1, 1),
+    ("(1,3)", "|x-2|<1", 1, 1), ("y=2x-3", "2x-y=3", 1, 1), ("y=\\frac{7-2x}{3}", "2x+3y=7", 0, 1),
+    ("\\sqrt{48}", "4\\sqrt3", 1, 1), ("x+y=5", "5", 0, 0), ("5", "x+y=5", 1, 1),
+    ("x^2+y^2=25", "25", 0, 0), ("\\cos A=\\frac12", "\\frac12", 1, 1),
+])
+def test_worked_out(gold, answer, strict, loose):
+    assert accuracy_reward("\\boxed{%s}" % answer, gold) == strict
+    assert accuracy_reward("\\boxed{%s}" % answer, gold, strict_answers=False) == loose
+
+
+@pytest.mark.parametrize("problem, gold, answer, score", [
+    ("Expand $(x+1)^2$.", "x^2+2x+1", "(x+1)^2", 0),
+    ("Expand $(x+1)^2$.", "x^2+2x+1", "1+2x+x^2", 1),
+    ("Expand $\\left( x + 1 \\right)^2$.", "x^2+2x+1", "(x+1)^{2}", 0),
+    ("Is $(x+1)^2$ or $x^2+2x+1$ ...", "x^2+2x+1", "(x+1)^2", 1),  # the gold stands there too
+    ("It rains with probability 0.5.", "\\frac12", "0.5", 1), ("Is it A or B?", "A", "A", 1),
+    ("The point $(2/4, 1)$ is reflected.", "(\\frac12, 1)", "(2/4, 1)", 1),
+    ("Simplify $\\frac{3}{\\sqrt{27}}$.", "\\frac{\\sqrt3}{3}", "\\frac{3}{\\sqrt{27}}", 0),
+    ("Let $2x+10$ be a length.", "1+2x", "2x+1", 1),  # a part of a number is no copy
+])
+def test_copies_of_the_problem(problem, gold, answer, score):
+    assert accuracy_reward("\\boxed{%s}" % answer, gold, problem) == score
+    assert accuracy_reward("\\boxed{%s}" % answer, gold, problem, strict_answers=False) == 1
+
+
 # ---- several answers ----
 @pytest.mark.parametrize("response, gold, score", [
     ("\\boxed{1} and \\boxed{2}", "1, 2", 1),
@@ -673,7 +833,8 @@ def test_a_group_is_sent_once(make_pool, user, monkeypatch):
     sent = []
     ask = reward.Worker.ask
     monkeypatch.setattr(reward.Worker, "ask",
-                        lambda self, request, seconds: sent.append(request) or ask(self, request, seconds))
+                        lambda self, request, seconds: (sent.append(request),
+                                                        ask(self, request, seconds))[1])
     pool = make_pool([user + ":see_all"], workers=1)
     pool.submit("group", ["a", "b", "c"], "5", {"problem": "long " * 1000})
     pool.poll(wait=True)
