@@ -76,6 +76,7 @@ class State:
     method: dict = field(default_factory=dict)  # see hints.py
     mismatch: list = field(default_factory=list)  # k3 of the last steps that compared something
     prompts_per_step: int = 0
+    steps: int = 0  # that the run was to have
     data: str = ""  # fingerprint of the problems
     metrics_bytes: int = 0  # of metrics.jsonl, rank 0's
 
@@ -1006,7 +1007,12 @@ def resume(run: Run, is_eval: bool) -> None:
             before == now,
             f"{path} had {before} prompts a step, not {now}: change gradient_accumulation_steps",
         )
+        c, planned = run.config, run.state.steps
+        if planned not in (0, run.plan.steps) and not c.lr_scheduler_type.startswith("constant"):
+            say(f"max_steps was {planned} and is {run.plan.steps}: the {c.lr_scheduler_type} rate "
+                "goes on by the new one")
         say(f"resuming {path}")
+    run.state.steps = run.plan.steps
     metrics = run.folder / "metrics.jsonl"
     if run.rank == 0 and metrics.is_file() and not is_eval:  # later lines will be computed again
         with open(metrics, "r+b") as file, open(f"{metrics}.stale", "ab") as stale:

@@ -153,8 +153,8 @@ class Config:
     adam_beta2: Annotated[NonNegative, Lt(1)] = 0.999
     max_grad_norm: NonNegative = 1.0  # 0: no clipping
     nonfinite: Literal["stop", "skip"] = "stop"  # when the gradient norm is not finite
-    num_train_epochs: Positive = 1.0
-    max_steps: Annotated[Int, Ge(-1)] = -1  # above 0 it wins over num_train_epochs
+    num_train_epochs: MayChange[Positive] = 1.0
+    max_steps: MayChange[Annotated[Int, Ge(-1)]] = -1  # above 0 it wins over num_train_epochs
     per_device_train_batch_size: MayChange[Count] = 8  # see plan.py for the prompts of a step
     gradient_accumulation_steps: MayChange[Count] = 1
     micro_batch_tokens: MayChange[Count] = 16384  # per forward: a matter of memory only

@@ -67,6 +67,8 @@ def become_rank(rank, world, port, log, work):
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
+        sys.stdout = open(1, "w", buffering=1, closefd=False)  # not pytest's
+        sys.stderr = open(2, "w", buffering=1, closefd=False)
         os.chdir(ROOT)
         if world > 1:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import DATA, ROOT, ScriptedPool, read_jsonl, settings, write_jsonl
+from conftest import (
+    DATA, ROOT, ScriptedPool, make_config, new_engine, problem, read_jsonl, sampling, settings,
+    write_jsonl)
 
 import fsdp_utils
 import ghpo
 import hints
+import rollout
+from hints import Group
 
 MODULES = ("ghpo", "rollout", "reward", "hints", "fsdp_utils")
 
@@ -184,3 +189,65 @@ def test_the_loss_sees_which_row_a_token_belongs_to():
         _, batch = ghpo.collate(rows, is_packed, torch.device("cpu"), torch.float32)
         assert batch["row"].tolist() == [0, 0, 0, 1, 2, 2]
         assert batch["advantage"].tolist() == [3, 3, 3, 1, 2, 2]
+
+
+class Watched:
+    """A run as watch_mismatch sees it; counts checkpoints."""
+
+    def __init__(self, **changes):
+        self.config, self.state = make_config(**changes), ghpo.State()
+
+    def go(self, values, monkeypatch, capsys):
+        """(steps until it stopped or None, steps that warned, checkpoints)."""
+        saved, warned = [], []
+        monkeypatch.setattr(ghpo, "save", saved.append)
+        for step, k3 in enumerate(values):
+            capsys.readouterr()
+            metrics = {"mismatch_k3": k3 or 0.0, "compared": 0 if k3 is None else 9}
+            try:
+                ghpo.watch_mismatch(self, metrics)
+            except ghpo.UserError as error:
+                assert "mismatch_limit=null" in str(error)
+                return step, warned, len(saved)
+            if "disagree" in capsys.readouterr().err:
+                warned.append(step)
+        return None, warned, len(saved)
+
+
+GOOD, BAD = 1e-6, 1e-3  # the limit in float32 is 1e-4
+
+
+@pytest.mark.parametrize("changes, values, expected", [
+    ({}, [GOOD] * 20, (None, [], 0)),
+    ({}, [BAD], (0, [], 1)),  # the first step that compared tokens
+    ({}, [None, None, None, None, BAD], (4, [], 1)),  # whenever that comes
+    ({}, [GOOD] * 9 + [3e-4] + [GOOD] * 12, (None, [9], 0)),  # one step alone warns
+    ({}, [GOOD] * 9 + [BAD] * 2, (9, [], 1)),  # the mean of ten is 1.009e-4
+    ({}, [GOOD] * 9 + [8e-4] * 5, (10, [9], 1)),  # 8.1e-5, then 1.6e-4
+    ({"mismatch_limit": 1e-2}, [BAD] * 5, (None, [], 0)),
+    ({"mismatch_limit": None}, [0.1] * 3, (None, [0, 1, 2], 0)),
+    ({"top_p": 0.9}, [BAD] * 3, (None, [0, 1, 2], 0)),
+    ({"top_k": 20}, [BAD], (None, [0], 0)),
+])
+def test_when_a_mismatch_warns_and_when_it_stops(changes, values, expected, monkeypatch, capsys):
+    assert Watched(**changes).go(values, monkeypatch, capsys) == expected
+
+
+def test_a_long_step_is_visible(make_run, prompts, monkeypatch):
+    """Tokens as they are drawn, groups as they are done; each token once, ended rows no more."""
+    texts = []
+    monkeypatch.setattr(rollout, "SHOW_SECONDS", -1.0)
+    run = make_run(make_config())
+    run.prompts, run.engine, run.pool = prompts, new_engine(run.policy), ScriptedPool(lambda *_: 0)
+    run.trigger_column, run.compute_dtype = 0, torch.float32
+    blank = [Group(problem(i)) for i in range(3)]
+    groups = ghpo.sample_groups(run, blank, sampling(1.0, 30), 0, texts.append)
+    n_tokens = sum(len(c.token_ids) for group in groups for c in group.completions)
+    assert re.match(r"0/3 groups, stage 0, 12 tokens, \d+/s", texts[0])
+    assert re.match(rf"3/3 groups, stage 0, {n_tokens} tokens, \d+/s", texts[-1])
+    assert len(texts) >= 30  # with every token
+
+
+def test_no_bar_where_nobody_looks(main, tmp_path):
+    done = main(tmp_path, max_steps=1)
+    assert done.status == 0 and "it/s" not in done.err and "%|" not in done.err

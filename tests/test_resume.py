@@ -185,6 +185,43 @@ def test_what_a_method_remembers_survives_a_kill_and_is_equal_on_two_ranks(tmp_p
     assert logs[0] == logs[1] and len(logs[0]) == 4
 
 
+@pytest.mark.parametrize("number, status", [
+    (signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_on_all_ranks_and_saves(number, status, tmp_path):
+    """It reaches one of two ranks; the run resumes to the end."""
+    folder = tmp_path / "run"
+    pids = soak_resume.start(folder, 2, "inline", "save_steps=100", "max_steps=30")
+    while not (folder / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    (second,) = [pid for pid, rank in pids.items() if rank == 1]
+    os.kill(second, number)
+    statuses = [os.waitstatus_to_exitcode(one) for one in soak_resume.wait(pids).values()]
+    assert statuses == [status, status]
+    (saved,) = fsdp_utils.checkpoints(folder)
+    step = int(saved.name.split("-")[1])
+    lines = conftest.read_jsonl(folder / "metrics.jsonl")
+    assert lines[-1]["step"] == step < 30  # the step was finished, and no other begun
+    soak_resume.finish(folder, 2, "inline", "save_steps=100", f"max_steps={step + 1}")
+    assert "resuming" in Path(f"{folder}.log0").read_text()
+    assert conftest.read_jsonl(folder / "metrics.jsonl")[:-1] == lines
+
+
+def test_a_finished_run_can_be_extended(tmp_path):
+    """With a constant rate it is the longer run bit for bit; a decaying one says that it changes."""
+    whole, longer = tmp_path / "whole", tmp_path / "longer"
+    constant = ("lr_scheduler_type=constant", "warmup_steps=0", "save_total_limit=1")
+    soak_resume.finish(whole, 1, "inline", *constant, "max_steps=4")
+    soak_resume.finish(longer, 1, "inline", *constant, "max_steps=2")
+    soak_resume.finish(longer, 1, "inline", *constant, "max_steps=4")
+    assert not soak_resume.differences(longer, soak_resume.traces(whole))
+    assert "goes on" not in Path(f"{longer}.log0").read_text()
+    decaying = tmp_path / "decaying"
+    soak_resume.finish(decaying, 1, "inline", "max_steps=2")
+    soak_resume.finish(decaying, 1, "inline", "max_steps=3")
+    told = Path(f"{decaying}.log0").read_text()
+    assert re.search("max_steps.* 2 .* 3: the linear rate goes on by the new one", told)
+
+
 def test_two_ranks_continue_on_one_with_the_same_data_order(folder):
     soak_resume.finish(folder / "moved", 2, "inline", "max_steps=4")
     config_file = folder / "moved" / "config.yaml"
