@@ -483,7 +483,7 @@ def test_evaluation_numbers_by_hand(setup, prompts):
             self.waiting.append((0, key, [[float(j < right), 0.0] for j in range(4)]))
 
     run = setup(eval_datasets={"x": str(DATA / "eval_easy.jsonl")}, eval_samples=4,
-                eval_max_completion_length=3)  # fmt: skip
+                eval_temperature=1.0, eval_max_completion_length=3)  # fmt: skip
     run.pool.close()
     run.eval_sets["x"] = run.eval_sets["x"][0], run.eval_sets["x"][1][:4]
     run.pool = Verdicts(None)
