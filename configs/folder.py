@@ -10,7 +10,7 @@ from typing import get_type_hints
 import yaml
 
 from configs import UserError, say
-from configs.settings import DEFAULTS, RESUMABLE, Config
+from configs.settings import DEFAULTS, RESUMABLE, Config, read_yaml
 
 locks = {}  # folder: the open file that holds its lock until the process ends
 
@@ -23,7 +23,8 @@ def changed_settings(config: Config, path: Path) -> list[str]:
     if not path.is_file() or not path.with_name("metrics.jsonl").is_file():
         return []
     mine = yaml.safe_load(as_yaml(config))
-    theirs = yaml.safe_load(yaml.safe_dump(DEFAULTS)) | yaml.safe_load(path.read_text())
+    theirs = yaml.safe_load(yaml.safe_dump(DEFAULTS))
+    theirs |= read_yaml(path.read_text(), path) or {}
     hints = get_type_hints(Config, include_extras=True)
     return [name for name, hint in hints.items()
             if RESUMABLE not in getattr(hint, "__metadata__", ()) and mine[name] != theirs[name]]
@@ -36,7 +37,7 @@ def as_yaml(config: Config) -> str:
 
 def save_config(config: Config, path: Path) -> None:
     """Writes the config with the command line and the commit; a kill leaves the old one."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+    git = subprocess.run("git describe --always --dirty --abbrev=40 --exclude '*'", shell=True,
                          capture_output=True, text=True, cwd=Path(__file__).parent)  # fmt: skip
     new = path.with_suffix(".new")
     new.write_text(f"# {sys.argv}\n# git {git.stdout.strip()}\n{as_yaml(config)}")

@@ -106,13 +106,12 @@ def server_arguments(config: Config, n_gpus: int) -> tuple[list[str], dict[str, 
 
 def main(path: str, *overrides: str) -> None:
     """Becomes the server of a config; Ctrl-C or SIGTERM stops it."""
-    import torch
-
     try:
         config = load_config(path, overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    import torch  # slow
     argv, environment = server_arguments(config, torch.cuda.device_count())
     os.execve(argv[0], argv, environment)
 

@@ -13,6 +13,7 @@ import importlib.util
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from os.path import isfile
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
@@ -239,10 +240,10 @@ def contradictions(c: Config) -> Iterator[tuple[str, str]]:
         yield "engine use_vllm", "disagree, set one"
     if c.bf16 is not None and c.bf16 != (c.torch_dtype == "bfloat16"):
         yield "bf16 torch_dtype", "disagree, set one"
-    if c.chat_template and "{" not in c.chat_template and not Path(c.chat_template).is_file():
+    if c.chat_template and "{" not in c.chat_template and not isfile(c.chat_template):
         yield "chat_template", "is neither Jinja text nor a file"
     unknown = [name for name in c.reward_funcs
-               if name not in REWARDS and not Path(name.rpartition(":")[0]).is_file()]  # fmt: skip
+               if name not in REWARDS and not isfile(name.rpartition(":")[0])]  # fmt: skip
     if unknown:
         yield "reward_funcs", f"{unknown[0]!r}: none of {', '.join(REWARDS)}, no file.py:function"
     if len(set(c.reward_funcs)) < len(c.reward_funcs):

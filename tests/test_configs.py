@@ -124,6 +124,7 @@ REFUSED = [
     ("engine", "sglang", "engine='sglang' must be 'hf', 'vllm' or 'server'"),
     ("eval_datasets", "x.jsonl", "eval_datasets='x.jsonl' must be a valid dictionary"),
     ("chat_template", "no_such_file", "chat_template='no_such_file' is neither Jinja text nor a file"),
+    ("chat_template", "x" * 5000, "chat_template='" + "x" * 89 + "... is neither Jinja text nor a file"),
     ("system_prompt", {"a": "b" * 99}, "system_prompt={'a': '" + "b" * 83 + "... must be a valid string"),
 ]  # fmt: skip
 
@@ -264,7 +265,7 @@ def test_the_three_forms_on_the_command_line(main, tmp_path):
     ("a: [1\nb", "expected ',' or ']'"), ("- a\n- b\n", "no settings, but"), ("5", "no settings, but"),
     ("seed: 1\nseed: 2\n", "line 2: seed stands there twice"),
     ("eval_datasets:\n  x: {dataset_name: a, dataset_name: b}\n", "dataset_name stands there twice"),
-    ("seed: " + "[" * 3000, "recursion"), ("seed: \x00", "unacceptable character"),
+    ("seed: " + "[" * 600, "recursion"), ("seed: \x00", "unacceptable character"),
     ("seed: *x", "undefined alias"), ("? [a]\n: 1\n", "unhashable key"),
 ])  # fmt: skip
 def test_bad_files(text, message, tmp_path):
@@ -636,6 +637,20 @@ def test_a_setting_that_is_newer_than_the_run_has_its_default_there(tmp_path):
     assert changed_settings(config, path) == []
     assert changed_settings(replace(config, strict_answers=False), path) == ["strict_answers"]
     assert changed_settings(replace(config, hint_ratio=0.5), path) == ["hint_ratio"]
+    path.write_text("a: [")
+    (line,) = mistakes(changed_settings, config, path)
+    assert str(path) in line
+
+
+def test_the_saved_config_says_whence_it_comes(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ghpo.py", "--config", "x"])
+    save_config(make_config(), tmp_path / "config.yaml")
+    monkeypatch.setenv("PATH", "/nowhere")  # no git there
+    save_config(make_config(), tmp_path / "other.yaml")
+    first, second, *rest = (tmp_path / "config.yaml").read_text().splitlines()
+    assert first == "# ['ghpo.py', '--config', 'x']" and second.startswith("# git ")
+    assert (tmp_path / "other.yaml").read_text().splitlines()[2:] == rest
+    assert [line.split(":")[0] for line in rest if line[0] not in "- "] == list(DEFAULTS)
 
 
 def test_one_process_at_a_time_has_the_folder(tmp_path):

@@ -418,8 +418,8 @@ def test_evaluation_numbers_by_hand(setup, prompts):
             right = rights[key[0].slot]
             self.waiting.append((0, key, [[float(j < right), 0.0] for j in range(4)]))
 
-    run = setup(eval_datasets={"x": str(DATA / "eval_easy.jsonl")}, eval_samples=4, eval_temperature=1.0,
-                eval_max_completion_length=3)  # fmt: skip
+    run = setup(eval_datasets={"x": str(DATA / "eval_easy.jsonl")}, eval_samples=4,
+                eval_temperature=1.0, eval_max_completion_length=3)  # fmt: skip
     run.pool.close()
     run.eval_sets["x"] = run.eval_sets["x"][0], run.eval_sets["x"][1][:4]
     run = replace(run, pool=Verdicts(None))
