@@ -1,11 +1,11 @@
 r"""Rewards for mathematical answers, and a pool of processes that scores them.
 
 The way of an answer: `extract_answer` finds its text in a response, `tokenise` rewrites LaTeX,
-words and signs to tokens, `Reader` makes a tree of them, `settle` turns the tree into an answer (a value,
-a list, an equation, ...), `same` compares two answers: structure first, then values, which are
-Fractions while they can be and 100-digit numbers else; formulas are equal when they agree at fixed
-points. `is_worked_out` and `is_copied` refuse answers that repeat the question. Nothing is ever
-handed to eval or sympify; sizes are checked before any arithmetic; in doubt the reward is 0.
+words and signs to tokens, `Reader` makes a tree of them, `settle` turns the tree into an answer (a
+value, a list, an equation, ...), `same` compares two answers: structure first, then values, which
+are Fractions while they can be and 100-digit numbers else; formulas are equal when they agree at
+fixed points. `is_worked_out` and `is_copied` refuse answers that repeat the question. Nothing is
+ever handed to eval or sympify; sizes are checked before any arithmetic; in doubt the reward is 0.
 
 More notation goes into configs/verifier.yaml, another reward into REWARDS, or into the config as
 "path/to/file.py:function": f(response, gold) -> float, with the names of further columns if wanted.
@@ -219,15 +219,15 @@ class Reader:
     r"""Precedence climbing over tokens. A tree is (kind, *parts), its leaves ("num", Fraction),
     ("var", name), ("word", words) and constants such as ("π",). Eight examples:
 
-    text                          tokens                        tree, numbers written plainly
-    \frac12                       \frac { 1 } { 2 }             (quotient 1 2)
-    -x^2                          - x ^ 2                       (negative (power x 2))
-    2\sin 3x                      2 \sin 3 x                    (product 2 (sin (product 3 x)))
-    \sqrt[3]{2}                   \root { 3 } { 2 }             (root 3 2)
-    (1, \infty)                   ( 1 , ∞ )                     (tuple "()" 1 ∞)
-    1 < x \le 2                   1 < x ≤ 2                     (relation 1 "<" x "≤" 2)
-    5 \text{ km} \text{ or } 7    5 "km" "or" 7                 (or (unit 5 "km") 7)
-    \frac12 \text{ or } x<3       \frac {1} {2} "or" x < 3      (or (quotient 1 2) (relation x "<" 3))
+    text                        tokens                     tree, numbers written plainly
+    \frac12                     \frac { 1 } { 2 }          (quotient 1 2)
+    -x^2                        - x ^ 2                    (negative (power x 2))
+    2\sin 3x                    2 \sin 3 x                 (product 2 (sin (product 3 x)))
+    \sqrt[3]{2}                 \root { 3 } { 2 }          (root 3 2)
+    (1, \infty)                 ( 1 , ∞ )                  (tuple "()" 1 ∞)
+    1 < x \le 2                 1 < x ≤ 2                  (relation 1 "<" x "≤" 2)
+    5\text{ cats} \text{ or } 7 5 "cats" "or" 7            (or (unit 5 "cat" 1) 7)
+    \frac12 \text{ or } x<3     \frac {1} {2} "or" x < 3   (or (quotient 1 2) (relation x "<" 3))
     """
 
     def __init__(self, tokens: list[str]):
@@ -421,8 +421,10 @@ def evaluate(tree: tuple, point=0):
     if kind == "scaled":  # 2x - 2 and x - 1 become the same
         return evaluate(parts[0], point) * (1 / evaluate(parts[0]))
     if kind == "piecewise":
-        pieces = zip(parts[::2], parts[1::2])
-        return next(evaluate(value, point) for value, when in pieces if holds(when, point))
+        for value, when in zip(parts[::2], parts[1::2]):
+            if holds(when, point):
+                return evaluate(value, point)
+        raise ValueError("no piece holds")
     values = [evaluate(part, point) for part in parts]
     if sum(map(bits, values)) > MAX_SIZE:
         raise ValueError("too large")
@@ -481,7 +483,7 @@ def equal(a: tuple, b: tuple) -> bool:
     for point in points:
         try:
             x, y = evaluate(a, point), evaluate(b, point)
-        except (ValueError, ArithmeticError, LookupError, StopIteration):
+        except (ValueError, ArithmeticError, LookupError):
             continue
         if near(x, y):
             agreements += 1
@@ -630,7 +632,8 @@ def settle_relation(parts: list):
         names = sides[:1]
     value = values[-1]
     results = [side for side in values if not variables(side)]
-    if any(not same(results[0], other) for other in results[1:]):  # 7 = 5
+    is_standard = not names and value == ZERO  # x^2 - 5x + 6 = 0 is no answer of 0
+    if is_standard or any(not same(results[0], other) for other in results[1:]):  # 7 = 5
         value = None
     whole = None
     if signs == ["="] and any(map(variables, sides)):
@@ -763,14 +766,19 @@ class Region:
 
 def same_region(answer: tuple, gold: tuple) -> bool:
     """Do they agree at all their ends, between them and beyond?"""
-    if len(variables(answer) | variables(gold)) > 1:
+    names = variables(answer) | variables(gold)
+    if answer[0] == gold[0] == "relation" and len(names) != 1:
+        return same_parts(answer, gold)
+    if len(names) > 1:
         return False
     a, b = Region(answer, ends(answer)), Region(gold, ends(gold))
     marks = sorted(end for end in a.ends + b.ends if abs(end) < MP.inf)
     between = [(low + high) / 2 for low, high in itertools.pairwise(marks)]
     outside = [marks[0] - 1, marks[-1] + 1] if marks else [MP.zero]
     points = [*marks, *between, *outside]
-    return len(marks) <= MAX_ITEMS and all(a.contains(x) == b.contains(x) for x in points)
+    inside = [(a.contains(x), b.contains(x)) for x in points[:3 * MAX_ITEMS]]
+    is_empty = not any(in_b for _, in_b in inside)
+    return len(marks) <= MAX_ITEMS and not is_empty and all(in_a == in_b for in_a, in_b in inside)
 
 
 def ends(tree: tuple) -> list:
@@ -778,6 +786,8 @@ def ends(tree: tuple) -> list:
     kind, *parts = tree
     if kind in ("union", "intersection", "without", "list", "set"):
         return [end for part in parts for end in ends(part)]
+    if (kind == "relation") != bool(variables(tree)):
+        raise ValueError("neither a condition on a variable nor a number")
     if kind == "tuple" and len(parts) == 3:
         return [MP.convert(evaluate(part)) for part in parts[1:]]
     if kind == "relation":
@@ -1174,8 +1184,8 @@ class VerifierPool:
         for index, name in enumerate(self.names):
             errors = [reply["errors"][index] for reply in replies]
             if errors and all(errors):
-                raise UserError(f"reward {name!r} failed in all {len(errors)} trials: {errors[0]}; it "
-                                "must be f(response, gold) -> float, or name columns of the data")
+                raise UserError(f"reward {name!r} failed in all {len(errors)} trials: {errors[0]}; "
+                                "f(response, gold) -> float is wanted, or columns by their names")
         self.stats, self.error = dict.fromkeys(self.stats, 0), None
 
     def close(self) -> None:
