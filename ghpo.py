@@ -347,15 +347,15 @@ def token_loss(
 
 def token_sums(loss, is_clipped, entropy, old_logp, batch, config) -> dict[str, torch.Tensor]:
     """Sums over the tokens of a micro-batch, and the largest |old_logp - behaviour_logp|."""
-    is_comparable = batch["is_comparable"]
-    delta = (old_logp - batch["behaviour_logp"]) * is_comparable
+    compared = batch["is_comparable"]
+    delta = (old_logp - batch["behaviour_logp"]) * compared
     log_cap = math.log(config.importance_cap or math.inf)
     return {
         "loss": loss.double().sum(),
         "tokens": batch["policy_weight"].double().sum(),
         "clipped": is_clipped.double().sum(),
         "entropy": (entropy * batch["policy_weight"]).double().sum(),
-        "compared": is_comparable.double().sum(),
+        "compared": compared.double().sum(),
         "mismatch_k3": (torch.expm1(delta) - delta).double().sum(),
         "importance_capped": (delta > log_cap).double().sum(),
         "mismatch_max": delta.abs().max().double(),
