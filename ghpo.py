@@ -439,7 +439,9 @@ class Policy(torch.nn.Module):
     def _score(self, hidden, target, temperature):
         # trap: families scale or cap their logits after the head, so it is never called alone
         logits = head_of(self.model)(inputs_embeds=hidden[None]).logits[0]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if temperature != 1:
+            logits = logits / temperature
         logp_MV = logits.log_softmax(-1)
         with torch.no_grad():
             entropy_M = -(logp_MV.exp() * logp_MV).sum(-1)
