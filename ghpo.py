@@ -583,7 +583,8 @@ class Interrupt:
             os._exit(128 + number)
         self.received = number
         name = signal.Signals(number).name
-        say(f"{name}: ends after this step and its checkpoint; once more ends at once")
+        told = f"{name}: ends after this step and its checkpoint; once more ends at once\n"
+        os.write(sys.stderr.fileno(), told.encode())  # print must not be entered twice
 
 
 def train(run: Run, interrupt: Interrupt) -> int:
