@@ -869,8 +869,9 @@ def setup(config: Config, is_eval: bool = False) -> Run:
 def schedule(config: Config, optimizer: Any, steps: int) -> Callable[[int], float]:
     """The learning rate of each step, 0 the first."""
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
-    scheduler = get_scheduler(
-        config.lr_scheduler_type, optimizer, warmup, steps, config.lr_scheduler_kwargs)
+    kind, more = config.lr_scheduler_type, config.lr_scheduler_kwargs
+    with as_user_error(f"config: lr_scheduler_type={kind}, lr_scheduler_kwargs={more}"):
+        scheduler = get_scheduler(kind, optimizer, warmup, steps, more)
     (factor,) = scheduler.lr_lambdas
 
     def learning_rate(step):
