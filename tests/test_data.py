@@ -421,7 +421,7 @@ NO_GOLDS = [
     (None, "no answer"), ("", "no answer"), (float("nan"), "no answer"), ("NaN", "no answer"),
     (float("inf"), "no answer"), ([], "solution is a list"), (["2", "3"], "solution is a list"),
     ([2, 3], "solution is a list"), ({"value": "2"}, "solution is a dict"), ("#### ", "no answer"),
-    ([{"value": "8"}], "no role"), ("x+" * 4000, "not read"), ("\\frac{", "not read"),
+    ([{"value": "8"}], "no role"), ("x+" * 4000, "longer than 3000"), ("\\frac{", "not read"),
     ("['2', '3']", "not read"),
 ]  # fmt: skip
 

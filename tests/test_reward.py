@@ -729,10 +729,23 @@ def output(*command: str) -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
 
 
-def children() -> list[int]:
+def workers_here() -> set[int]:
     me = os.getpid()
     listing = output("ps", "-ww", "--ppid", str(me), "-o", "pid=,args=")  # -ww: nothing is cut
-    return [int(line.split()[0]) for line in listing.splitlines() if "reward.py" in line]
+    return {int(line.split()[0]) for line in listing.splitlines() if "reward.py" in line}
+
+
+OTHERS = set()  # workers of pools that tests before this file left open
+
+
+@pytest.fixture(scope="module", autouse=True)
+def others():
+    OTHERS.update(workers_here())
+
+
+def children() -> list[int]:
+    """Workers that this file's tests have started."""
+    return sorted(workers_here() - OTHERS)
 
 
 def test_killing_a_worker_loses_nothing(make_pool, user):
