@@ -23,6 +23,7 @@ from pydantic import AllowInfNan, BeforeValidator, TypeAdapter, ValidationError
 
 from configs import UserError, need, say
 from configs.foreign import our_names, translate
+from hints import uses_hints
 from reward import REWARDS
 
 INTEGER = re.compile(r"[-+]?\d+")
@@ -252,7 +253,7 @@ def contradictions(c: Config) -> Iterator[tuple[str, str]]:
         yield "reward_funcs reward_weights", "need one weight for each reward"
     if list(c.hint_ratio) != sorted(set(c.hint_ratio)):
         yield "hint_ratio", "must ascend"
-    if c.rl_type == "ghpo":
+    if uses_hints(c):
         if not unknown and c.hint_trigger not in (*c.reward_funcs, "always"):
             yield "hint_trigger reward_funcs", "disagree: name one of the rewards, or always"
         if not c.hint_ratio and (c.hint_trigger == "always" or c.hint_exhausted == "keep"):
