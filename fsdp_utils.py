@@ -87,6 +87,11 @@ def phase(name: str):
     _now["phase"] = before  # not reached on an error, which is then reported under `name`
 
 
+def current_phase() -> str:
+    """What this rank does, or did when it failed."""
+    return _now["phase"]
+
+
 def all_reduce_scalars(values, op="sum"):
     """Sum or max over ranks of each value of a dict, in float64; same keys on every rank."""
     total = torch.tensor(list(values.values()), dtype=torch.float64)

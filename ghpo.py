@@ -12,6 +12,7 @@ also assign hints.NAME or ghpo.token_loss and then call ghpo.main().
 
 import argparse
 import copy
+import errno
 import hashlib
 import json
 import math
@@ -58,6 +59,9 @@ CHECK_LENGTHS = [48, 48, 29]  # tokens of the sequences that check_policy compar
 CHECK_LIMITS = {"bfloat16": (0.02, 0.2)}  # mean and largest |dlogp|; of other types EXACT
 EXACT = (1e-4, 1e-4)
 CHARS_PER_TOKEN = 8  # a guess: hints of more characters are tried in parts
+MAX_NONFINITE = 10  # updates in a row that nonfinite: skip leaves out
+MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT,
+            errno.ENOTDIR, errno.EISDIR, errno.EEXIST}  # by the user: disk, rights, folders
 FILLER_IDS = [0, 0]  # of a row that runs and weighs nothing
 PADDED_SHARE, PADDED_TOKENS = 0.97, 512  # a micro-batch has so little padding, or so few tokens
 MAX_WORKERS = 8  # verifiers of a process
@@ -75,6 +79,7 @@ class State:
     history: dict = field(default_factory=dict)  # see hints.py
     method: dict = field(default_factory=dict)  # see hints.py
     mismatch: list = field(default_factory=list)  # k3 of the last steps that compared something
+    nonfinite: int = 0  # updates left out in a row
     prompts_per_step: int = 0
     steps: int = 0  # that the run was to have
     data: str = ""  # fingerprint of the problems
@@ -538,11 +543,17 @@ def update(run: Run, rows: list[Row]) -> float:
     norm = float(fsdp_utils.clip_grad_norm(run.policy.parameters(), run.config.max_grad_norm))
     if math.isfinite(norm):
         run.optimizer.step()
+        run.state.nonfinite = 0
     else:
         path = run.folder / f"nonfinite_step_{run.state.step}_rank_{run.rank}.pt"
         torch.save(rows, path)
-        is_skipped = run.config.nonfinite == "skip"
-        need(is_skipped, f"gradient norm is {norm}: its batch is in {path}")
+        run.state.nonfinite += 1
+        allowed = MAX_NONFINITE if run.config.nonfinite == "skip" else 0
+        need(
+            run.state.nonfinite <= allowed,
+            f"gradient norm is {norm}, {run.state.nonfinite} times in a row: the batch is in {path}. "
+            "Is learning_rate too high, or are the weights not finite?",
+        )
     run.optimizer.zero_grad()
     return norm
 
@@ -596,13 +607,14 @@ def train(run: Run, interrupt: Interrupt) -> int:
     saved_at = time.monotonic()
     stopped_by = 0
     while state.step < plan.steps and not stopped_by:
-        started = time.perf_counter()
+        started, n_failed = time.perf_counter(), sum(run.pool.stats.values())
         fsdp_utils.seconds.clear()
 
         # 1. Roll out G samples a problem; 2. hint: a group that fails is asked again (E2).
         blank = next_groups(run)[run.rank :: run.world]
         groups = sample_groups(run, blank, c, state.step, bar.set_postfix_str)
         outcomes = write_rollouts(run, groups)
+        check_rewards(run, outcomes, sum(run.pool.stats.values()) - n_failed)
         groups = [group for group in groups if hints.enters_batch(group, c, state)]
 
         # 3. Advantages (E1, E3), and what each row weighs in the objective of the step (E6).
@@ -693,6 +705,18 @@ def rollout_line(run: Run, group: Group) -> dict:
         "is_deferred": group.is_deferred,
         "completions": samples,
     }
+
+
+def check_rewards(run: Run, outcomes: list[hints.Outcome], n_failed: int) -> None:
+    """Ends a run in which the rewards of all texts of a step failed: it cannot learn."""
+    n_failed = fsdp_utils.all_reduce_scalars({"failed": n_failed})["failed"]
+    stages = [stage for outcome in outcomes for stage in outcome.stages[outcome.n_earlier :]]
+    n_texts = sum(len(stage.lengths) for stage in stages)
+    need(
+        n_failed < n_texts,
+        f"rewards failed for all {n_texts} texts of step {run.state.step + 1}; last: "
+        f"{run.pool.error}. Mend reward_funcs, or raise verifier_timeout",
+    )
 
 
 def costs(run: Run, rows: list[Row], n_generated: float, seconds: float) -> dict[str, float]:
@@ -795,8 +819,11 @@ def write_metrics(run: Run, metrics: dict) -> None:
     """One line to metrics.jsonl, a shorter one to the terminal, all of it to wandb if asked."""
     step = run.state.step
     if run.rank == 0:
+        line = {"step": step}
+        for key, value in metrics.items():
+            line[key] = value if math.isfinite(value) else None  # JSON has no NaN
         with open(run.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+            file.write(json.dumps(line) + "\n")
             run.state.metrics_bytes = file.tell()  # only rank 0's state is saved
     if run.wandb:
         run.wandb.log(metrics, step=step)
@@ -1071,6 +1098,12 @@ def main() -> None:
             run.wandb.finish()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+    except OSError as error:
+        if error.errno not in MENDABLE:
+            raise
+        place = fsdp_utils.current_phase()
+        print(f"error: in phase '{place}': {error}", file=sys.stderr, flush=True)
         os._exit(2)
     if stopped_by:
         os._exit(128 + stopped_by)

@@ -375,8 +375,14 @@ def test_a_gradient_that_is_not_finite_stops_the_run(make_run, prompts, tmp_path
         step_of(run, groups, prompts)
     assert list(tmp_path.glob("nonfinite_step_0*"))
     run = make_run(float64(nonfinite="skip"), folder=tmp_path)
-    step_of(run, groups, prompts)
+    for _ in range(ghpo.MAX_NONFINITE):
+        step_of(run, groups, prompts)
     assert torch.equal(weights_of(run), before)
+    step_of(run, recorded_groups(), prompts)  # a good one between them
+    for _ in range(ghpo.MAX_NONFINITE):
+        step_of(run, groups, prompts)
+    with pytest.raises(ghpo.UserError, match="11 times in a row"):
+        step_of(run, groups, prompts)
 
 
 @pytest.mark.parametrize("loss_type", ["bnpo", "dapo"])

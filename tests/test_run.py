@@ -352,6 +352,32 @@ def test_a_reward_that_fails_is_told(body, status, told, main, tmp_path):
     assert done.status == status and told in done.err and "Traceback" not in done.err
 
 
+def test_a_run_that_cannot_learn_ends(main, tmp_path):
+    """Rewards that fail for every text but golds and empty ones."""
+    own = tmp_path / "own.py"
+    own.write_text("def boom(response, gold):\n    return 1.0 if response in ('', gold) else 1 / 0\n")
+    done = main(tmp_path, reward_funcs=[f"{own}:boom"], reward_weights=[1.0], max_steps=3,
+                hint_trigger=f"{own}:boom", rl_type="grpo")
+    assert done.status == 2 and "Traceback" not in done.err
+    assert "rewards failed for all 16 texts of step 1; last: ZeroDivisionError" in done.err
+
+
+def test_metrics_are_json_whatever_the_numbers_are(setup):
+    run = setup()
+    ghpo.write_metrics(run, {"loss": float("nan"), "grad_norm": float("inf"), "tokens": 3})
+    line = (run.folder / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=pytest.fail) == {
+        "step": 0, "loss": None, "grad_norm": None, "tokens": 3}
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(main, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    done = main(tmp_path, output_dir=str(file / "run"))
+    assert done.status == 2 and "Traceback" not in done.err
+    assert re.search("error: .*Not a directory", done.err) and file.read_text() == "mine"
+
+
 def test_one_process_at_a_time_writes_a_folder(main, tmp_path):
     first = main(tmp_path, max_steps=1)
     code = (f"import fcntl, time; file = open({str(first.folder / 'lock')!r}, 'w'); "
