@@ -33,9 +33,9 @@ from torch.distributed.tensor import DTensor
 from configs import need, say
 
 COMPLETE = re.compile(r"checkpoint-\d{6,}")  # names that are ours; all others are left alone
-UNFINISHED = re.compile(r"checkpoint-\d{6,}(\.old)?\.tmp")
+UNFINISHED = re.compile(r"checkpoint-\d{6,}\.tmp")
 SHARD = re.compile(r"__(\d+)_\d+\.distcp")
-CHECKSUMS = "checksums.json"
+CHECKSUMS, METADATA = "checksums.json", ".metadata"
 DCP_METADATA = "torch.distributed.checkpoint.metadata"
 METADATA_CLASSES = {
     ("pathlib", "PosixPath"),
@@ -236,8 +236,6 @@ def save_checkpoint(
                 file = os.open(path, os.O_RDONLY)
                 os.fsync(file)  # names and contents are on the disk before the rename is
                 os.close(file)
-            if final.exists():  # of a step that is done again
-                final.rename(final.with_suffix(".old.tmp"))
             temporary.rename(final)
             if keep:
                 for old in checkpoints(folder)[:-keep]:
@@ -312,19 +310,25 @@ def checksum(path: Path) -> str:
 
 
 def faults_of(path: Path) -> list[str]:
-    """What is wrong with this rank's share of a checkpoint's files."""
+    """What is wrong with this rank's share of a checkpoint's files, and with its index."""
     try:
         sums = json.loads((path / CHECKSUMS).read_text())
-        SafeReader(path).read_metadata()
-    except (OSError, ValueError, pickle.UnpicklingError, EOFError) as error:
+    except (FileNotFoundError, ValueError) as error:
         return [str(error)]
+    share = sorted(sums)[dist.get_rank() :: dist.get_world_size()]
     faults = []
-    for name in sorted(sums)[dist.get_rank() :: dist.get_world_size()]:
+    for name in {*share, METADATA}:
         if not (path / name).is_file():
             faults.append(f"{name} is missing")
-        elif checksum(path / name) != sums[name]:
+        elif checksum(path / name) != sums.get(name):
             faults.append(f"{name} has changed since it was written")
-    return faults
+    if faults:
+        return sorted(faults)
+    try:
+        SafeReader(path).read_metadata()  # not before it is known to be what was written
+    except (pickle.UnpicklingError, AttributeError, TypeError, ValueError, LookupError) as error:
+        return [str(error)]
+    return []
 
 
 def next_free(path: Path) -> Path:
@@ -341,7 +345,7 @@ class SafeReader(dcp.FileSystemReader):
     tensors, which torch loads as weights only."""
 
     def read_metadata(self, *args, **kwargs):
-        with open(Path(self.path) / ".metadata", "rb") as file:
+        with open(Path(self.path) / METADATA, "rb") as file:
             metadata = MetadataUnpickler(file).load()
         for name, item in metadata.state_dict_metadata.items():
             if not isinstance(item, TensorStorageMetadata):

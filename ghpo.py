@@ -649,7 +649,14 @@ def next_groups(run: Run) -> list[Group]:
     """The blank groups of the next step, for all ranks: returning problems, then fresh ones."""
     c, state, n = run.config, run.state, len(run.problems)
     n_returning = int(c.deferred_share * run.plan.prompts)
-    returning, state.queue = state.queue[:n_returning], state.queue[n_returning:]
+    returning, waiting, ids = [], [], set()
+    for problem_id, stages in state.queue:
+        if len(returning) < n_returning and problem_id not in ids:  # none twice in a step
+            returning.append((problem_id, stages))
+            ids.add(problem_id)
+        else:
+            waiting.append((problem_id, stages))
+    state.queue = waiting
     n_fresh = run.plan.prompts - len(returning)
     epoch, start = divmod(state.cursor, n)
     if start + n_fresh > n:  # a step never straddles two epochs: no fresh problem twice in one
@@ -745,12 +752,15 @@ def watch_mismatch(run: Run, metrics: dict) -> None:
     c, seen, k3 = run.config, run.state.mismatch, metrics["mismatch_k3"]
     if not metrics["compared"]:
         return
+    if not math.isfinite(k3):
+        say(f"sampler and trainer cannot be compared: mean k3 is {k3}")
+        return
     is_first = not seen
     seen.append(k3)
     del seen[:-MISMATCH_STEPS]
     limit = mismatch_limit(c)
     warned_at = AUTO_LIMIT if limit is None else limit
-    mean = float(np.mean(seen))
+    mean = sum(seen) / MISMATCH_STEPS  # steps that are still to come count as 0
     if max(k3, mean) <= warned_at:
         return
     told = f"sampler and trainer disagree: mean k3 {k3:.2g} > {warned_at:g}: "
@@ -879,7 +889,7 @@ def setup(config: Config, is_eval: bool = False) -> Run:
         policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
         betas=(config.adam_beta1, config.adam_beta2), fused=place.device.type == "cuda")
     folder = Path(config.output_dir)
-    open_folder(config, folder, place.rank)
+    open_folder(config, folder, place.rank, is_eval)
     run = Run(
         config=config, state=state, rank=place.rank, world=place.world, device=place.device,
         folder=folder, prompts=prompts, problems=problems, plan=plan, eval_sets=eval_sets,
@@ -1003,17 +1013,19 @@ def startup_pass(run: Run) -> None:
     say(f"start-up pass: {len(rows)} rows of {width} tokens and Adam's moments fit")
 
 
-def open_folder(config: Config, folder: Path, rank: int) -> None:
+def open_folder(config: Config, folder: Path, rank: int, is_eval: bool) -> None:
     """Starts or refuses output_dir; a run of another config is moved aside, never deleted."""
     changed = changed_settings(config, folder / "config.yaml")
+    may_move = config.overwrite_output_dir and not is_eval
     need(
-        not changed or config.overwrite_output_dir,
-        f"output_dir={folder} holds another run ({', '.join(changed)} differ): choose another, or "
-        "overwrite_output_dir=true to move it",
+        not changed or may_move,
+        f"output_dir={folder} holds another run ({', '.join(changed)} differ): choose another, or, "
+        "to train, overwrite_output_dir=true to move it",
     )
     fsdp_utils.barrier("every rank has looked at the folder")
     if rank == 0:
         if changed:
+            lock_folder(folder)  # not while somebody writes there
             folder.rename(f"{folder}.{time.strftime('%Y%m%d-%H%M%S')}")
         (folder / "rollouts").mkdir(parents=True, exist_ok=True)
         lock_folder(folder)
@@ -1029,13 +1041,13 @@ def resume(run: Run, is_eval: bool) -> None:
         run.state.load(saved)
         data = run.state.data
         need(
-            not data or data == fingerprint(run.problems),
+            is_eval or not data or data == fingerprint(run.problems),
             f"{path} was made with other data: history and queue would mean other problems. "
             "Bring dataset_name back as it was, or choose another output_dir",
         )
         before, now = run.state.prompts_per_step, run.plan.prompts
         need(
-            before == now,
+            is_eval or before == now,
             f"{path} had {before} prompts a step, not {now}: change gradient_accumulation_steps",
         )
         c, planned = run.config, run.state.steps
@@ -1111,10 +1123,10 @@ def main() -> None:
 
 def finish(run: Run) -> None:
     """The trained model, in the run's folder and on the hub if asked."""
-    hub = {}
-    if run.config.push_to_hub:
-        hub = {"push_to_hub": True, "repo_id": run.config.hub_model_id or run.folder.name}
-    export(run, run.folder / "model", **hub)
+    export(run, run.folder / "model")
+    if run.config.push_to_hub:  # once it is safe
+        name = run.config.hub_model_id or run.folder.name
+        export(run, run.folder / "model", push_to_hub=True, repo_id=name)
     say(f"done: {run.folder}, {len(run.state.queue)} deferred problems still queued")
 
 

@@ -21,6 +21,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
+from configs import UserError
 from fsdp_utils import barrier, phase, reshard, unshard
 from hints import Completion, Group, Problem, Stage
 
@@ -361,10 +362,14 @@ class VllmEngine(Engine):
         self.llm.llm_engine.engine_core.shutdown()
 
 
+class ServerError(UserError, RuntimeError):
+    """The server does not answer, or refuses: one line for the user."""
+
+
 class ServerEngine(Engine):
     """A vLLM server started by `./run.sh serve CONFIG`: the same calls, by HTTP, from every rank.
     Rank 0 sends the weights by vLLM's weight transfer, NCCL (gloo on CPU: configs/vllm_cpu.py), and
-    listens for that on port + 1. What fails is a RuntimeError with host and port."""
+    listens for that on port + 1. What fails is a ServerError with host and port."""
 
     def __init__(self, config, tokenizer, eos_ids, max_model_len, policy):
         super().__init__(tokenizer, eos_ids, max_model_len)
@@ -422,7 +427,7 @@ class ServerEngine(Engine):
                 raise ValueError(f"{answer.status_code} {answer.text[:2000]}")
             return answer.json()
         except (httpx2.HTTPError, ValueError) as error:
-            raise RuntimeError(
+            raise ServerError(
                 f"vLLM server {self.url}{path}: {error!r}. Is it running? "
                 "./run.sh serve CONFIG starts it"
             ) from None

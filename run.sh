@@ -109,7 +109,9 @@ launch() {
     if [ "$processes" = 1 ]; then
         exec python ghpo.py "$@"
     fi
-    exec torchrun --standalone --nproc_per_node "$processes" ghpo.py "$@"
+    # Ranks get an hour to finish their step and write a checkpoint (default: 30 s, and no SIGUSR1).
+    exec torchrun --standalone --nproc_per_node "$processes" \
+        --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 3600 ghpo.py "$@"
 }
 
 command="${1:-demo}"

@@ -269,7 +269,7 @@ class ScriptedPool:
     def __init__(self, passes, delay=0):
         self.passes, self.delay = passes, delay
         self.firsts, self.failed = Counter(), Counter()
-        self.waiting, self.stats = [], {}
+        self.waiting, self.stats, self.error = [], {}, None
 
     def submit(self, key, texts, gold, row=None):
         request, completions = key

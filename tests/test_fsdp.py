@@ -298,6 +298,10 @@ def damage(path, kind):
         (path / "checksums.json").unlink()
     elif kind == "empty checksums":
         (path / "checksums.json").write_text("")
+    elif kind == "bits of metadata":  # torch's unpickling of these could end in any error
+        whole = bytearray((path / ".metadata").read_bytes())
+        whole[len(whole) // 3] ^= 4
+        (path / ".metadata").write_bytes(whole)
     elif kind == "code in metadata":
         (path / ".metadata").write_bytes(pickle.dumps(Payload(str(path.parent / "executed"))))
     elif kind == "byte item":
@@ -322,7 +326,8 @@ class Payload:
 
 DAMAGE = {"zeros": "has changed", "truncated": "has changed", "missing": "is missing",
           "empty state": "state.json has changed", "no checksums": "No such file",
-          "empty checksums": "Expecting value", "code in metadata": "names builtins.exec",
+          "empty checksums": "Expecting value", "bits of metadata": ".metadata has changed",
+          "code in metadata": "names builtins.exec",
           "byte item": "model.extra is no tensor"}
 
 

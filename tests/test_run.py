@@ -390,6 +390,24 @@ def test_one_process_at_a_time_writes_a_folder(main, tmp_path):
     assert second.status == 2 and "another process writes there" in second.err
 
 
+def test_a_folder_in_use_is_not_moved_and_evaluation_moves_none(main, tmp_path):
+    first = main(tmp_path, max_steps=1)
+    again = {"max_steps": 1, "seed": 5, "overwrite_output_dir": True}
+    done = main(tmp_path, "--eval", **again, eval_datasets={"x": str(DATA / "eval_easy.jsonl")})
+    assert done.status == 2 and "holds another run (seed differ)" in done.err
+    code = (f"import fcntl, time; file = open({str(first.folder / 'lock')!r}, 'w'); "
+            "fcntl.lockf(file, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(60)")
+    configs.folder.locks.clear()  # a process ends with its locks
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "locked\n"
+    done = main(tmp_path, **again)
+    other.kill()
+    assert done.status == 2 and "another process writes there" in done.err
+    assert (first.folder / "metrics.jsonl").exists()
+    assert main(tmp_path, **again).status == 0  # now it is moved
+    assert len(list(tmp_path.glob("out.*/metrics.jsonl"))) == 1
+
+
 def test_a_start_that_failed_claims_no_folder(main, tmp_path):
     first = main(tmp_path, max_steps=1, save_strategy="no")
     (first.folder / "metrics.jsonl").unlink()  # as when it failed before its first step
