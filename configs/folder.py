@@ -10,7 +10,7 @@ from typing import get_type_hints
 import yaml
 
 from configs import UserError, say
-from configs.settings import DEFAULTS, RESUMABLE, Config, read_yaml
+from configs.settings import DEFAULTS, RESUMABLE, Config, read_settings
 
 locks = {}  # folder: the open file that holds its lock until the process ends
 
@@ -24,7 +24,7 @@ def changed_settings(config: Config, path: Path) -> list[str]:
         return []
     mine = yaml.safe_load(as_yaml(config))
     theirs = yaml.safe_load(yaml.safe_dump(DEFAULTS))
-    theirs |= read_yaml(path.read_text(), path) or {}
+    theirs |= read_settings(path)
     hints = get_type_hints(Config, include_extras=True)
     return [name for name, hint in hints.items()
             if RESUMABLE not in getattr(hint, "__metadata__", ()) and mine[name] != theirs[name]]

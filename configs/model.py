@@ -17,6 +17,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from configs import UserError, need, say
+from configs.plan import longest_sequence
 
 EXAMPLE_TEMPLATE = (  # as YAML
     r'"{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"')
@@ -84,10 +85,10 @@ def load_model(config, dtype: torch.dtype) -> PreTrainedModel:
     if attention == "sdpa" and not sdpa_computes(model_config, text_config):
         say(f"{name}: attn_implementation: sdpa cannot compute its attention, using eager")
         attention = "eager"
-    longest = config.max_prompt_length + config.max_completion_length
+    longest = longest_sequence(config)
     limit = getattr(text_config, "max_position_embeddings", longest)
-    need(longest <= limit, f"{name}: max_prompt_length + max_completion_length = {longest} tokens, "
-         f"but it has {limit} positions: lower one of them")
+    need(longest <= limit, f"{name}: max_prompt_length + max_completion_length = {longest} tokens "
+         f"(of training or of an eval set), but it has {limit} positions: lower one of them")
     with as_user_error(name):
         model, report = AutoModelForCausalLM.from_pretrained(
             config.model_name_or_path, config=model_config, dtype=dtype,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs import UserError, need, say
-from configs.settings import Config, eval_config, load_config
+from configs.settings import Config, eval_config, read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}  # of a number
@@ -25,8 +25,11 @@ class Plan:
     save_every: int
 
 
-def make_plan(config: Config, world: int, n_problems: int) -> Plan:
-    """Batch arithmetic, told: prompts = ranks * per_device * accumulation / G."""
+def make_plan(config: Config, world: int, n_problems: int, is_dry: bool = False) -> Plan:
+    """Batch arithmetic, told: prompts = ranks * per_device * accumulation / G. is_dry: nothing will
+    be sharded, so replicas may be meant for more ranks than there are."""
+    need(is_dry or fits_replicas(config, world), f"config: replicas={config.replicas} does not "
+         f"divide {world} ranks (--nproc_per_node times --nnodes)")
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     G, rows = config.num_generations, batch * accumulation
     need(G > 1, "config: num_generations=1: advantages compare a group's samples, it takes 2")
@@ -48,6 +51,11 @@ def make_plan(config: Config, world: int, n_problems: int) -> Plan:
     return Plan(prompts, per_epoch, steps, save_every)
 
 
+def fits_replicas(config: Config, world: int) -> bool:
+    """Can the ranks be split into the replicas? ddp has as many as ranks, whatever is set."""
+    return config.sharding == "ddp" or world % config.replicas == 0
+
+
 def mismatch_limit(config: Config) -> float | None:
     """The mean k3 of sampler against trainer above which a run stops; None: it only warns."""
     if config.mismatch_limit == "auto":
@@ -60,7 +68,11 @@ def bytes_per_gpu(config: Config, world: int, n_params: int, gathered: int) -> d
 
     gathered: weights that zero3 holds at once (the root's plus two blocks').
     """
-    shards = 1 if config.sharding == "ddp" else world // config.replicas
+    replicas = world if config.sharding == "ddp" else min(config.replicas, world)
+    if not fits_replicas(config, world):
+        say(f"memory: replicas={config.replicas} does not divide {world} ranks: shown for "
+            f"replicas={replicas} and {world // replicas} ranks in each")
+    shards = world // replicas
     copied = gathered if config.sharding == "zero3" else n_params
     if world == 1 and config.torch_dtype == "float32":  # it computes with the masters themselves
         copied = 0
@@ -107,7 +119,7 @@ def server_arguments(config: Config, n_gpus: int) -> tuple[list[str], dict[str, 
 def main(path: str, *overrides: str) -> None:
     """Becomes the server of a config; Ctrl-C or SIGTERM stops it."""
     try:
-        config = load_config(path, overrides)
+        config = read_config(path, overrides)  # with all eval sets: --eval comes here too
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -22,7 +22,7 @@ from annotated_types import Ge, Gt, Interval, Lt, MinLen
 from pydantic import AllowInfNan, BeforeValidator, TypeAdapter, ValidationError
 
 from configs import UserError, need, say
-from configs.foreign import our_names, translate
+from configs.foreign import our_name, translate
 from hints import uses_hints
 from reward import REWARDS
 
@@ -30,12 +30,25 @@ INTEGER = re.compile(r"[-+]?\d+")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 SUBJECT = re.compile(r"^\w+ should")  # of pydantic's messages
 RESUMABLE = "may differ when a run is resumed"
+ALL_GREEDY = "are several greedy samples, all the same"
 NEAREST = 0.8  # similarity from which an unknown key is taken for a misspelt one
 SHOWN = 90  # characters of a value in a message
 FLASH = {"flash_attention_2": "flash-attn", "kernels-community/flash-attn2": "kernels",
          "kernels-community/flash-attn3": "kernels"}  # what each of them needs installed
-ALSO_IN_EVALUATION = {"temperature": "eval_temperature", "num_generations": "eval_samples",
-                      "engine": "that of the run", "reward_funcs": "those of the run"}
+IN_EVALUATION = {  # the settings of an eval set; in all others it is like the run
+    "dataset_name", "dataset_config", "dataset_split", "dataset_prompt_column",
+    "dataset_answer_column", "dataset_hint_column", "dataset_level_column", "system_prompt",
+    "eval_samples", "eval_temperature", "eval_max_completion_length", "max_prompt_length",
+    "max_completion_length", "top_p", "top_k", "strict_answers", "seed"}  # fmt: skip
+INSTEAD = {"temperature": "eval_temperature", "num_generations": "eval_samples"}
+COSINE_KEYS = {"num_cycles"}
+MIN_LR_KEYS = {"num_cycles", "min_lr", "min_lr_rate"}
+SCHEDULE_KEYS = {  # what lr_scheduler_kwargs may hold, the rest take nothing
+    "cosine": COSINE_KEYS, "cosine_with_restarts": COSINE_KEYS, "polynomial": {"lr_end", "power"},
+    "inverse_sqrt": {"timescale"}, "cosine_with_min_lr": MIN_LR_KEYS,
+    "cosine_warmup_with_min_lr": MIN_LR_KEYS | {"warmup_lr_rate"},
+    "warmup_stable_decay": {"num_decay_steps", "num_stable_steps", "warmup_type", "decay_type",
+                            "min_lr_ratio", "num_cycles"}}  # fmt: skip
 
 
 def as_number(value: object) -> object:
@@ -57,6 +70,7 @@ def as_tuple(value: object) -> tuple:
 T = TypeVar("T")
 MayChange = Annotated[T, RESUMABLE]  # all the other settings define the run
 Int = Annotated[int, BeforeValidator(as_number)]
+Number = Annotated[Any, BeforeValidator(as_number)]  # or another word
 Real = Annotated[float, BeforeValidator(as_number), AllowInfNan(False)]
 Tuple = Annotated[tuple[T, ...], BeforeValidator(as_tuple)]
 Natural = Annotated[Int, Ge(0)]
@@ -84,7 +98,7 @@ class Config:
     model_name_or_path: str = ""  # hub name or folder of a causal LM
     model_revision: str = "main"
     torch_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of computing
-    bf16: bool | None = None  # the reference's flag: must agree with torch_dtype
+    bf16: MayChange[bool | None] = None  # the reference's flag: must agree with torch_dtype
     attn_implementation: MayChange[Attention] = "sdpa"  # flash: sdpa where it is missing
     chat_template: str | None = None  # Jinja text or its file; null: the tokenizer's
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # enable_thinking ...
@@ -114,7 +128,7 @@ class Config:
 
     # rollouts
     engine: Literal["hf", "vllm", "server"] | None = None  # null: vllm if use_vllm, else hf
-    use_vllm: bool | None = None
+    use_vllm: MayChange[bool | None] = None  # the reference's flag: must agree with engine
     num_generations: Count = 8  # G, samples per problem
     max_prompt_length: Length = 512  # longer problems are dropped at load, longer hints shortened
     max_completion_length: Length = 2048
@@ -147,7 +161,7 @@ class Config:
     # optimisation
     learning_rate: Share = 1e-6
     lr_scheduler_type: Schedule = "cosine"  # as in transformers
-    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)  # min_lr_rate ...
+    lr_scheduler_kwargs: dict[str, Number] = field(default_factory=dict)  # min_lr_rate ...
     warmup_ratio: Share = 0.0
     warmup_steps: Natural = 0  # above 0 it wins over warmup_ratio
     weight_decay: NonNegative = 0.0
@@ -261,9 +275,15 @@ def contradictions(c: Config) -> Iterator[tuple[str, str]]:
         if c.hint_timing == "deferred" and not c.deferred_share:
             yield "hint_timing deferred_share", "never ask again"
     if c.temperature == 0 and c.num_generations > 1:
-        yield "temperature num_generations", "are several greedy samples, all the same"
-    if "min_lr" in c.lr_scheduler_type and not {"min_lr", "min_lr_rate"} & {*c.lr_scheduler_kwargs}:
-        yield "lr_scheduler_type lr_scheduler_kwargs", "lack min_lr or min_lr_rate"
+        yield "temperature num_generations", ALL_GREEDY
+    schedule, given = "lr_scheduler_type lr_scheduler_kwargs", c.lr_scheduler_kwargs.keys()
+    allowed = SCHEDULE_KEYS.get(c.lr_scheduler_type, set())
+    if given - allowed:
+        yield schedule, f"disagree: the schedule takes {', '.join(sorted(allowed)) or 'nothing'}"
+    if "min_lr" in allowed and len(given & {"min_lr", "min_lr_rate"}) != 1:
+        yield schedule, "must name one of min_lr and min_lr_rate"
+    if "num_decay_steps" in allowed - given:
+        yield schedule, "must name num_decay_steps"
 
 
 DEFAULTS = asdict(Config(model_name_or_path="-", dataset_name="-"))
@@ -312,16 +332,26 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
     return values
 
 
-def load_config(path: str | Path, arguments: Iterable[str] = (), is_eval: bool = False,
-                is_dry: bool = True) -> Config:  # fmt: skip
-    """The checked Config of a YAML file and a command line's overrides (see parse_overrides)."""
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The unchecked settings of a YAML file; UserError names it when it holds no mapping."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"config: {path}: {error}") from None
     values = read_yaml(text, path)
     need(isinstance(values, dict | None), f"config: {path}: no settings, but {shown('', values)}")
-    config = make_config(our_names(values or {}) | our_names(parse_overrides(arguments)))
+    return values or {}
+
+
+def read_config(path: str | Path, arguments: Iterable[str] = ()) -> Config:
+    """The checked Config of a YAML file and a command line's overrides (see parse_overrides)."""
+    return make_config(read_settings(path), parse_overrides(arguments))
+
+
+def load_config(path: str | Path, arguments: Iterable[str] = (), is_eval: bool = False,
+                is_dry: bool = True) -> Config:  # fmt: skip
+    """The Config of read_config for one run, without eval sets when it evaluates nothing."""
+    config = read_config(path, arguments)
     need(config.eval_datasets or not is_eval, "config: --eval needs eval_datasets")
     need(is_dry or config.engine == "hf" or importlib.util.find_spec("vllm"),
          "config: engine: vllm is not installed: pip install -r requirements-vllm.txt (on a CPU: "
@@ -333,9 +363,9 @@ def load_config(path: str | Path, arguments: Iterable[str] = (), is_eval: bool =
     return replace(config, eval_strategy="no", eval_datasets={})
 
 
-def make_config(values: dict[str, Any]) -> Config:
-    """The checked Config of a dict of settings, ours or another trainer's."""
-    ours, lines = translate(values, KINDS.keys())
+def make_config(*layers: dict[str, Any]) -> Config:
+    """The checked Config of settings, ours or another trainer's; those of a later dict win."""
+    ours, lines = translate(layers, KINDS.keys())
     for key in [key for key in ours if key not in KINDS]:
         near = difflib.get_close_matches(key, KINDS, 1, NEAREST)
         lines.append(f"unknown key {key!r}" + "".join(f", not {name}?" for name in near))
@@ -360,20 +390,22 @@ def eval_config(config: Config, spec: str | dict) -> Config:
     """The config of an eval set, a path or a dict of settings: G = k, no hints."""
     if isinstance(spec, str):
         spec = {"dataset_name": spec}
-    spec = our_names(spec)
-    lines = [f"{key} has no meaning there, use {ALSO_IN_EVALUATION[key]}"
-             for key in spec if key in ALSO_IN_EVALUATION]  # fmt: skip
-    lines += [f"unknown key {key!r}" for key in spec if key not in KINDS]
-    if "dataset_name" not in spec:
-        lines.append("has no dataset_name")
+    spec = {our_name(key): value for key, value in spec.items()}
+    lines = [] if "dataset_name" in spec else ["has no dataset_name"]
+    for key in [key for key in spec if key not in IN_EVALUATION]:
+        instead = INSTEAD.get(key, "that of the run")
+        known = f"{key} has no meaning there, use {instead}"
+        lines.append(known if key in KINDS else f"unknown key {key!r}")
     if lines:
         raise SettingsError(lines)
     values = asdict(config) | {"strict_answers": False} | spec  # as others report accuracies
-    if config.eval_max_completion_length and "max_completion_length" not in spec:
+    if values["eval_max_completion_length"] and "max_completion_length" not in spec:
         values["max_completion_length"] = values["eval_max_completion_length"]
-    return Config(**values | {
-        "rl_type": "grpo", "curriculum": False, "num_generations": values["eval_samples"],
-        "temperature": values["eval_temperature"]})  # fmt: skip
+    c = Config(**values | {"rl_type": "grpo", "curriculum": False})
+    if c.eval_temperature == 0 and c.eval_samples > 1:
+        raise SettingsError([f"{shown('eval_temperature', c.eval_temperature)} and "
+                             f"{shown('eval_samples', c.eval_samples)} {ALL_GREEDY}"])
+    return replace(c, num_generations=c.eval_samples, temperature=c.eval_temperature)
 
 
 def with_what_is_installed(config: Config) -> Config:

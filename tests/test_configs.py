@@ -1,19 +1,25 @@
 """Settings: what is read, what is refused and how that is told; what a config amounts to."""
 
 import argparse
+import inspect
 import json
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, asdict, replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import torch
 import yaml
 from conftest import BASE, DATA, ROOT, SHARED, make_config, settings
 
 from configs import UserError, foreign, plan
 from configs.folder import changed_settings, lock_folder, save_config
-from configs.settings import DEFAULTS, Config, eval_config, load_config, parse_overrides
+from configs.model import load_model
+from configs.settings import (
+    DEFAULTS, SCHEDULE_KEYS, Config, Schedule, eval_config, load_config, parse_overrides,
+    read_config)
 from configs.settings import make_config as from_dict
 
 MODEL = dict(model_name_or_path="m", dataset_name="d")
@@ -180,7 +186,12 @@ def test_unknown_keys(key, hint):
     ({"hint_ratio": [], "hint_exhausted": "drop", "hint_trigger": "always"}, "shows no hint"),
     ({"hint_timing": "deferred", "deferred_share": 0}, "hint_timing='deferred' and deferred_share=0.0"),
     ({"temperature": 0}, "temperature=0.0 and num_generations=8 are several greedy samples"),
-    ({"lr_scheduler_type": "cosine_with_min_lr"}, "lack min_lr or min_lr_rate"),
+    ({"lr_scheduler_type": "cosine_with_min_lr"}, "must name one of min_lr and min_lr_rate"),
+    ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0, "min_lr_rate": 0}},
+     "must name one of min_lr and min_lr_rate"),
+    ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_kwargs={} must name num_decay_steps"),
+    ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"power": 1}}, "the schedule takes nothing"),
+    ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"powr": 1}}, "takes lr_end, power"),
 ])  # fmt: skip
 def test_contradictions(changes, line):
     (found,) = mistakes(from_dict, MODEL | changes)
@@ -192,10 +203,22 @@ def test_contradictions(changes, line):
     {"rl_type": "grpo", "hint_trigger": "whatever"}, {"hint_trigger": "always"},
     {"temperature": 0, "num_generations": 1}, {"bf16": True}, {"hint_ratio": [0.0]},
     {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-7}},
+    {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 5}},
     {"hint_trigger": "format"}, {"use_vllm": True, "engine": "server"},
 ])  # fmt: skip
 def test_what_looks_like_one_but_is_none(changes):
     from_dict(MODEL | changes)
+
+
+def test_schedules_take_what_transformers_says():
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION as FUNCTIONS
+    always = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    found = {name: set(inspect.signature(FUNCTIONS[name]).parameters) - always
+             for name in get_args(Schedule)}  # fmt: skip
+    assert {name: keys for name, keys in found.items() if keys} == SCHEDULE_KEYS
+    c = from_dict(MODEL | {"lr_scheduler_type": "cosine_with_min_lr",
+                           "lr_scheduler_kwargs": yaml.safe_load("min_lr: 1e-7")})  # fmt: skip
+    assert c.lr_scheduler_kwargs == {"min_lr": 1e-7}  # text in YAML 1.1
 
 
 def test_grpo_with_an_own_reward_alone(tmp_path):
@@ -525,6 +548,10 @@ def test_neutral_values_change_nothing_and_others_are_refused(key, accepted, ref
     ({"dtype": "float32"}, {"torch_dtype": "float32"}), ({"scale_rewards": "none"}, {"scale_rewards": False}),
     ({"use_vllm": True, "vllm_mode": "server"}, {"use_vllm": True, "engine": "server"}),
     ({"warmup_steps": 0.1}, {"warmup_ratio": 0.1}), ({"max_grad_norm": None}, {"max_grad_norm": 0}),
+    ({"use_vllm": False, "vllm_mode": "server"}, {"use_vllm": False}),
+    ({"use_vllm": False, "vllm_mode": "colocate"}, {"use_vllm": False}),
+    ({"dtype": "float32", "torch_dtype": "float32"}, {"torch_dtype": "float32"}),
+    ({"dtype": "float32", "torch_dtype": "auto"}, {"torch_dtype": "float32"}),
     ({"vllm_importance_sampling_correction": False}, {"importance_cap": None}),
     ({"vllm_importance_sampling_cap": 3.0}, {"importance_cap": 3}),
     ({"lr_scheduler_kwargs": None}, {"lr_scheduler_kwargs": {}}),
@@ -540,6 +567,61 @@ def test_an_override_under_one_name_wins_over_the_file_under_another(tmp_path):
     path.write_text("model_name_or_path: m\ndataset_name: d\ndtype: bfloat16\n")
     for word in ("torch_dtype=float32", "--dtype=float32"):
         assert load_config(path, [word]).torch_dtype == "float32"
+
+
+CORRECTION, CAP = "vllm_importance_sampling_correction", "vllm_importance_sampling_cap"
+
+
+@pytest.mark.parametrize("file, words, ours", [
+    ({"torch_dtype": "float32"}, ["dtype=auto"], {}),
+    # no correction, whatever its cap and the order of the keys
+    ({CORRECTION: False, CAP: 3.0}, [], {"importance_cap": None}),
+    ({CAP: 3.0, CORRECTION: False}, [], {"importance_cap": None}),
+    ({"importance_cap": 3.0, CORRECTION: True}, [], {"importance_cap": 3}),
+    ({CAP: 3.0}, [f"{CORRECTION}=false"], {"importance_cap": None}),
+    ({CORRECTION: False}, [f"{CORRECTION}=true"], {}),
+    ({CORRECTION: False}, [f"{CAP}=3"], {"importance_cap": 3}),
+    # the engine
+    ({"vllm_mode": "colocate", "engine": "vllm"}, ["vllm_mode=server"], {"engine": "server"}),
+    ({"engine": "vllm"}, ["vllm_mode=server"], {"engine": "server"}),
+    ({"vllm_mode": "server"}, ["engine=hf"], {"engine": "hf"}),
+    ({"use_vllm": True, "vllm_mode": "server"}, ["vllm_mode=colocate"], {"use_vllm": True}),
+    ({"engine": "server"}, ["vllm_mode=colocate"], {"engine": "vllm"}),
+    ({"use_vllm": True, "vllm_mode": "server"}, ["use_vllm=false"], {"use_vllm": False}),
+    ({"use_vllm": True, "vllm_mode": "colocate"}, ["engine=server"], {"use_vllm": True, "engine": "server"}),
+    # others
+    ({"scale_rewards": "none"}, ["scale_rewards=group"], {}),
+    ({"warmup_steps": 0.1}, ["warmup_ratio=0.2"], {"warmup_ratio": 0.2}),
+    ({"warmup_ratio": 0.2}, ["warmup_steps=0.1"], {"warmup_ratio": 0.1}),
+    ({"report_to": ["tensorboard"]}, ["seed=1"], {"seed": 1}),
+    ({"steps_per_generation": 2}, ["gradient_accumulation_steps=2"], {"gradient_accumulation_steps": 2}),
+])  # fmt: skip
+def test_the_command_line_wins_in_whatever_words(file, words, ours, tmp_path):
+    """And the order of a file's keys means nothing."""
+    for values in (file, dict(reversed(file.items()))):
+        path = tmp_path / "a.yaml"
+        path.write_text(yaml.safe_dump(MODEL | values, sort_keys=False))
+        assert load_config(path, words) == from_dict(MODEL | ours)
+
+
+@pytest.mark.parametrize("values, line", [
+    ({"torch_dtype": "float32", "dtype": "bfloat16"}, "torch_dtype='float32' and dtype='bfloat16'"),
+    ({"importance_cap": 2, CAP: 3}, f"importance_cap=2 and {CAP}=3"),
+    ({"engine": "vllm", "vllm_mode": "server"}, "engine='vllm' and vllm_mode='server'"),
+    ({"engine": "server", "vllm_mode": "colocate"}, "engine='server' and vllm_mode='colocate'"),
+])  # fmt: skip
+def test_one_file_that_says_two_things(values, line, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump(MODEL | values, sort_keys=False))
+    assert mistakes(load_config, path) == [f"{line} disagree, set one"]
+    path.write_text(yaml.safe_dump(MODEL))
+    words = [f"{key}={value}" for key, value in values.items()]
+    assert mistakes(load_config, path, words) == [f"{line} disagree, set one"]
+
+
+def test_a_mode_that_is_not_used_is_told(capsys):
+    from_dict(MODEL | {"use_vllm": False, "vllm_mode": "server"})
+    assert "ignored: vllm_mode without use_vllm\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("loggers, told", [
@@ -574,6 +656,9 @@ def test_shipped_configs_load_and_name_what_exists(path):
     found = plan.make_plan(config, 8, 10_000)
     if config.max_steps == -1:
         assert found.steps == int(config.num_train_epochs * found.per_epoch)
+    # --dry_run on one process
+    assert plan.make_plan(config, 1, 10_000, is_dry=True).prompts == found.prompts / 8
+    assert plan.bytes_per_gpu(config, 1, 1000, 500)["weights"] == 4000
 
 
 # ---- evaluation --------------------------------------------------------------------------------
@@ -589,6 +674,27 @@ def test_an_eval_sets_config():
     assert (c.max_completion_length, c.num_generations, c.temperature) == (7, 4, 1.0)
     assert eval_config(config, "x.jsonl") == eval_config(config, {"dataset_name": "x.jsonl"})
     assert eval_config(make_config(), "x").num_generations == 1
+    spec = {"dataset_name": "x", "eval_max_completion_length": 5, "dataset_train_split": "test"}
+    c = eval_config(make_config(), spec)
+    assert (c.max_completion_length, c.dataset_split) == (5, "test")
+    own = {"dataset_name": "x", "dataset_config": "c", "dataset_prompt_column": "p", "top_k": 3,
+           "dataset_answer_column": "a", "system_prompt": "s", "max_prompt_length": 7, "top_p": 0.5,
+           "strict_answers": True, "seed": 9}  # fmt: skip
+    c = eval_config(make_config(), own)
+    assert {key: getattr(c, key) for key in own} == own
+
+
+@pytest.mark.parametrize("key, value, line", [
+    ("chat_template", "{{ x }}", "that of the run"), ("chat_template_kwargs", {}, "that of the run"),
+    ("model_name_or_path", "m", "that of the run"), ("learning_rate", 0.1, "that of the run"),
+    ("rl_type", "grpo", "that of the run"), ("engine", "hf", "that of the run"),
+    ("eval_steps", 5, "that of the run"), ("reward_funcs", ["format"], "that of the run"),
+    ("dtype", "float32", "that of the run"), ("num_generations", 4, "eval_samples"),
+])  # fmt: skip
+def test_what_has_no_meaning_in_an_eval_set(key, value, line):
+    name = "torch_dtype" if key == "dtype" else key
+    found = mistakes(make_config, eval_datasets={"x": {"dataset_name": "d", key: value}})
+    assert found == [f"eval_datasets: x: {name} has no meaning there, use {line}"]
 
 
 @pytest.mark.parametrize("sets, lines", [
@@ -598,7 +704,9 @@ def test_an_eval_sets_config():
         "eval_datasets: y: temperature has no meaning there, use eval_temperature",
         "eval_datasets: y: unknown key 'what'"]),
     ({"x": {"dataset_name": "d", "eval_samples": 4}}, [
-        "eval_datasets: x: temperature=0.0 and num_generations=4 are several greedy samples, all the same"]),
+        "eval_datasets: x: eval_temperature=0.0 and eval_samples=4 are several greedy samples, all the same"]),
+    ({"x": {"dataset_name": "d", "eval_temperature": "hot"}}, [
+        "eval_datasets: x: eval_temperature='hot' must be a valid number"]),
     ({"x": {"dataset_name": "d", "max_prompt_length": 0}}, [
         "eval_datasets: x: max_prompt_length=0 must be greater than or equal to 1"]),
 ])  # fmt: skip
@@ -637,9 +745,23 @@ def test_a_setting_that_is_newer_than_the_run_has_its_default_there(tmp_path):
     assert changed_settings(config, path) == []
     assert changed_settings(replace(config, strict_answers=False), path) == ["strict_answers"]
     assert changed_settings(replace(config, hint_ratio=0.5), path) == ["hint_ratio"]
-    path.write_text("a: [")
-    (line,) = mistakes(changed_settings, config, path)
-    assert str(path) in line
+    for broken in (b"a: [", b"garbage", b"- a\n- list\n", b"seed: \xe9\n"):
+        path.write_bytes(broken)
+        (line,) = mistakes(changed_settings, config, path)
+        assert str(path) in line
+
+
+@pytest.mark.parametrize("begun, resumed, changed", [
+    ({"engine": None, "use_vllm": True}, {"engine": "vllm"}, []),
+    ({"engine": None, "use_vllm": False}, {}, []),
+    ({"engine": None, "use_vllm": True}, {}, ["engine"]),
+    ({"torch_dtype": "bfloat16"}, {"torch_dtype": "bfloat16", "bf16": True}, []),
+    ({"bf16": False}, {"torch_dtype": "bfloat16", "bf16": True}, ["torch_dtype"]),
+])  # fmt: skip
+def test_flags_that_restate_a_setting_make_no_other_run(begun, resumed, changed, tmp_path):
+    save_config(make_config(**begun), tmp_path / "config.yaml")
+    (tmp_path / "metrics.jsonl").touch()
+    assert changed_settings(make_config(**resumed), tmp_path / "config.yaml") == changed
 
 
 def test_the_saved_config_says_whence_it_comes(tmp_path, monkeypatch):
@@ -682,10 +804,29 @@ def test_plan_arithmetic():
 @pytest.mark.parametrize("changes, problems, message", [
     ({"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}, 9, "3 .* 2 = 6 is not divisible"),
     ({"num_generations": 1}, 9, "num_generations=1: .* takes 2"), ({}, 3, "3 usable problems, a step takes 4"),
+    ({"replicas": 2}, 9, "replicas=2 does not divide 1 ranks"),
 ])  # fmt: skip
 def test_plans_that_cannot_be(changes, problems, message):
     with pytest.raises(UserError, match=message):
         plan.make_plan(make_config(**changes), 1, problems)
+
+
+def test_replicas_and_ranks(capsys):
+    config = make_config(replicas=2)
+    for world in (2, 4):
+        plan.make_plan(config, world, 100)
+    for world in (1, 3):
+        with pytest.raises(UserError, match=f"config: replicas=2 does not divide {world} ranks"):
+            plan.make_plan(config, world, 100)
+        plan.make_plan(config, world, 100, is_dry=True)
+    plan.make_plan(replace(config, sharding="ddp"), 3, 100)  # a replica each
+    capsys.readouterr()
+    for world, replicas, told in ((1, 2, "replicas=1 and 1 "), (3, 2, "replicas=2 and 1 "),
+                                  (8, 3, "replicas=3 and 2 "), (4, 2, "")):  # fmt: skip
+        found = plan.bytes_per_gpu(replace(config, replicas=replicas), world, 1200, 0)
+        assert found["weights"] == 4800 // (world // min(world, replicas))
+        err = capsys.readouterr().err
+        assert bool(err) == bool(told) and told in err
 
 
 @pytest.mark.parametrize("changes, limit", [
@@ -739,6 +880,33 @@ def test_the_servers_command_line(monkeypatch):
     assert gpu["data-parallel-size"] == "4" and "worker-extension-cls" not in gpu
     assert environment["PYTHONPATH"] == "/elsewhere"
     assert "data-parallel-size" not in options_of(plan.server_arguments(config, 1)[0])
+
+
+def test_the_server_is_long_enough_for_the_evaluation_to_come(tmp_path, monkeypatch):
+    path = tmp_path / "a.yaml"
+    sets = {"x": {"dataset_name": "d", "max_completion_length": 900}}
+    path.write_text(yaml.safe_dump(settings(eval_strategy="no", eval_datasets=sets)))
+    started = []
+
+    def execve(*arguments):
+        started.append(arguments)
+
+    monkeypatch.setattr(plan.os, "execve", execve)
+    plan.main(str(path))
+    ((_, argv, _),) = started
+    assert options_of(argv)["max-model-len"] == str(128 + 900)
+    assert plan.longest_sequence(load_config(path, is_eval=True)) == 128 + 900
+    assert plan.longest_sequence(load_config(path)) == 128 + 64
+    assert read_config(path).eval_datasets == sets
+
+
+def test_positions_are_counted_for_evaluation_too():
+    sets = {"x": {"dataset_name": "d", "max_completion_length": 5000}}
+    limit = json.loads((BASE / "config.json").read_text())["max_position_embeddings"]
+    assert 128 + 64 <= limit < 5128
+    load_model(make_config(), torch.float32)
+    with pytest.raises(UserError, match=f"= 5128 tokens .*eval set.*{limit} positions"):
+        load_model(make_config(eval_datasets=sets), torch.float32)
 
 
 def test_serve_refuses_a_bad_config(tmp_path):
