@@ -323,7 +323,8 @@ class Reader:
         if factor:
             value = ("magnitude", value, ("num", Fraction(factor)))
             return self.measured(value, rest) if rest else value
-        if any(word.rstrip("s") in NOTATION["not_units"] for word in words.split()):
+        is_number_word = any(word.rstrip("s") in NOTATION["not_units"] for word in words.split())
+        if is_number_word or PATTERNS["hedges"].search(words):
             raise ValueError(words)
         name = unit_name(words)
         return ("unit", value, *SIZES.get(name, (name, ONE)))
@@ -940,17 +941,23 @@ class Reading(NamedTuple):
 
 
 LETTERS = re.compile(r"[A-J](?:(?:,|and)+[A-J])+|\([A-J]\)")
-CHOICE, OTHER_CHOICE = re.compile(r"\(([A-J])\)|([A-J])[).:]"), re.compile(r"[A-J][).:]")
+CHOICE = re.compile(r"\(([A-J])\)|([A-J])[).:]")
 SIMPLE = re.compile(r"-?\d{1,40}(?:\.\d{1,40})?\Z")
 MAX_DIGITS = 12  # of a gold that only a number answers
 
 
 def split_choice(tokens: list[str]) -> tuple[str | None, list[str]]:
-    """The letter of "(B) 17", "B. 17" or "B: 17" and the tokens of the rest; not of A:B."""
+    """The letter of "(B) 17", "B. 17" or "B: 17" and the tokens of the rest; not of A:x.
+
+    A rest that hedges or names another choice makes it no choice.
+    """
     size = 3 if tokens[:1] == ["("] else 2
     start, rest = CHOICE.fullmatch("".join(tokens[:size])), tokens[size:]
     is_single = len(rest) == 1 and rest[0].isalpha()
-    if not start or not rest or is_single or OTHER_CHOICE.search("".join(rest)):
+    words = "".join(rest)
+    if PATTERNS["hedges"].search(words) or PATTERNS["other_choices"].search(words):
+        return None, tokens
+    if not start or not rest or is_single:
         return None, tokens
     return start[1] or start[2], rest
 
