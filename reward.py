@@ -67,9 +67,9 @@ def boxed(text: str) -> str | None:
     text = PATTERNS["joint"].sub(join_boxes, text)
     for box in reversed(text.split("\\boxed")[1:]):
         box = box.lstrip()
-        bare = re.match(r"-?\d+(?:\.\d+)?", box)
-        if bare:  # \boxed 9
-            return bare[0]
+        numeral = re.match(r"-?\d+(?:\.\d+)?", box)
+        if numeral:  # \boxed 9
+            return numeral[0]
         if box.startswith("{"):
             end = closing(box, r"\\.|[{}]") or closing(box, "[{}]")
             if not end:
@@ -209,6 +209,7 @@ def tokenise(text: str) -> list[str]:
 CHAINS = {"sum", "product", "list", "and", "or", "row", "cell", "ratio", "relation"}
 PRODUCT, ARGUMENT = 15, 16  # an argument without brackets: the product up to the next function
 UNIT, POWER, DEGREE = 13, 17, 18
+EMPTY = ("var", "∅")
 ZERO, ONE, TEN = [("num", Fraction(n)) for n in (0, 1, 10)]
 FACTORS = {"%": ("num", Fraction(1, 100)), "°": ("°",)}  # units that are numbers
 SIZES = {unit: (measure, ("num", Fraction(size)))  # of units that measure the same
@@ -341,7 +342,15 @@ class Reader:
             raise ValueError(f"{opening} is closed by {closing}")
         if opening in ("(", "[") and inner[0] == "list":
             return ("tuple", opening + closing, *inner[1:])
+        if kind == "set":
+            items = inner[1:] if inner[0] == "list" else (inner,)
+            return ("set", *map(element, items))
         return (kind, inner) if kind else inner
+
+
+def element(item: tuple) -> tuple:
+    """An item of a set; a set in a set is one element: {{1}} is not {1}."""
+    return ("element", item) if item[0] == "set" or item == EMPTY else item
 
 
 def unit_name(words: str) -> str:
@@ -504,7 +513,7 @@ def substituted(tree: tuple, values: dict) -> tuple:
 
 REGIONS = {"relation", "union", "intersection", "without"}
 STRUCTURES = REGIONS | {"list", "set", "tuple", "and", "or", "matrix", "cases", "cells", "ratio",
-                        "mod"}
+                        "mod", "element"}
 BASIS = "𝐢𝐣𝐤"
 QUANTITIES = {"quotient", "ratio", *FUNCTIONS}  # cos A = 1/2 is an answer of 1/2, xy = 5 a curve
 
@@ -541,20 +550,21 @@ def settle_value(tree: tuple):
     if has_matrix and kind == "unit" and parts[1] == "transposed":
         return transposed(settle(parts[0]))
     if has_matrix and kind == "negative":
-        return scaled(settle(parts[0]), ("num", Fraction(-1)))
+        return multiplied(settle(parts[0]), ("num", Fraction(-1)))
     if has_matrix and kind == "product":
-        return scaled(settle(parts[-1]), ("product", *parts[:-1]))
+        return multiplied(settle(parts[-1]), ("product", *parts[:-1]))
     if kind == "unit" and parts[1] == "transposed":
         return settle(parts[0])
     return tree
 
 
-def scaled(matrix: tuple, factor: tuple) -> tuple:
+def multiplied(matrix: tuple, factor: tuple) -> tuple:
     """A settled matrix or vector with all its cells multiplied."""
     kind, *parts = matrix
     if kind not in ("matrix", "cells", "tuple"):
         return ("product", factor, matrix)
-    return (kind, *(scaled(part, factor) if isinstance(part, tuple) else part for part in parts))
+    return (kind, *(multiplied(part, factor) if isinstance(part, tuple) else part
+                    for part in parts))
 
 
 def transposed(matrix: tuple) -> tuple:
@@ -600,14 +610,15 @@ def settle_items(kind: str, parts: list):
     if not 0 < len(items) <= MAX_ITEMS:
         raise ValueError("no items, or too many")
     if any(isinstance(item, tuple) and item[0] in REGIONS for item in items):
-        conditions = [as_condition(item, items[0]) for item in items]
+        conditions = [as_condition(item, items[0]) for item in items]  # 1/2 or x < 3: x = 1/2
         return ("union" if kind == "or" else "intersection", *conditions)
     if len(items) == 1:
         return items[0]
-    units = [item for item in items if isinstance(item, tuple) and item[0] == "unit"]
-    if kind == "and" and len({unit[2] for unit in units}) == 1 < len({unit[3] for unit in units}):
-        values = [evaluate(("product", unit[1], unit[3])) for unit in units]
-        return ("unit", ("num", sum(values)), units[0][2], ONE)
+    units = [item[1:] for item in items if isinstance(item, tuple) and item[0] == "unit"]
+    measures, sizes = {unit[1] for unit in units}, {unit[2] for unit in units}
+    if kind == "and" and len(measures) == 1 < len(sizes):
+        values = [evaluate(("product", value, size)) for value, _, size in units]
+        return ("unit", ("num", sum(values)), *measures, ONE)
     return ("set" if kind == "set" else "list", *items)
 
 
@@ -721,9 +732,9 @@ def bare(tree: tuple) -> tuple:
     """(the value without its units, the value times the sizes of its units, their names)."""
     if tree[0] != "unit":
         return tree, tree, set()
-    value, sized, names = bare(tree[1])
-    size = FACTORS.get(tree[2], tree[3])
-    return value, ("product", sized, size), names | {tree[2]}
+    _, inner, name, size = tree
+    value, sized, names = bare(inner)
+    return value, ("product", sized, FACTORS.get(name, size)), names | {name}
 
 
 def same_value(answer: tuple, gold: tuple) -> bool:
@@ -883,7 +894,7 @@ def is_solved(region: tuple) -> bool:
     return all(is_solved(part) for part in parts if isinstance(part, tuple))
 
 
-def is_curve(equation: Equation) -> bool:
+def is_unsolved(equation: Equation) -> bool:
     """y = 2x + 3 is a line, which has many forms; x = 5 and y = (7 - 2x)/3 are solved."""
     if equation.name is None or equation.value is None:
         return True
@@ -893,9 +904,9 @@ def is_curve(equation: Equation) -> bool:
 def is_worked_out(answer, gold) -> bool:
     """A number wants a number, what is solved for its variable something solved."""
     if isinstance(gold, Equation):
-        if is_curve(gold):
+        if is_unsolved(gold):
             return True
-        if isinstance(answer, Equation) and is_curve(answer):  # 3x + 1 = 16 for x = 5
+        if isinstance(answer, Equation) and is_unsolved(answer):  # 3x + 1 = 16 for x = 5
             return False
         gold = gold.value
     value = answer.value if isinstance(answer, Equation) else answer
@@ -970,14 +981,13 @@ def read(text: str) -> Reading:
     plain = re.sub('[" ]', "", "".join(tokens))
     if not re.search(r"[\w∅∞]", plain):
         return Reading("", None, None)
-    has_words = '"' in "".join(tokens) or plain.isalpha() and len(plain) > 2
-    if LETTERS.fullmatch(plain):  # A, B and D are ABD
+    if LETTERS.fullmatch(plain):  # A, B and D are \text{ABD}
         plain = re.sub(r"[(),]|and", "", plain)
-        has_words = len(plain) > 1
+        plain = plain.lower() if len(plain) > 1 else plain
     tree = None
     with contextlib.suppress(*REFUSED):
         tree = settle(Reader(tokens).bracket(""))
-    return Reading(plain.lower() if has_words else plain, tree, choice)
+    return Reading(plain, tree, choice)
 
 
 def parse_gold(gold: str) -> str | None:
