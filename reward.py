@@ -174,7 +174,8 @@ def by_word(table: dict) -> dict:
 COMMANDS, UNITS = by_word(NOTATION["commands"]), by_word(NOTATION["units"])
 FUNCTIONS, PAIRS = NOTATION["functions"], NOTATION["pairs"]
 INFIX, BRACKETS = NOTATION["infix"], NOTATION["brackets"]
-NUMBERS, MULTIPLIERS = NOTATION["numbers"], NOTATION["multipliers"]
+NUMBERS = NOTATION["numbers"]
+MULTIPLIERS = {word: Fraction(factor) for word, factor in NOTATION["multipliers"].items()}
 ENDS = {token for closings, _ in BRACKETS.values() for token in closings}
 REWRITES = [(re.compile(pattern), new) for pattern, new in NOTATION["rewrites"]]
 NAME = re.compile(r"[^\W_]|∅|∞|" + NOTATION["tokens"]["opaque"])
@@ -209,16 +210,17 @@ def tokenise(text: str) -> list[str]:
 CHAINS = {"sum", "product", "list", "and", "or", "row", "cell", "ratio", "relation"}
 PRODUCT, ARGUMENT = 15, 16  # an argument without brackets: the product up to the next function
 UNIT, POWER, DEGREE = 13, 17, 18
-EMPTY = ("var", "∅")
 ZERO, ONE, TEN = [("num", Fraction(n)) for n in (0, 1, 10)]
 FACTORS = {"%": ("num", Fraction(1, 100)), "°": ("°",)}  # units that are numbers
+NO_UNITS = {*NOTATION["not_units"], *NUMBERS, *MULTIPLIERS}
 SIZES = {unit: (measure, ("num", Fraction(size)))  # of units that measure the same
          for measure, sizes in NOTATION["measures"].items() for unit, size in sizes.items()}
 
 
 class Reader:
     r"""Precedence climbing over tokens. A tree is (kind, *parts), its leaves ("num", Fraction),
-    ("var", name), ("word", words) and constants such as ("π",). Eight examples:
+    ("var", name), ("word", words) and constants such as ("π",). The parts of a unit are its value,
+    its name or measure, and its size in that measure. Eight examples:
 
     text                        tokens                     tree, numbers written plainly
     \frac12                     \frac { 1 } { 2 }          (quotient 1 2)
@@ -307,13 +309,10 @@ class Reader:
 
     def words(self, words: list[str]) -> tuple:
         """Words that stand where a value should: a number, perhaps with its unit, or just words."""
-        numbers = list(itertools.takewhile(NUMBERS.__contains__, words))
-        if not numbers:
+        if words[0] not in NUMBERS:
             return ("word", unit_name(" ".join(words)))
-        values = [NUMBERS[word] for word in numbers]
-        if len(values) > 1 and not values[0] >= 20 > 10 > values[1]:  # twenty-five
-            raise ValueError("several numbers")
-        value = ("num", Fraction(sum(values)))
+        numbers = list(itertools.takewhile((NUMBERS | MULTIPLIERS).__contains__, words))
+        value = ("num", spelled(numbers))
         rest = words[len(numbers):]
         return self.measured(value, " ".join(rest)) if rest else value
 
@@ -322,10 +321,9 @@ class Reader:
         first, _, rest = words.partition(" ")
         factor = MULTIPLIERS.get(first.rstrip("s"))
         if factor:
-            value = ("magnitude", value, ("num", Fraction(factor)))
+            value = ("magnitude", value, ("num", factor))
             return self.measured(value, rest) if rest else value
-        is_number_word = any(word.rstrip("s") in NOTATION["not_units"] for word in words.split())
-        if is_number_word or PATTERNS["hedges"].search(words):
+        if PATTERNS["hedges"].search(words) or not NO_UNITS.isdisjoint(words.split()):
             raise ValueError(words)
         name = unit_name(words)
         return ("unit", value, *SIZES.get(name, (name, ONE)))
@@ -350,7 +348,21 @@ class Reader:
 
 def element(item: tuple) -> tuple:
     """An item of a set; a set in a set is one element: {{1}} is not {1}."""
-    return ("element", item) if item[0] == "set" or item == EMPTY else item
+    return ("element", item) if item[0] == "set" or item == ("var", "∅") else item
+
+
+def spelled(words: list[str]) -> Fraction:
+    """The value of "two thousand three hundred forty five", of "one third"."""
+    largest = max(words, key=lambda word: MULTIPLIERS.get(word, 0), default="")
+    if largest in MULTIPLIERS:
+        start, rest = words[:words.index(largest)], words[words.index(largest) + 1:]
+        after = spelled(rest) if rest else 0
+        if after < MULTIPLIERS[largest]:
+            return spelled(start) * MULTIPLIERS[largest] + after
+    values = [NUMBERS[word] for word in words]
+    if len(values) > 2 or len(values) == 2 and not values[0] >= 20 > 10 > values[1] > 0:
+        raise ValueError("several numbers")
+    return Fraction(sum(values))
 
 
 def unit_name(words: str) -> str:
@@ -515,6 +527,7 @@ REGIONS = {"relation", "union", "intersection", "without"}
 STRUCTURES = REGIONS | {"list", "set", "tuple", "and", "or", "matrix", "cases", "cells", "ratio",
                         "mod", "element"}
 BASIS = "𝐢𝐣𝐤"
+FLIPPED = {">": "<", "≥": "≤"}
 QUANTITIES = {"quotient", "ratio", *FUNCTIONS}  # cos A = 1/2 is an answer of 1/2, xy = 5 a curve
 
 
@@ -547,29 +560,26 @@ def settle_value(tree: tuple):
     if variables(tree) & set(BASIS):
         return vector(tree)
     has_matrix = any(part[0] == "matrix" for part in walk(tree))
-    if has_matrix and kind == "unit" and parts[1] == "transposed":
+    if kind == "unit" and parts[1] == "transposed":
         return transposed(settle(parts[0]))
     if has_matrix and kind == "negative":
-        return multiplied(settle(parts[0]), ("num", Fraction(-1)))
+        return times(settle(parts[0]), ("num", Fraction(-1)))
     if has_matrix and kind == "product":
-        return multiplied(settle(parts[-1]), ("product", *parts[:-1]))
-    if kind == "unit" and parts[1] == "transposed":
-        return settle(parts[0])
+        return times(settle(parts[-1]), ("product", *parts[:-1]))
     return tree
 
 
-def multiplied(matrix: tuple, factor: tuple) -> tuple:
+def times(matrix: tuple, factor: tuple) -> tuple:
     """A settled matrix or vector with all its cells multiplied."""
     kind, *parts = matrix
     if kind not in ("matrix", "cells", "tuple"):
         return ("product", factor, matrix)
-    return (kind, *(multiplied(part, factor) if isinstance(part, tuple) else part
-                    for part in parts))
+    return (kind, *(times(part, factor) if isinstance(part, tuple) else part for part in parts))
 
 
 def transposed(matrix: tuple) -> tuple:
     """A column is a tuple, and so is what a row becomes."""
-    if matrix[0] == "tuple":
+    if matrix[0] != "matrix":
         return matrix
     if len(matrix) == 2:
         return ("tuple", "()", *matrix[1][1:])
@@ -636,6 +646,8 @@ def as_condition(item, first) -> tuple:
 def settle_relation(parts: list):
     """An inequality as it is; an equation with its name, if a side is one, and its value."""
     sides, signs = parts[::2], parts[1::2]
+    if set(signs) <= set(">≥"):  # y > x is x < y
+        parts = [FLIPPED.get(part, part) for part in reversed(parts)]
     if set(signs) - set("=≡∈≈"):
         return ("relation", *parts)
     names = [side for side in sides if side[0] in ("var", "word")]
@@ -779,10 +791,12 @@ class Region:
 def same_region(answer: tuple, gold: tuple) -> bool:
     """Do they agree at all their ends, between them and beyond?"""
     names = variables(answer) | variables(gold)
-    if answer[0] == gold[0] == "relation" and len(names) != 1:
+    kinds = {answer[0], gold[0]}
+    if kinds == {"relation"} and len(names) != 1:
         return same_parts(answer, gold)
-    if len(names) > 1:
-        return False
+    if len(names) > 1:  # x > 0, y > 0 in any order
+        conditions = [("list", *region[1:]) for region in (answer, gold)]
+        return kinds == {"intersection"} and same_sequence(*conditions)
     a, b = Region(answer, ends(answer)), Region(gold, ends(gold))
     marks = sorted(end for end in a.ends + b.ends if abs(end) < MP.inf)
     between = [(low + high) / 2 for low, high in itertools.pairwise(marks)]
@@ -958,19 +972,12 @@ MAX_DIGITS = 12  # of a gold that only a number answers
 
 
 def split_choice(tokens: list[str]) -> tuple[str | None, list[str]]:
-    """The letter of "(B) 17", "B. 17" or "B: 17" and the tokens of the rest; not of A:x.
-
-    A rest that hedges or names another choice makes it no choice.
-    """
+    """The letter of "(B) 17" or "B: 17" and the other tokens; not of A:B, (B) or C, (B) maybe."""
     size = 3 if tokens[:1] == ["("] else 2
-    start, rest = CHOICE.fullmatch("".join(tokens[:size])), tokens[size:]
-    is_single = len(rest) == 1 and rest[0].isalpha()
-    words = "".join(rest)
-    if PATTERNS["hedges"].search(words) or PATTERNS["other_choices"].search(words):
+    start, rest = CHOICE.fullmatch("".join(tokens[:size])), "".join(tokens[size:])
+    if not start or PATTERNS["hedges"].search(rest) or PATTERNS["no_choice"].search(rest):
         return None, tokens
-    if not start or not rest or is_single:
-        return None, tokens
-    return start[1] or start[2], rest
+    return start[1] or start[2], tokens[size:]
 
 
 @functools.lru_cache(maxsize=4096)
