@@ -207,7 +207,7 @@ def tokenise(text: str) -> list[str]:
     return [token.lower() if token[0] == '"' else token for token in TOKEN.findall(text)]
 
 
-CHAINS = {"sum", "product", "list", "and", "or", "row", "cell", "ratio", "relation"}
+CHAINS = {"sum", "product", "list", "and", "or", "∧", "∨", "row", "cell", "ratio", "relation"}
 PRODUCT, ARGUMENT = 15, 16  # an argument without brackets: the product up to the next function
 UNIT, POWER, DEGREE = 13, 17, 18
 ZERO, ONE, TEN = [("num", Fraction(n)) for n in (0, 1, 10)]
@@ -524,8 +524,9 @@ def substituted(tree: tuple, values: dict) -> tuple:
 # ---- from a tree to an answer ----
 
 REGIONS = {"relation", "union", "intersection", "without"}
-STRUCTURES = REGIONS | {"list", "set", "tuple", "and", "or", "matrix", "cases", "cells", "ratio",
-                        "mod", "element"}
+LOGIC = {"∧", "∨"}
+ITEMS = {"list", "set", "and", "or"} | LOGIC
+STRUCTURES = REGIONS | ITEMS | {"tuple", "matrix", "cases", "cells", "ratio", "mod", "element"}
 BASIS = "𝐢𝐣𝐤"
 FLIPPED = {">": "<", "≥": "≤"}
 QUANTITIES = {"quotient", "ratio", *FUNCTIONS}  # cos A = 1/2 is an answer of 1/2, xy = 5 a curve
@@ -549,7 +550,7 @@ def settle(tree: tuple):
     parts = [settle(part) if isinstance(part, tuple) else part for part in parts]
     if kind == "relation":
         return settle_relation(parts)
-    if kind in ("list", "set", "and", "or"):
+    if kind in ITEMS:
         return settle_items(kind, parts)
     return (kind, *parts)
 
@@ -621,7 +622,9 @@ def settle_items(kind: str, parts: list):
         raise ValueError("no items, or too many")
     if any(isinstance(item, tuple) and item[0] in REGIONS for item in items):
         conditions = [as_condition(item, items[0]) for item in items]  # 1/2 or x < 3: x = 1/2
-        return ("union" if kind == "or" else "intersection", *conditions)
+        return ("union" if kind in ("or", "∨") else "intersection", *conditions)
+    if kind in LOGIC and not any(isinstance(item, Equation) for item in items):
+        return (kind, *parts)
     if len(items) == 1:
         return items[0]
     units = [item[1:] for item in items if isinstance(item, tuple) and item[0] == "unit"]
@@ -678,7 +681,7 @@ def same(answer, gold) -> bool:
     kinds = {answer[0], gold[0]}
     if kinds & REGIONS:
         return same_region(answer, gold)
-    if kinds <= {"list", "tuple", "set"}:
+    if kinds <= {"list", "tuple", "set"} or kinds <= LOGIC and len(kinds) == 1:
         return same_sequence(answer, gold)
     if kinds == {"mod"}:
         (a, modulus), (b, other) = answer[1:], gold[1:]
@@ -778,31 +781,18 @@ def with_names_of(gold: tuple, answer: tuple) -> tuple:
 
 # ---- regions of the real line ----
 
-@dataclass(frozen=True)
-class Region:
-    """A part of the real line: a tree that says what is in it, and where it can begin or end."""
-    tree: tuple
-    ends: list
-
-    def contains(self, x) -> bool:
-        return holds(self.tree, x)
-
-
 def same_region(answer: tuple, gold: tuple) -> bool:
     """Do they agree at all their ends, between them and beyond?"""
     names = variables(answer) | variables(gold)
-    kinds = {answer[0], gold[0]}
-    if kinds == {"relation"} and len(names) != 1:
+    if len(names) > 1 and answer[0] == gold[0] == "intersection":  # x > 0, y > 0 in any order
+        return same_sequence(("list", *answer[1:]), ("list", *gold[1:]))
+    if len(names) > 1 or answer[0] == gold[0] == "relation" and not names:
         return same_parts(answer, gold)
-    if len(names) > 1:  # x > 0, y > 0 in any order
-        conditions = [("list", *region[1:]) for region in (answer, gold)]
-        return kinds == {"intersection"} and same_sequence(*conditions)
-    a, b = Region(answer, ends(answer)), Region(gold, ends(gold))
-    marks = sorted(end for end in a.ends + b.ends if abs(end) < MP.inf)
+    marks = sorted(end for end in ends(answer) + ends(gold) if abs(end) < MP.inf)
     between = [(low + high) / 2 for low, high in itertools.pairwise(marks)]
     outside = [marks[0] - 1, marks[-1] + 1] if marks else [MP.zero]
     points = [*marks, *between, *outside]
-    inside = [(a.contains(x), b.contains(x)) for x in points[:3 * MAX_ITEMS]]
+    inside = [(holds(answer, x), holds(gold, x)) for x in points[:3 * MAX_ITEMS]]
     is_empty = not any(in_b for _, in_b in inside)
     return len(marks) <= MAX_ITEMS and not is_empty and all(in_a == in_b for in_a, in_b in inside)
 
