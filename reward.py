@@ -67,9 +67,9 @@ def boxed(text: str) -> str | None:
     text = PATTERNS["joint"].sub(join_boxes, text)
     for box in reversed(text.split("\\boxed")[1:]):
         box = box.lstrip()
-        bare = re.match(r"-?\d+(?:\.\d+)?", box)
-        if bare:  # \boxed 9
-            return bare[0]
+        numeral = re.match(r"-?\d+(?:\.\d+)?", box)
+        if numeral:  # \boxed 9
+            return numeral[0]
         if box.startswith("{"):
             end = closing(box, r"\\.|[{}]") or closing(box, "[{}]")
             if not end:
@@ -174,7 +174,8 @@ def by_word(table: dict) -> dict:
 COMMANDS, UNITS = by_word(NOTATION["commands"]), by_word(NOTATION["units"])
 FUNCTIONS, PAIRS = NOTATION["functions"], NOTATION["pairs"]
 INFIX, BRACKETS = NOTATION["infix"], NOTATION["brackets"]
-NUMBERS, MULTIPLIERS = NOTATION["numbers"], NOTATION["multipliers"]
+NUMBERS = NOTATION["numbers"]
+MULTIPLIERS = {word: Fraction(factor) for word, factor in NOTATION["multipliers"].items()}
 ENDS = {token for closings, _ in BRACKETS.values() for token in closings}
 REWRITES = [(re.compile(pattern), new) for pattern, new in NOTATION["rewrites"]]
 NAME = re.compile(r"[^\W_]|∅|∞|" + NOTATION["tokens"]["opaque"])
@@ -206,18 +207,20 @@ def tokenise(text: str) -> list[str]:
     return [token.lower() if token[0] == '"' else token for token in TOKEN.findall(text)]
 
 
-CHAINS = {"sum", "product", "list", "and", "or", "row", "cell", "ratio", "relation"}
+CHAINS = {"sum", "product", "list", "and", "or", "∧", "∨", "row", "cell", "ratio", "relation"}
 PRODUCT, ARGUMENT = 15, 16  # an argument without brackets: the product up to the next function
 UNIT, POWER, DEGREE = 13, 17, 18
 ZERO, ONE, TEN = [("num", Fraction(n)) for n in (0, 1, 10)]
 FACTORS = {"%": ("num", Fraction(1, 100)), "°": ("°",)}  # units that are numbers
+NO_UNITS = {*NOTATION["not_units"], *NUMBERS, *MULTIPLIERS}
 SIZES = {unit: (measure, ("num", Fraction(size)))  # of units that measure the same
          for measure, sizes in NOTATION["measures"].items() for unit, size in sizes.items()}
 
 
 class Reader:
     r"""Precedence climbing over tokens. A tree is (kind, *parts), its leaves ("num", Fraction),
-    ("var", name), ("word", words) and constants such as ("π",). Eight examples:
+    ("var", name), ("word", words) and constants such as ("π",). The parts of a unit are its value,
+    its name or measure, and its size in that measure. Eight examples:
 
     text                        tokens                     tree, numbers written plainly
     \frac12                     \frac { 1 } { 2 }          (quotient 1 2)
@@ -306,13 +309,10 @@ class Reader:
 
     def words(self, words: list[str]) -> tuple:
         """Words that stand where a value should: a number, perhaps with its unit, or just words."""
-        numbers = list(itertools.takewhile(NUMBERS.__contains__, words))
-        if not numbers:
+        if words[0] not in NUMBERS:
             return ("word", unit_name(" ".join(words)))
-        values = [NUMBERS[word] for word in numbers]
-        if len(values) > 1 and not values[0] >= 20 > 10 > values[1]:  # twenty-five
-            raise ValueError("several numbers")
-        value = ("num", Fraction(sum(values)))
+        numbers = list(itertools.takewhile((NUMBERS | MULTIPLIERS).__contains__, words))
+        value = ("num", spelled(numbers))
         rest = words[len(numbers):]
         return self.measured(value, " ".join(rest)) if rest else value
 
@@ -321,9 +321,9 @@ class Reader:
         first, _, rest = words.partition(" ")
         factor = MULTIPLIERS.get(first.rstrip("s"))
         if factor:
-            value = ("magnitude", value, ("num", Fraction(factor)))
+            value = ("magnitude", value, ("num", factor))
             return self.measured(value, rest) if rest else value
-        if any(word.rstrip("s") in NOTATION["not_units"] for word in words.split()):
+        if PATTERNS["hedges"].search(words) or not NO_UNITS.isdisjoint(words.split()):
             raise ValueError(words)
         name = unit_name(words)
         return ("unit", value, *SIZES.get(name, (name, ONE)))
@@ -340,7 +340,29 @@ class Reader:
             raise ValueError(f"{opening} is closed by {closing}")
         if opening in ("(", "[") and inner[0] == "list":
             return ("tuple", opening + closing, *inner[1:])
+        if kind == "set":
+            items = inner[1:] if inner[0] == "list" else (inner,)
+            return ("set", *map(element, items))
         return (kind, inner) if kind else inner
+
+
+def element(item: tuple) -> tuple:
+    """An item of a set; a set in a set is one element: {{1}} is not {1}."""
+    return ("element", item) if item[0] == "set" or item == ("var", "∅") else item
+
+
+def spelled(words: list[str]) -> Fraction:
+    """The value of "two thousand three hundred forty five", of "one third"."""
+    largest = max(words, key=lambda word: MULTIPLIERS.get(word, 0), default="")
+    if largest in MULTIPLIERS:
+        start, rest = words[:words.index(largest)], words[words.index(largest) + 1:]
+        after = spelled(rest) if rest else 0
+        if after < MULTIPLIERS[largest]:
+            return spelled(start) * MULTIPLIERS[largest] + after
+    values = [NUMBERS[word] for word in words]
+    if len(values) > 2 or len(values) == 2 and not values[0] >= 20 > 10 > values[1] > 0:
+        raise ValueError("several numbers")
+    return Fraction(sum(values))
 
 
 def unit_name(words: str) -> str:
@@ -502,9 +524,11 @@ def substituted(tree: tuple, values: dict) -> tuple:
 # ---- from a tree to an answer ----
 
 REGIONS = {"relation", "union", "intersection", "without"}
-STRUCTURES = REGIONS | {"list", "set", "tuple", "and", "or", "matrix", "cases", "cells", "ratio",
-                        "mod"}
+LOGIC = {"∧", "∨"}
+ITEMS = {"list", "set", "and", "or"} | LOGIC
+STRUCTURES = REGIONS | ITEMS | {"tuple", "matrix", "cases", "cells", "ratio", "mod", "element"}
 BASIS = "𝐢𝐣𝐤"
+FLIPPED = {">": "<", "≥": "≤"}
 QUANTITIES = {"quotient", "ratio", *FUNCTIONS}  # cos A = 1/2 is an answer of 1/2, xy = 5 a curve
 
 
@@ -526,7 +550,7 @@ def settle(tree: tuple):
     parts = [settle(part) if isinstance(part, tuple) else part for part in parts]
     if kind == "relation":
         return settle_relation(parts)
-    if kind in ("list", "set", "and", "or"):
+    if kind in ITEMS:
         return settle_items(kind, parts)
     return (kind, *parts)
 
@@ -537,28 +561,26 @@ def settle_value(tree: tuple):
     if variables(tree) & set(BASIS):
         return vector(tree)
     has_matrix = any(part[0] == "matrix" for part in walk(tree))
-    if has_matrix and kind == "unit" and parts[1] == "transposed":
+    if kind == "unit" and parts[1] == "transposed":
         return transposed(settle(parts[0]))
     if has_matrix and kind == "negative":
-        return scaled(settle(parts[0]), ("num", Fraction(-1)))
+        return times(settle(parts[0]), ("num", Fraction(-1)))
     if has_matrix and kind == "product":
-        return scaled(settle(parts[-1]), ("product", *parts[:-1]))
-    if kind == "unit" and parts[1] == "transposed":
-        return settle(parts[0])
+        return times(settle(parts[-1]), ("product", *parts[:-1]))
     return tree
 
 
-def scaled(matrix: tuple, factor: tuple) -> tuple:
+def times(matrix: tuple, factor: tuple) -> tuple:
     """A settled matrix or vector with all its cells multiplied."""
     kind, *parts = matrix
     if kind not in ("matrix", "cells", "tuple"):
         return ("product", factor, matrix)
-    return (kind, *(scaled(part, factor) if isinstance(part, tuple) else part for part in parts))
+    return (kind, *(times(part, factor) if isinstance(part, tuple) else part for part in parts))
 
 
 def transposed(matrix: tuple) -> tuple:
     """A column is a tuple, and so is what a row becomes."""
-    if matrix[0] == "tuple":
+    if matrix[0] != "matrix":
         return matrix
     if len(matrix) == 2:
         return ("tuple", "()", *matrix[1][1:])
@@ -599,14 +621,17 @@ def settle_items(kind: str, parts: list):
     if not 0 < len(items) <= MAX_ITEMS:
         raise ValueError("no items, or too many")
     if any(isinstance(item, tuple) and item[0] in REGIONS for item in items):
-        conditions = [as_condition(item, items[0]) for item in items]
-        return ("union" if kind == "or" else "intersection", *conditions)
+        conditions = [as_condition(item, items[0]) for item in items]  # 1/2 or x < 3: x = 1/2
+        return ("union" if kind in ("or", "∨") else "intersection", *conditions)
+    if kind in LOGIC and not any(isinstance(item, Equation) for item in items):
+        return (kind, *parts)
     if len(items) == 1:
         return items[0]
-    units = [item for item in items if isinstance(item, tuple) and item[0] == "unit"]
-    if kind == "and" and len({unit[2] for unit in units}) == 1 < len({unit[3] for unit in units}):
-        values = [evaluate(("product", unit[1], unit[3])) for unit in units]
-        return ("unit", ("num", sum(values)), units[0][2], ONE)
+    units = [item[1:] for item in items if isinstance(item, tuple) and item[0] == "unit"]
+    measures, sizes = {unit[1] for unit in units}, {unit[2] for unit in units}
+    if kind == "and" and len(measures) == 1 < len(sizes):
+        values = [evaluate(("product", value, size)) for value, _, size in units]
+        return ("unit", ("num", sum(values)), *measures, ONE)
     return ("set" if kind == "set" else "list", *items)
 
 
@@ -624,6 +649,8 @@ def as_condition(item, first) -> tuple:
 def settle_relation(parts: list):
     """An inequality as it is; an equation with its name, if a side is one, and its value."""
     sides, signs = parts[::2], parts[1::2]
+    if set(signs) <= set(">≥"):  # y > x is x < y
+        parts = [FLIPPED.get(part, part) for part in reversed(parts)]
     if set(signs) - set("=≡∈≈"):
         return ("relation", *parts)
     names = [side for side in sides if side[0] in ("var", "word")]
@@ -654,7 +681,7 @@ def same(answer, gold) -> bool:
     kinds = {answer[0], gold[0]}
     if kinds & REGIONS:
         return same_region(answer, gold)
-    if kinds <= {"list", "tuple", "set"}:
+    if kinds <= {"list", "tuple", "set"} or kinds <= LOGIC and len(kinds) == 1:
         return same_sequence(answer, gold)
     if kinds == {"mod"}:
         (a, modulus), (b, other) = answer[1:], gold[1:]
@@ -720,9 +747,9 @@ def bare(tree: tuple) -> tuple:
     """(the value without its units, the value times the sizes of its units, their names)."""
     if tree[0] != "unit":
         return tree, tree, set()
-    value, sized, names = bare(tree[1])
-    size = FACTORS.get(tree[2], tree[3])
-    return value, ("product", sized, size), names | {tree[2]}
+    _, inner, name, size = tree
+    value, sized, names = bare(inner)
+    return value, ("product", sized, FACTORS.get(name, size)), names | {name}
 
 
 def same_value(answer: tuple, gold: tuple) -> bool:
@@ -754,29 +781,18 @@ def with_names_of(gold: tuple, answer: tuple) -> tuple:
 
 # ---- regions of the real line ----
 
-@dataclass(frozen=True)
-class Region:
-    """A part of the real line: a tree that says what is in it, and where it can begin or end."""
-    tree: tuple
-    ends: list
-
-    def contains(self, x) -> bool:
-        return holds(self.tree, x)
-
-
 def same_region(answer: tuple, gold: tuple) -> bool:
     """Do they agree at all their ends, between them and beyond?"""
     names = variables(answer) | variables(gold)
-    if answer[0] == gold[0] == "relation" and len(names) != 1:
+    if len(names) > 1 and answer[0] == gold[0] == "intersection":  # x > 0, y > 0 in any order
+        return same_sequence(("list", *answer[1:]), ("list", *gold[1:]))
+    if len(names) > 1 or answer[0] == gold[0] == "relation" and not names:
         return same_parts(answer, gold)
-    if len(names) > 1:
-        return False
-    a, b = Region(answer, ends(answer)), Region(gold, ends(gold))
-    marks = sorted(end for end in a.ends + b.ends if abs(end) < MP.inf)
+    marks = sorted(end for end in ends(answer) + ends(gold) if abs(end) < MP.inf)
     between = [(low + high) / 2 for low, high in itertools.pairwise(marks)]
     outside = [marks[0] - 1, marks[-1] + 1] if marks else [MP.zero]
     points = [*marks, *between, *outside]
-    inside = [(a.contains(x), b.contains(x)) for x in points[:3 * MAX_ITEMS]]
+    inside = [(holds(answer, x), holds(gold, x)) for x in points[:3 * MAX_ITEMS]]
     is_empty = not any(in_b for _, in_b in inside)
     return len(marks) <= MAX_ITEMS and not is_empty and all(in_a == in_b for in_a, in_b in inside)
 
@@ -882,7 +898,7 @@ def is_solved(region: tuple) -> bool:
     return all(is_solved(part) for part in parts if isinstance(part, tuple))
 
 
-def is_curve(equation: Equation) -> bool:
+def is_unsolved(equation: Equation) -> bool:
     """y = 2x + 3 is a line, which has many forms; x = 5 and y = (7 - 2x)/3 are solved."""
     if equation.name is None or equation.value is None:
         return True
@@ -892,9 +908,9 @@ def is_curve(equation: Equation) -> bool:
 def is_worked_out(answer, gold) -> bool:
     """A number wants a number, what is solved for its variable something solved."""
     if isinstance(gold, Equation):
-        if is_curve(gold):
+        if is_unsolved(gold):
             return True
-        if isinstance(answer, Equation) and is_curve(answer):  # 3x + 1 = 16 for x = 5
+        if isinstance(answer, Equation) and is_unsolved(answer):  # 3x + 1 = 16 for x = 5
             return False
         gold = gold.value
     value = answer.value if isinstance(answer, Equation) else answer
@@ -940,19 +956,18 @@ class Reading(NamedTuple):
 
 
 LETTERS = re.compile(r"[A-J](?:(?:,|and)+[A-J])+|\([A-J]\)")
-CHOICE, OTHER_CHOICE = re.compile(r"\(([A-J])\)|([A-J])[).:]"), re.compile(r"[A-J][).:]")
+CHOICE = re.compile(r"\(([A-J])\)|([A-J])[).:]")
 SIMPLE = re.compile(r"-?\d{1,40}(?:\.\d{1,40})?\Z")
 MAX_DIGITS = 12  # of a gold that only a number answers
 
 
 def split_choice(tokens: list[str]) -> tuple[str | None, list[str]]:
-    """The letter of "(B) 17", "B. 17" or "B: 17" and the tokens of the rest; not of A:B."""
+    """The letter of "(B) 17" or "B: 17" and the other tokens; not of A:B, (B) or C, (B) maybe."""
     size = 3 if tokens[:1] == ["("] else 2
-    start, rest = CHOICE.fullmatch("".join(tokens[:size])), tokens[size:]
-    is_single = len(rest) == 1 and rest[0].isalpha()
-    if not start or not rest or is_single or OTHER_CHOICE.search("".join(rest)):
+    start, rest = CHOICE.fullmatch("".join(tokens[:size])), "".join(tokens[size:])
+    if not start or PATTERNS["hedges"].search(rest) or PATTERNS["no_choice"].search(rest):
         return None, tokens
-    return start[1] or start[2], rest
+    return start[1] or start[2], tokens[size:]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -963,14 +978,13 @@ def read(text: str) -> Reading:
     plain = re.sub('[" ]', "", "".join(tokens))
     if not re.search(r"[\w∅∞]", plain):
         return Reading("", None, None)
-    has_words = '"' in "".join(tokens) or plain.isalpha() and len(plain) > 2
-    if LETTERS.fullmatch(plain):  # A, B and D are ABD
+    if LETTERS.fullmatch(plain):  # A, B and D are \text{ABD}
         plain = re.sub(r"[(),]|and", "", plain)
-        has_words = len(plain) > 1
+        plain = plain.lower() if len(plain) > 1 else plain
     tree = None
     with contextlib.suppress(*REFUSED):
         tree = settle(Reader(tokens).bracket(""))
-    return Reading(plain.lower() if has_words else plain, tree, choice)
+    return Reading(plain, tree, choice)
 
 
 def parse_gold(gold: str) -> str | None:

@@ -122,7 +122,7 @@ def agree(a, b) -> bool:
         return expression(a[2]) == expression(b[2]) and steps.is_integer
     if kinds & reward.REGIONS:
         return region(a).symmetric_difference(region(b)) == sympy.S.EmptySet
-    if kinds <= {"list", "set"}:
+    if kinds <= {"list", "set"} or kinds <= reward.LOGIC and a[0] == b[0]:
         return len(a) == len(b) and any(
             all(agrees_or_unknown(x, y) for x, y in zip(a[1:], order))
             for order in itertools.permutations(b[1:]))

@@ -189,8 +189,8 @@ def test_different(a, b):
     assert not equal(a, b)
 
 
-@pytest.mark.parametrize("gold", ["", " ", "\\,", "?", "...", "\\ldots", "\\{\\}", "-", "\\%"])
-@pytest.mark.parametrize("answer", ["", "5", "0", "?", "...", "\\{\\}", "\\ldots", "\\%"])
+@pytest.mark.parametrize("gold", ["", " ", "\\,", "?", "...", "\\ldots", "-", "\\%"])
+@pytest.mark.parametrize("answer", ["", "5", "0", "?", "...", "\\ldots", "\\%"])
 def test_empty_and_placeholder_answers_never_match(gold, answer):
     assert accuracy_reward("\\boxed{%s}" % answer, gold) == 0.0
 
