@@ -593,7 +593,6 @@ CORRECTION, CAP = "vllm_importance_sampling_correction", "vllm_importance_sampli
     ({"scale_rewards": "none"}, ["scale_rewards=group"], {}),
     ({"warmup_steps": 0.1}, ["warmup_ratio=0.2"], {"warmup_ratio": 0.2}),
     ({"warmup_ratio": 0.2}, ["warmup_steps=0.1"], {"warmup_ratio": 0.1}),
-    ({"report_to": ["tensorboard"]}, ["seed=1"], {"seed": 1}),
     ({"steps_per_generation": 2}, ["gradient_accumulation_steps=2"], {"gradient_accumulation_steps": 2}),
 ])  # fmt: skip
 def test_the_command_line_wins_in_whatever_words(file, words, ours, tmp_path):
@@ -631,6 +630,11 @@ def test_loggers_that_are_not_here_are_told(loggers, told, capsys):
     assert from_dict(MODEL | {"report_to": loggers}).report_to == ()
     err = capsys.readouterr().err
     assert told in err and bool(err) == bool(told)
+
+
+def test_a_command_line_without_loggers_leaves_those_of_the_file():
+    layers = [{"report_to": "wandb"}, {"seed": 1}]
+    assert foreign.translate(layers, DEFAULTS.keys()) == ({"report_to": ["wandb"], "seed": 1}, [])
 
 
 def test_the_tables_of_other_trainers_name_no_setting_of_ours():
