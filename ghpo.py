@@ -1069,7 +1069,7 @@ def dry_run(config: Config) -> None:
     print(as_yaml(config))
     prompts, world = Prompts(config), int(os.environ.get("WORLD_SIZE", 1))
     problems = load_problems(config, prompts)
-    make_plan(config, world, len(problems))
+    make_plan(config, world, len(problems), is_dry=True)
     problem = max(problems, key=lambda problem: bool(problem.solution))
     for omega in [0.0, *config.hint_ratio]:
         hint, is_trimmed = prompts.fit(problem, omega)
