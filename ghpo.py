@@ -40,7 +40,7 @@ from configs import UserError, need, say
 from configs.data import fingerprint, load_problems
 from configs.folder import as_yaml, changed_settings, lock_folder, save_config
 from configs.model import as_user_error, blocks_of, load_model, load_tokenizer, sizes
-from configs.plan import bytes_per_gpu, make_plan, mismatch_limit
+from configs.plan import bytes_per_gpu, longest_sequence, make_plan, mismatch_limit
 from configs.settings import Config, eval_config, load_config
 from fsdp_utils import phase
 from hints import Group, Problem, Stage
@@ -925,8 +925,7 @@ def build_engine(run: Run) -> Any:
     eos_ids = {tokenizer.eos_token_id}
     eos_ids.update(np.ravel(run.policy.model.generation_config.eos_token_id).tolist())
     eos_ids.discard(None)  # the model may name one, several or none
-    configs = [c, *(eval_c for eval_c, _ in run.eval_sets.values())]
-    longest = max(one.max_prompt_length + one.max_completion_length for one in configs)
+    longest = longest_sequence(c)
     return rollout.ENGINES[c.engine](c, tokenizer, eos_ids, longest, run.policy)
 
 
