@@ -3,19 +3,20 @@
     python tests/real_run.py ladder MODEL    hints at every ratio, before training: 36 problems x 8
     python tests/real_run.py train MODEL     configs/gsm8k_cpu.yaml with evaluations and proofs that
                                              the sampler has the new weights; again: it resumes
-    python tests/real_run.py after MODEL     the exported model in transformers and vLLM, one text
+    python tests/real_run.py control MODEL   the same proof once more, with weights made wrong
+    python tests/real_run.py after           the exported model in transformers and vLLM, one text
     python tests/real_run.py report          tables, picture and tests/assets/real_run
 
 MODEL: a folder or hub name. --until N ends training after N steps; --data FOLDER has the rows,
-gsm8k_train.jsonl and math500_dev.jsonl (columns problem, solution, solution_hint, level); key=value
-settings go through to the program. About six minutes a step and 12 GB of memory.
+gsm8k_train.jsonl and math500_dev.jsonl (columns problem, solution, solution_hint, level); --out is
+where all is written; key=value settings go through to the program. The README has the time it took.
 """
 
 import argparse
 import json
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two busy threads are many times slower
@@ -29,12 +30,14 @@ import rollout  # noqa: E402
 import torch  # noqa: E402
 from configs import load_config  # noqa: E402
 from estimates import rollout_metrics  # noqa: E402
+from hints import Try  # noqa: E402
 
 CONFIG = ROOT / "configs/gsm8k_cpu.yaml"
 ASSETS = ROOT / "tests/assets/real_run"
 HELD_OUT = 40  # problems at the end of the file that are never trained on
 LADDER_GSM8K, LADDER_MATH = 24, 12
 PROOFS, PROOF_PROBLEMS, PROOF_TOKENS = (1, 3), 5, 64
+CONTROL_NOISE = 0.02
 EVALUATIONS = (12, 24)
 
 
@@ -115,7 +118,7 @@ def train(args: argparse.Namespace) -> None:
         if run.state["step"] < stop:
             run.plan.steps = stop
             ghpo.train(run)
-            if stop in PROOFS:
+            if stop in PROOFS or stop == last:
                 prove(run)
             if stop in EVALUATIONS or stop == last:
                 evaluate(run)
@@ -185,6 +188,37 @@ def trainer_greedy(run, requests: list) -> dict:
     return found
 
 
+def control(args: argparse.Namespace) -> None:
+    """That prove can fail: the engine is given weights with 2 % of noise, then the right ones."""
+    run = start(args, [])
+    texts = json.loads((run.folder / "proof_texts.json").read_text())[0]
+    torch.manual_seed(0)
+
+    def score():
+        return np.concatenate([sampler_logp(run, *text) for text in texts])
+
+    def weights(noise: float):
+        for name, tensor in fsdp_utils.full_tensors(run.policy.model, run.compute_dtype):
+            if tensor.dim() > 1:
+                tensor = tensor * (1 + noise * torch.randn(tensor.shape)).to(tensor.dtype)
+            yield name, tensor
+
+    before = score()  # the engine was built from the first weights
+    run.engine.update_weights(weights(0.0))
+    right = score()
+    run.engine.update_weights(weights(CONTROL_NOISE))
+    wrong = score()
+    run.engine.update_weights(weights(0.0))
+    again = score()
+    trainer = np.concatenate([trainer_logp(run, *text) for text in texts])
+    fsdp_utils.reshard(run.policy)
+    scores = {"first": before, "right": right, "wrong": wrong, "right_again": again}
+    found = {f"{name}_to_trainer": float(np.abs(x - trainer).mean()) for name, x in scores.items()}
+    found |= {"step": run.state["step"], "right_again_equals_right": bool((again == right).all())}
+    (run.folder / "control.json").write_text(json.dumps(found) + "\n")
+    print(found, flush=True)
+
+
 def prove(run) -> None:
     """Compares the engine with the trainer: on greedy texts of the present weights and, so that the
     comparison can fail, on the greedy texts of the first weights, scored by old and new weights."""
@@ -234,16 +268,193 @@ def prove(run) -> None:
     print(found, flush=True)
 
 
+# ---- (c) the export, and what is shown
+
+
+def first_gained(folder: Path) -> tuple[dict, dict]:
+    """(before, after) of the first held-out problem that only the last evaluation has right."""
+    paths = sorted(folder.glob("heldout_*.jsonl"))
+    pairs = list(zip(read_jsonl(paths[0]), read_jsonl(paths[-1])))
+    for before, after in pairs:
+        if after["accuracy"] > before["accuracy"]:
+            return before, after
+    return pairs[0]
+
+
+def after(args: argparse.Namespace) -> None:
+    """One held-out problem by the exported model, greedily, in transformers and in vLLM."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from vllm import LLM
+    from vllm.sampling_params import SamplingParams
+    from vllm_ext import cpu_options
+
+    folder = args.out / "run"
+    shown = first_gained(folder)[1]
+    config = load_config(folder / "config.yaml")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    messages = [
+        {"role": "system", "content": config.system_prompt},
+        {"role": "user", "content": shown["problem"]},
+    ]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
+    output = model.generate(
+        torch.tensor([ids]), max_new_tokens=config.max_completion_length, do_sample=False)
+    texts = {"transformers": tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)}
+    options = cpu_options(config.max_prompt_length + config.max_completion_length)
+    llm = LLM(str(folder / "model"), dtype="bfloat16", **options)
+    params = SamplingParams(temperature=0.0, max_tokens=config.max_completion_length)
+    (output,) = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
+    texts["vllm"] = output.outputs[0].text
+    for name, text in texts.items():
+        is_same = text == shown["text"]
+        common = len(os.path.commonprefix([text, shown["text"]]))
+        print(f"{name}: equals the run's own text: {is_same}, first {common} of {len(text)} "
+              f"characters, ends {text[-60:]!r}", flush=True)
+
+
+STAGES = ("0.25", "0.5", "0.75")
+
+
+def stage_counts(metrics: list[dict]) -> str:
+    """Solved of tried at each hint ratio, over some lines of metrics."""
+    cells = []
+    for omega in STAGES:
+        solved = sum(int(line.get(f"hint/solved@{omega}", 0)) for line in metrics)
+        tried = sum(int(line.get(f"hint/tried@{omega}", 0)) for line in metrics)
+        cells.append(f"{solved} of {tried}")
+    return " / ".join(cells)
+
+
+def ladder_table(folder: Path) -> list[str]:
+    """One line for each source: what is solved without a hint and at each ratio."""
+    (path,) = (folder / "rollouts").glob("step_*.jsonl")
+    lines = read_jsonl(path)
+    config = load_config(folder / "config.yaml")
+    rows = [
+        "| 8 samples a problem | hard | solved at .25 / .50 / .75 of those tried | never solved "
+        "| stages skipped | accuracy without hint | tokens, times un-hinted |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, part in (
+        ("GSM8K", [line for line in lines if line["id"] < LADDER_GSM8K]),
+        ("MATH level 3-5", [line for line in lines if line["id"] >= LADDER_GSM8K]),
+    ):
+        for line in part:
+            line["tries"] = [Try(**tried) for tried in line["tries"]]
+        m = rollout_metrics(part, config)
+        plain, everything = m["tokens/generated@0"], m["tokens/generated"]
+        rows.append(
+            f"| {name} | {round(m['hard_fraction'] * len(part))} of {len(part)} "
+            f"| {stage_counts([m])} | {m['hint/unsolved']} | {m['hint/skipped']} "
+            f"| {m['accuracy_without_hint']:.2f} | {everything / plain:.1f} |")  # fmt: skip
+    return rows
+
+
+def steps_table(steps: list[dict]) -> list[str]:
+    rows = [
+        "| step | accuracy without hint | hard | solved at .25 / .50 / .75 of those tried | tokens "
+        "a sample | truncated | k3 | gradient norm | generated | seconds: sample, train |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for m in steps:
+        rows.append(
+            f"| {m['step']} | {m['accuracy_without_hint']:.2f} | {m['hard_fraction']:.2f} "
+            f"| {stage_counts([m])} | {m['tokens/completion']:.0f} | {m['truncated']:.2f} "
+            f"| {m['mismatch_k3']:.1e} | {m['grad_norm']:.2f} | {m['tokens/generated']} "
+            f"| {m['seconds/generate']:.0f}, {m['seconds/train']:.0f} |")  # fmt: skip
+    return rows
+
+
+def draw(steps: list[dict], evaluations: list[dict], path: Path) -> None:
+    """Accuracy and hard fraction; lengths; what hints solved; sampler against trainer."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # files only: no display is needed
+    import matplotlib.pyplot as plt
+
+    x = [m["step"] for m in steps]
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.4))
+    plain = [m["accuracy_without_hint"] for m in steps]
+    smooth = [np.mean(plain[max(0, i - 3) : i + 1]) for i in range(len(plain))]
+    left.plot(x, plain, ".", color="tab:blue", label="un-hinted, T 1 (4 problems x 8)")
+    left.plot(x, smooth, color="tab:blue", label="mean of the last 4 steps")
+    left.plot(x, [m["hard_fraction"] for m in steps], ":", color="tab:red", label="hard fraction")
+    left.plot([m["step"] for m in evaluations], [m["eval/heldout"] for m in evaluations], "k*",
+              label="40 held out, greedy")  # fmt: skip
+    left.set(xlabel="step", ylim=(0, 1), title="accuracy")
+    left.legend(fontsize=7)
+    middle.plot(x, [m["tokens/completion"] for m in steps], color="tab:green")
+    middle.set(xlabel="step", ylim=(0, None), title="tokens a completion; truncated")
+    twin = middle.twinx()
+    twin.plot(x, [m["truncated"] for m in steps], ":", color="tab:gray")
+    twin.set_ylim(0, 1)
+    for omega, colour in zip(STAGES, ("tab:purple", "tab:orange", "tab:green")):
+        for kind, style in (("tried", ":"), ("solved", "-")):
+            counts = np.cumsum([m.get(f"hint/{kind}@{omega}", 0) for m in steps])
+            right.plot(x, counts, style, color=colour, label=f"{kind} at {omega}")
+    right.set(xlabel="step", title="hinted problems, cumulative")
+    right.legend(fontsize=7)
+    fig.tight_layout()
+    fig.savefig(path, dpi=110)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Prints the tables; copies what is small into tests/assets and draws the picture."""
+    run = args.out / "run"
+    metrics = read_jsonl(run / "metrics.jsonl")
+    steps = [m for m in metrics if "loss" in m]
+    evaluations = [m for m in metrics if "eval/heldout" in m]
+    tables = {"steps": steps_table(steps)}
+    if (args.out / "ladder").is_dir():
+        tables["ladder"] = ladder_table(args.out / "ladder")
+    for name, rows in tables.items():
+        print(f"\n{name}\n" + "\n".join(rows))
+    third = max(1, len(steps) // 3)
+    print("\nwithout hint, first and last third of the steps:",
+          *(f"{np.mean([m['accuracy_without_hint'] for m in part]):.3f}"
+            for part in (steps[:third], steps[-third:])))  # fmt: skip
+    print("hints solved, all steps:", stage_counts(steps))
+    print("generated tokens:", sum(m["tokens/generated"] for m in steps),
+          "seconds:", round(sum(m["seconds/generate"] + m["seconds/train"] for m in steps)))
+    for m in evaluations:
+        print(m)
+    for line in read_jsonl(run / "proof.jsonl"):
+        print(line)
+    before, after = first_gained(run)
+    print(f"\n{before['problem']}\ngold {before['gold']}\n\nBEFORE\n{before['text']}\n\n"
+          f"AFTER\n{after['text']}")
+    ASSETS.mkdir(parents=True, exist_ok=True)
+    rollouts = sorted((run / "rollouts").glob("step_*.jsonl"))[: len(steps)]
+    heldout = sorted(run.glob("heldout_*.jsonl"))
+    kept = [run / "metrics.jsonl", run / "config.yaml", *run.glob("proof.jsonl"),
+            *run.glob("control.json"), heldout[0], heldout[-1], rollouts[0], rollouts[-1]]
+    for path in kept:
+        (ASSETS / path.name).write_bytes(path.read_bytes())
+    for path in (args.out / "ladder/rollouts").glob("step_*.jsonl"):
+        lines = read_jsonl(path)
+        for line in lines:
+            del line["completions"], line["prompt"]
+        write_jsonl(ASSETS / "ladder.jsonl", lines)
+    draw(steps, evaluations, ASSETS.with_suffix(".png"))
+
+
+COMMANDS = {
+    "ladder": ladder, "train": train, "control": control, "after": after, "report": report,
+}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["ladder", "train"])
+    parser.add_argument("what", choices=[*COMMANDS])
     parser.add_argument("model", nargs="?", default="")
     parser.add_argument("settings", nargs="*", metavar="key=value")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/real")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
     parser.add_argument("--until", type=int, default=0)
     args = parser.parse_intermixed_args()
-    globals()[args.what](args)
+    COMMANDS[args.what](args)
 
 
 if __name__ == "__main__":
