@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,20 +26,20 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import fsdp_utils  # noqa: E402
 import ghpo  # noqa: E402
+import hints  # noqa: E402
 import numpy as np  # noqa: E402
 import rollout  # noqa: E402
 import torch  # noqa: E402
 from configs import load_config  # noqa: E402
 from estimates import rollout_metrics  # noqa: E402
-from hints import Try  # noqa: E402
 
 CONFIG = ROOT / "configs/gsm8k_cpu.yaml"
 ASSETS = ROOT / "tests/assets/real_run"
 HELD_OUT = 40  # problems at the end of the file that are never trained on
-LADDER_GSM8K, LADDER_MATH = 24, 12
-PROOFS, PROOF_PROBLEMS, PROOF_TOKENS = (1, 3), 5, 64
+LADDER_GSM8K, LADDER_MATH, LADDER_PART = 24, 12, 12
+PROOFS, PROOF_PROBLEMS, PROOF_TOKENS = (0, 1, 3), 5, 64  # and after the last step
 CONTROL_NOISE = 0.02
-EVALUATIONS = (12, 24)
+EVALUATIONS = (0, 12)  # and after the last step
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -73,8 +74,8 @@ def prepare(source: Path, target: Path) -> None:
     write_jsonl(target / "ladder.jsonl", ladder)
 
 
-def start(args: argparse.Namespace, settings: list[str]):
-    """The program's own set-up, with our rows in the place of the hub's."""
+def start(args: argparse.Namespace, settings: list[str], is_eval: bool = False):
+    """The program's own set-up, with our rows in the place of the hub's; is_eval: metrics stay."""
     data = args.out / "data"
     prepare(args.data, data)
     heldout = {"heldout": {"dataset_name": str(data / "heldout.jsonl"), "dataset_split": "train"}}
@@ -83,23 +84,41 @@ def start(args: argparse.Namespace, settings: list[str]):
         "dataset_answer_column=gold", f"eval_datasets={json.dumps(heldout)}",
         f"output_dir={args.out / 'run'}", *settings, *args.settings,
     ]  # fmt: skip
-    return ghpo.setup(load_config(CONFIG, settings, is_dry=False))
+    return ghpo.setup(load_config(CONFIG, settings, is_dry=False), is_eval)
 
 
 # ---- (a) the ladder before training
 
 
 def ladder(args: argparse.Namespace) -> None:
-    """Every problem of the ladder file once, as one step of the program without its update."""
-    problems = LADDER_GSM8K + LADDER_MATH
+    """Every problem of the ladder file once, a part of them at a time, without any training."""
     run = start(args, [
         f"dataset_name={args.out / 'data/ladder.jsonl'}", f"output_dir={args.out / 'ladder'}",
-        f"gradient_accumulation_steps={problems}", "max_completion_length=512", "max_steps=1",
-        "learning_rate=0",
+        f"gradient_accumulation_steps={LADDER_PART}", "max_completion_length=512", "max_steps=1",
     ])  # fmt: skip
-    blank = ghpo.next_groups(run)
-    groups, planned = ghpo.roll_out(run, blank, run.config, 0)
-    ghpo.write_metrics(run, ghpo.record(run, groups, blank, planned) | {"ladder": 1})
+    run.policy = run.optimizer = None  # the engine has the model's weights: 2 GB less
+    problems = sorted(run.problems, key=lambda problem: problem.id)
+    for first in range(0, len(problems), LADDER_PART):
+        part = problems[first : first + LADDER_PART]
+        planned = {}
+
+        def next_request(group: rollout.Group, slot: int) -> rollout.Request | None:
+            shown, tries = planned[slot] = hints.plan_try(
+                group, run.config, {}, 0, run.prompts.fit)
+            if shown is None:
+                return None
+            group = replace(group, tries=tries)
+            return run.prompts.request(group, shown, run.config, slot, 0)
+
+        started = time.perf_counter()
+        blank = [rollout.Group(problem) for problem in part]
+        groups = rollout.collect(
+            run.engine, blank, run.pool, next_request, hints.merge, run.trigger)
+        metrics = ghpo.record(run, groups, blank, [planned[slot] for slot in range(len(part))])
+        run.state["step"] += 1
+        ghpo.write_metrics(run, metrics | {"seconds/ladder": time.perf_counter() - started})
+    run.engine.close()
+    run.pool.close()
 
 
 # ---- (b) the run
@@ -111,20 +130,28 @@ def train(args: argparse.Namespace) -> None:
     last = min(args.until or run.plan.steps, run.plan.steps)
     stops = sorted({stop for stop in PROOFS + EVALUATIONS if stop < last} | {last})
     run.config = replace(run.config, eval_strategy="no")  # it is called from here
-    if run.state["step"] == 0:
-        evaluate(run)
-        prove(run)
     for stop in stops:
         if run.state["step"] < stop:
             run.plan.steps = stop
             ghpo.train(run)
-            if stop in PROOFS or stop == last:
-                prove(run)
-            if stop in EVALUATIONS or stop == last:
-                evaluate(run)
+        if run.state["step"] > stop:
+            continue
+        if stop in (*PROOFS, last) and stop not in steps_proved(run.folder):
+            prove(run)
+        if stop in (*EVALUATIONS, last) and not heldout_path(run.folder, stop).is_file():
+            evaluate(run)
     ghpo.export(run, run.folder / "model")
     run.engine.close()
     run.pool.close()
+
+
+def heldout_path(folder: Path, step: int) -> Path:
+    return folder / f"heldout_{step:06d}.jsonl"
+
+
+def steps_proved(folder: Path) -> list[int]:
+    path = folder / "proof.jsonl"
+    return [line["step"] for line in read_jsonl(path)] if path.is_file() else []
 
 
 def evaluate(run) -> None:
@@ -140,13 +167,21 @@ def evaluate(run) -> None:
             "problem": group.problem.messages[-1]["content"], "gold": group.problem.answer,
             "text": completion.text,
         })  # fmt: skip
-    write_jsonl(run.folder / f"heldout_{step:06d}.jsonl", lines)
-    ghpo.write_metrics(run, {
-        "eval/heldout": float(np.mean([line["accuracy"] for line in lines])),
-        "eval/heldout_tokens": float(np.mean([line["tokens"] for line in lines])),
-        "eval/heldout_truncated": float(np.mean(
-            [line["finish_reason"] == "length" for line in lines])),
-    })  # fmt: skip
+    write_jsonl(heldout_path(run.folder, step), lines)
+    print(evaluation(heldout_path(run.folder, step)), flush=True)
+
+
+def evaluation(path: Path) -> dict:
+    """What a file of held-out texts says: accuracy with its standard error, length, truncation."""
+    lines = read_jsonl(path)
+    right = np.array([line["accuracy"] for line in lines])
+    cut = [line["finish_reason"] == "length" for line in lines]
+    return {
+        "step": lines[0]["step"], "problems": len(lines), "accuracy": float(right.mean()),
+        "stderr": float(right.std(ddof=1) / len(right) ** 0.5),
+        "tokens": float(np.mean([line["tokens"] for line in lines])),
+        "truncated": float(np.mean(cut)),
+    }  # fmt: skip
 
 
 # ---- the sampler sees the new weights
@@ -190,7 +225,7 @@ def trainer_greedy(run, requests: list) -> dict:
 
 def control(args: argparse.Namespace) -> None:
     """That prove can fail: the engine is given weights with 2 % of noise, then the right ones."""
-    run = start(args, [])
+    run = start(args, [], is_eval=True)
     texts = json.loads((run.folder / "proof_texts.json").read_text())[0]
     torch.manual_seed(0)
 
@@ -329,8 +364,8 @@ def stage_counts(metrics: list[dict]) -> str:
 
 def ladder_table(folder: Path) -> list[str]:
     """One line for each source: what is solved without a hint and at each ratio."""
-    (path,) = (folder / "rollouts").glob("step_*.jsonl")
-    lines = read_jsonl(path)
+    paths = sorted((folder / "rollouts").glob("step_*.jsonl"))
+    lines = [line for path in paths for line in read_jsonl(path)]
     config = load_config(folder / "config.yaml")
     rows = [
         "| 8 samples a problem | hard | solved at .25 / .50 / .75 of those tried | never solved "
@@ -342,7 +377,7 @@ def ladder_table(folder: Path) -> list[str]:
         ("MATH level 3-5", [line for line in lines if line["id"] >= LADDER_GSM8K]),
     ):
         for line in part:
-            line["tries"] = [Try(**tried) for tried in line["tries"]]
+            line["tries"] = [hints.Try(**tried) for tried in line["tries"]]
         m = rollout_metrics(part, config)
         plain, everything = m["tokens/generated@0"], m["tokens/generated"]
         rows.append(
@@ -381,8 +416,9 @@ def draw(steps: list[dict], evaluations: list[dict], path: Path) -> None:
     left.plot(x, plain, ".", color="tab:blue", label="un-hinted, T 1 (4 problems x 8)")
     left.plot(x, smooth, color="tab:blue", label="mean of the last 4 steps")
     left.plot(x, [m["hard_fraction"] for m in steps], ":", color="tab:red", label="hard fraction")
-    left.plot([m["step"] for m in evaluations], [m["eval/heldout"] for m in evaluations], "k*",
-              label="40 held out, greedy")  # fmt: skip
+    left.errorbar(
+        [m["step"] for m in evaluations], [m["accuracy"] for m in evaluations],
+        [m["stderr"] for m in evaluations], fmt="k*", label="40 held out, greedy")  # fmt: skip
     left.set(xlabel="step", ylim=(0, 1), title="accuracy")
     left.legend(fontsize=7)
     middle.plot(x, [m["tokens/completion"] for m in steps], color="tab:green")
@@ -405,7 +441,7 @@ def report(args: argparse.Namespace) -> None:
     run = args.out / "run"
     metrics = read_jsonl(run / "metrics.jsonl")
     steps = [m for m in metrics if "loss" in m]
-    evaluations = [m for m in metrics if "eval/heldout" in m]
+    evaluations = [evaluation(path) for path in sorted(run.glob("heldout_*.jsonl"))]
     tables = {"steps": steps_table(steps)}
     if (args.out / "ladder").is_dir():
         tables["ladder"] = ladder_table(args.out / "ladder")
@@ -432,11 +468,12 @@ def report(args: argparse.Namespace) -> None:
             *run.glob("control.json"), heldout[0], heldout[-1], rollouts[0], rollouts[-1]]
     for path in kept:
         (ASSETS / path.name).write_bytes(path.read_bytes())
-    for path in (args.out / "ladder/rollouts").glob("step_*.jsonl"):
-        lines = read_jsonl(path)
-        for line in lines:
+    kept_lines = []
+    for path in sorted((args.out / "ladder/rollouts").glob("step_*.jsonl")):
+        for line in read_jsonl(path):
             del line["completions"], line["prompt"]
-        write_jsonl(ASSETS / "ladder.jsonl", lines)
+            kept_lines.append(line)
+    write_jsonl(ASSETS / "ladder.jsonl", kept_lines)
     draw(steps, evaluations, ASSETS.with_suffix(".png"))
 
 

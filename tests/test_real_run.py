@@ -59,4 +59,6 @@ def test_recorded_run_is_whole():
     steps = [line["step"] for line in lines if "loss" in line]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 2
     assert max(line["mismatch_k3"] for line in lines if "loss" in line) < 1e-2
-    assert [line["step"] for line in lines if "eval/heldout" in line] == [0, len(steps)]
+    evaluations = [real_run.evaluation(path) for path in sorted(ASSETS.glob("heldout_*.jsonl"))]
+    assert [found["step"] for found in evaluations] == [0, len(steps)]
+    assert all(found["problems"] == real_run.HELD_OUT for found in evaluations)
