@@ -3,7 +3,6 @@
     python tests/real_run.py ladder MODEL    hints at every ratio, before training: 36 problems x 8
     python tests/real_run.py train MODEL     configs/gsm8k_cpu.yaml with evaluations and proofs that
                                              the sampler has the new weights; again: it resumes
-    python tests/real_run.py control MODEL   the same proof once more, with weights made wrong
     python tests/real_run.py after           the exported model in transformers and vLLM, one text
     python tests/real_run.py report          tables, picture and tests/assets/real_run
 
@@ -74,8 +73,8 @@ def prepare(source: Path, target: Path) -> None:
     write_jsonl(target / "ladder.jsonl", ladder)
 
 
-def start(args: argparse.Namespace, settings: list[str], is_eval: bool = False):
-    """The program's own set-up, with our rows in the place of the hub's; is_eval: metrics stay."""
+def start(args: argparse.Namespace, settings: list[str]):
+    """The program's own set-up, with our rows in the place of the hub's."""
     data = args.out / "data"
     prepare(args.data, data)
     heldout = {"heldout": {"dataset_name": str(data / "heldout.jsonl"), "dataset_split": "train"}}
@@ -84,7 +83,7 @@ def start(args: argparse.Namespace, settings: list[str], is_eval: bool = False):
         "dataset_answer_column=gold", f"eval_datasets={json.dumps(heldout)}",
         f"output_dir={args.out / 'run'}", *settings, *args.settings,
     ]  # fmt: skip
-    return ghpo.setup(load_config(CONFIG, settings, is_dry=False), is_eval)
+    return ghpo.setup(load_config(CONFIG, settings, is_dry=False))
 
 
 # ---- (a) the ladder before training
@@ -140,6 +139,7 @@ def train(args: argparse.Namespace) -> None:
             prove(run)
         if stop in (*EVALUATIONS, last) and not heldout_path(run.folder, stop).is_file():
             evaluate(run)
+    control(run)
     ghpo.export(run, run.folder / "model")
     run.engine.close()
     run.pool.close()
@@ -223,14 +223,10 @@ def trainer_greedy(run, requests: list) -> dict:
     return found
 
 
-def control(args: argparse.Namespace) -> None:
+def control(run) -> None:
     """That prove can fail: the engine is given weights with 2 % of noise, then the right ones."""
-    run = start(args, [], is_eval=True)
     texts = json.loads((run.folder / "proof_texts.json").read_text())[0]
     torch.manual_seed(0)
-
-    def score():
-        return np.concatenate([sampler_logp(run, *text) for text in texts])
 
     def weights(noise: float):
         for name, tensor in fsdp_utils.full_tensors(run.policy.model, run.compute_dtype):
@@ -238,18 +234,15 @@ def control(args: argparse.Namespace) -> None:
                 tensor = tensor * (1 + noise * torch.randn(tensor.shape)).to(tensor.dtype)
             yield name, tensor
 
-    before = score()  # the engine was built from the first weights
-    run.engine.update_weights(weights(0.0))
-    right = score()
-    run.engine.update_weights(weights(CONTROL_NOISE))
-    wrong = score()
-    run.engine.update_weights(weights(0.0))
-    again = score()
+    scores = {}
+    for name, noise in (("right", 0.0), ("wrong", CONTROL_NOISE), ("right_again", 0.0)):
+        run.engine.update_weights(weights(noise))
+        scores[name] = np.concatenate([sampler_logp(run, *text) for text in texts])
     trainer = np.concatenate([trainer_logp(run, *text) for text in texts])
     fsdp_utils.reshard(run.policy)
-    scores = {"first": before, "right": right, "wrong": wrong, "right_again": again}
     found = {f"{name}_to_trainer": float(np.abs(x - trainer).mean()) for name, x in scores.items()}
-    found |= {"step": run.state["step"], "right_again_equals_right": bool((again == right).all())}
+    is_back = bool((scores["right_again"] == scores["right"]).all())
+    found |= {"step": run.state["step"], "right_again_equals_right": is_back}
     (run.folder / "control.json").write_text(json.dumps(found) + "\n")
     print(found, flush=True)
 
@@ -478,7 +471,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 COMMANDS = {
-    "ladder": ladder, "train": train, "control": control, "after": after, "report": report,
+    "ladder": ladder, "train": train, "after": after, "report": report,
 }  # fmt: skip
 
 
