@@ -20,6 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two busy threads are many times slower
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -330,8 +332,9 @@ def after(args: argparse.Namespace) -> None:
     output = model.generate(
         torch.tensor([ids]), max_new_tokens=config.max_completion_length, do_sample=False)
     texts = {"transformers": tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)}
-    options = cpu_options(config.max_prompt_length + config.max_completion_length)
-    llm = LLM(str(folder / "model"), dtype="bfloat16", **options)
+    length = config.max_prompt_length + config.max_completion_length
+    llm = LLM(
+        str(folder / "model"), dtype="bfloat16", max_model_len=length, **cpu_options(length))
     params = SamplingParams(temperature=0.0, max_tokens=config.max_completion_length)
     (output,) = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
     texts["vllm"] = output.outputs[0].text
@@ -436,7 +439,7 @@ def report(args: argparse.Namespace) -> None:
     steps = [m for m in metrics if "loss" in m]
     evaluations = [evaluation(path) for path in sorted(run.glob("heldout_*.jsonl"))]
     tables = {"steps": steps_table(steps)}
-    if (args.out / "ladder").is_dir():
+    if [*(args.out / "ladder/rollouts").glob("step_*.jsonl")]:
         tables["ladder"] = ladder_table(args.out / "ladder")
     for name, rows in tables.items():
         print(f"\n{name}\n" + "\n".join(rows))
@@ -457,7 +460,7 @@ def report(args: argparse.Namespace) -> None:
     ASSETS.mkdir(parents=True, exist_ok=True)
     rollouts = sorted((run / "rollouts").glob("step_*.jsonl"))[: len(steps)]
     heldout = sorted(run.glob("heldout_*.jsonl"))
-    kept = [run / "metrics.jsonl", run / "config.yaml", *run.glob("proof.jsonl"),
+    kept = [run / "metrics.jsonl", *run.glob("proof.jsonl"),
             *run.glob("control.json"), heldout[0], heldout[-1], rollouts[0], rollouts[-1]]
     for path in kept:
         (ASSETS / path.name).write_bytes(path.read_bytes())
