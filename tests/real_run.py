@@ -31,8 +31,7 @@ import hints  # noqa: E402
 import numpy as np  # noqa: E402
 import rollout  # noqa: E402
 import torch  # noqa: E402
-from configs import load_config  # noqa: E402
-from estimates import rollout_metrics  # noqa: E402
+from configs.settings import load_config  # noqa: E402
 
 CONFIG = ROOT / "configs/gsm8k_cpu.yaml"
 ASSETS = ROOT / "tests/assets/real_run"
@@ -97,26 +96,25 @@ def ladder(args: argparse.Namespace) -> None:
         f"dataset_name={args.out / 'data/ladder.jsonl'}", f"output_dir={args.out / 'ladder'}",
         f"gradient_accumulation_steps={LADDER_PART}", "max_completion_length=512", "max_steps=1",
     ])  # fmt: skip
-    run.policy = run.optimizer = None  # the engine has the model's weights: 2 GB less
+    run = replace(run, policy=None, optimizer=None)  # the engine has the weights: 2 GB less
+    c, state, fit = run.config, run.state, run.prompts.fit
+
+    def ask(group: hints.Group, slot: int) -> rollout.Request:
+        return run.prompts.request(group, c, slot, 0)
+
+    def after_stage(group: hints.Group, completions: list, rewards: list) -> hints.Group:
+        return hints.after_stage(
+            group, completions, rewards, run.trigger_column, c, state, fit)
+
     problems = sorted(run.problems, key=lambda problem: problem.id)
     for first in range(0, len(problems), LADDER_PART):
-        part = problems[first : first + LADDER_PART]
-        planned = {}
-
-        def next_request(group: rollout.Group, slot: int) -> rollout.Request | None:
-            shown, tries = planned[slot] = hints.plan_try(
-                group, run.config, {}, 0, run.prompts.fit)
-            if shown is None:
-                return None
-            group = replace(group, tries=tries)
-            return run.prompts.request(group, shown, run.config, slot, 0)
-
         started = time.perf_counter()
-        blank = [rollout.Group(problem) for problem in part]
-        groups = rollout.collect(
-            run.engine, blank, run.pool, next_request, hints.merge, run.trigger)
-        metrics = ghpo.record(run, groups, blank, [planned[slot] for slot in range(len(part))])
-        run.state["step"] += 1
+        part = problems[first : first + LADDER_PART]
+        blank = [hints.advance(hints.Group(problem), c, state, fit) for problem in part]
+        groups = rollout.collect(run.engine, blank, run.pool, ask, after_stage)
+        outcomes = ghpo.write_rollouts(run, groups)
+        metrics = hints.after_step(state, outcomes, c)
+        state.step += 1
         ghpo.write_metrics(run, metrics | {"seconds/ladder": time.perf_counter() - started})
     run.engine.close()
     run.pool.close()
@@ -130,12 +128,13 @@ def train(args: argparse.Namespace) -> None:
     run = start(args, [])
     last = min(args.until or run.plan.steps, run.plan.steps)
     stops = sorted({stop for stop in PROOFS + EVALUATIONS if stop < last} | {last})
-    run.config = replace(run.config, eval_strategy="no")  # it is called from here
+    run = replace(run, config=replace(run.config, eval_strategy="no"))  # it is called from here
     for stop in stops:
-        if run.state["step"] < stop:
-            run.plan.steps = stop
-            ghpo.train(run)
-        if run.state["step"] > stop:
+        if run.state.step < stop:
+            until = replace(run, plan=replace(run.plan, steps=stop))
+            if ghpo.train(until, ghpo.Interrupt()):
+                return
+        if run.state.step > stop:
             continue
         if stop in (*PROOFS, last) and stop not in steps_proved(run.folder):
             prove(run)
@@ -159,14 +158,15 @@ def steps_proved(folder: Path) -> list[int]:
 def evaluate(run) -> None:
     """Greedy and without hints on the held-out problems; the texts are kept."""
     c, problems = run.eval_sets["heldout"]
-    groups, _ = ghpo.roll_out(run, [rollout.Group(problem) for problem in problems], c, "heldout")
-    step, lines = run.state["step"], []
+    blank = [hints.Group(problem) for problem in problems]
+    groups = ghpo.sample_groups(run, blank, c, "heldout")
+    step, lines = run.state.step, []
     for group in groups:
         (completion,), (scores,) = group.completions, group.rewards
         lines.append({
-            "step": step, "id": group.problem.id, "accuracy": scores[run.accuracy],
+            "step": step, "id": group.problem.id, "accuracy": scores[run.accuracy_column],
             "tokens": len(completion.token_ids), "finish_reason": completion.finish_reason,
-            "problem": group.problem.messages[-1]["content"], "gold": group.problem.answer,
+            "problem": group.problem.text, "gold": group.problem.gold,
             "text": completion.text,
         })  # fmt: skip
     write_jsonl(heldout_path(run.folder, step), lines)
@@ -218,7 +218,7 @@ def trainer_greedy(run, requests: list) -> dict:
         engine.submit(request)
     engine.wake()
     found = {}
-    while engine.busy:
+    while engine.is_busy():
         for request, (completion,) in engine.poll():
             found[request.problem.id] = completion
     engine.sleep()
@@ -244,9 +244,23 @@ def control(run) -> None:
     fsdp_utils.reshard(run.policy)
     found = {f"{name}_to_trainer": float(np.abs(x - trainer).mean()) for name, x in scores.items()}
     is_back = bool((scores["right_again"] == scores["right"]).all())
-    found |= {"step": run.state["step"], "right_again_equals_right": is_back}
+    found |= {"step": run.state.step, "right_again_equals_right": is_back}
     (run.folder / "control.json").write_text(json.dumps(found) + "\n")
     print(found, flush=True)
+
+
+def outcome(line: dict, config) -> hints.Outcome:
+    """What the program knew of a group, from its line of the rollouts."""
+    samples = line["completions"]
+    return hints.Outcome(
+        problem_id=line["id"],
+        stages=[hints.Stage(**stage) for stage in line["stages"]],
+        n_earlier=line["n_earlier"],
+        is_deferred=line["is_deferred"],
+        rewards=[[sample[name] for name in config.reward_funcs] for sample in samples],
+        lengths=[sample["tokens"] for sample in samples],
+        is_truncated=[sample["finish_reason"] == "length" for sample in samples],
+    )
 
 
 def prove(run) -> None:
@@ -254,9 +268,11 @@ def prove(run) -> None:
     comparison can fail, on the greedy texts of the first weights, scored by old and new weights."""
     c, problems = run.eval_sets["heldout"]
     c = replace(c, max_completion_length=PROOF_TOKENS)
-    blank = [rollout.Group(problem) for problem in problems[:PROOF_PROBLEMS]]
-    groups, _ = ghpo.roll_out(run, blank, c, "proof")
-    by_trainer = trainer_greedy(run, [group.request for group in groups])
+    blank = [hints.Group(problem) for problem in problems[:PROOF_PROBLEMS]]
+    groups = ghpo.sample_groups(run, blank, c, "proof")
+    asked = [replace(group, stages=[], next_stage=group.stages[0]) for group in groups]
+    requests = [run.prompts.request(group, c, i, "proof") for i, group in enumerate(asked)]
+    by_trainer = trainer_greedy(run, requests)
     equal = compared = 0
     gaps, differences = [], []
     for group in groups:
@@ -270,7 +286,7 @@ def prove(run) -> None:
         equal, compared = equal + first, compared + len(pairs)
         if first < len(pairs):  # what the trainer's own choice was ahead by
             gaps.append(float(theirs.behaviour_logp[first] - scored[first]))
-    step, path = run.state["step"], run.folder / "proof_texts.json"
+    step, path = run.state.step, run.folder / "proof_texts.json"
     if step == 0:
         texts = [[g.completions[0].prompt_ids, g.completions[0].token_ids] for g in groups]
         first_trainer = [trainer_logp(run, *text).tolist() for text in texts]
@@ -372,9 +388,7 @@ def ladder_table(folder: Path) -> list[str]:
         ("GSM8K", [line for line in lines if line["id"] < LADDER_GSM8K]),
         ("MATH level 3-5", [line for line in lines if line["id"] >= LADDER_GSM8K]),
     ):
-        for line in part:
-            line["tries"] = [hints.Try(**tried) for tried in line["tries"]]
-        m = rollout_metrics(part, config)
+        m = hints.rollout_metrics([outcome(line, config) for line in part], config)
         plain, everything = m["tokens/generated@0"], m["tokens/generated"]
         rows.append(
             f"| {name} | {round(m['hard_fraction'] * len(part))} of {len(part)} "

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import real_run
-from configs import load_config, make_plan
+from configs.plan import make_plan
+from configs.settings import load_config
 
 ASSETS = Path(__file__).parent / "assets/real_run"
 
@@ -14,7 +15,7 @@ def test_config_is_the_one_of_the_readme():
     config = load_config(real_run.CONFIG)
     assert config.dataset_name == "openai/gsm8k" and config.dataset_config == "main"
     assert config.dataset_hint_column == config.dataset_answer_column == "answer"
-    assert config.reward_funcs == ["accuracy"], "a format reward taught it to answer at once"
+    assert config.reward_funcs == ("accuracy",), "a format reward taught it to answer at once"
     assert "\\boxed{}" in config.system_prompt
     assert config.eval_datasets["heldout"]["dataset_split"] == "test[:40]"
 
