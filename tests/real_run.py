@@ -317,48 +317,53 @@ def prove(run) -> None:
 # ---- (c) the export, and what is shown
 
 
-def first_gained(folder: Path) -> tuple[dict, dict]:
-    """(before, after) of the first held-out problem that only the last evaluation has right."""
+def changed(folder: Path) -> list[tuple[dict, dict]]:
+    """(before, after) of the held-out problems whose verdict the run has changed, gained first."""
     paths = sorted(folder.glob("heldout_*.jsonl"))
-    pairs = list(zip(read_jsonl(paths[0]), read_jsonl(paths[-1])))
-    for before, after in pairs:
-        if after["accuracy"] > before["accuracy"]:
-            return before, after
-    return pairs[0]
+    pairs = zip(read_jsonl(paths[0]), read_jsonl(paths[-1]))
+    found = [pair for pair in pairs if pair[0]["accuracy"] != pair[1]["accuracy"]]
+    return sorted(found, key=lambda pair: -pair[1]["accuracy"])
 
 
 def after(args: argparse.Namespace) -> None:
-    """One held-out problem by the exported model, greedily, in transformers and in vLLM."""
+    """The changed problems again by the export: in vLLM, and the first one in transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from vllm import LLM
     from vllm.sampling_params import SamplingParams
     from vllm_ext import cpu_options
 
     folder = args.out / "run"
-    shown = first_gained(folder)[1]
     config = load_config(folder / "config.yaml")
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    messages = [
-        {"role": "system", "content": config.system_prompt},
-        {"role": "user", "content": shown["problem"]},
-    ]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
-    output = model.generate(
-        torch.tensor([ids]), max_new_tokens=config.max_completion_length, do_sample=False)
-    texts = {"transformers": tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)}
+    shown = [pair[1] for pair in changed(folder)]
+    prompts = []
+    for line in shown:
+        messages = [
+            {"role": "system", "content": config.system_prompt},
+            {"role": "user", "content": line["problem"]},
+        ]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prompts.append(tokenizer(text, add_special_tokens=False).input_ids)
     length = config.max_prompt_length + config.max_completion_length
     llm = LLM(
         str(folder / "model"), dtype="bfloat16", max_model_len=length, **cpu_options(length))
     params = SamplingParams(temperature=0.0, max_tokens=config.max_completion_length)
-    (output,) = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
-    texts["vllm"] = output.outputs[0].text
-    for name, text in texts.items():
-        is_same = text == shown["text"]
-        common = len(os.path.commonprefix([text, shown["text"]]))
-        print(f"{name}: equals the run's own text: {is_same}, first {common} of {len(text)} "
-              f"characters, ends {text[-60:]!r}", flush=True)
+    outputs = llm.generate(
+        [{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    for line, output in zip(shown, outputs):
+        compare("vllm", line, output.outputs[0].text)
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
+    output = model.generate(
+        torch.tensor(prompts[:1]), max_new_tokens=config.max_completion_length, do_sample=False)
+    text = tokenizer.decode(output[0, len(prompts[0]) :], skip_special_tokens=True)
+    compare("transformers", shown[0], text)
+
+
+def compare(engine: str, line: dict, text: str) -> None:
+    """Prints how far a text is that of the run; a near-tie in bf16 may part them."""
+    common = len(os.path.commonprefix([text, line["text"]]))
+    print(f"{engine}: problem {line['id']}: the run's own text: {text == line['text']}, first "
+          f"{common} of {len(text)} characters, ends {text[-40:]!r}", flush=True)
 
 
 STAGES = ("0.25", "0.5", "0.75")
@@ -388,6 +393,8 @@ def ladder_table(folder: Path) -> list[str]:
         ("GSM8K", [line for line in lines if line["id"] < LADDER_GSM8K]),
         ("MATH level 3-5", [line for line in lines if line["id"] >= LADDER_GSM8K]),
     ):
+        if not part:  # the ladder was ended early
+            continue
         m = hints.rollout_metrics([outcome(line, config) for line in part], config)
         plain, everything = m["tokens/generated@0"], m["tokens/generated"]
         rows.append(
@@ -468,7 +475,7 @@ def report(args: argparse.Namespace) -> None:
         print(m)
     for line in read_jsonl(run / "proof.jsonl"):
         print(line)
-    before, after = first_gained(run)
+    before, after = changed(run)[0]
     print(f"\n{before['problem']}\ngold {before['gold']}\n\nBEFORE\n{before['text']}\n\n"
           f"AFTER\n{after['text']}")
     ASSETS.mkdir(parents=True, exist_ok=True)
