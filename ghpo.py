@@ -861,6 +861,9 @@ def export(run, folder, **hub):
                 weights[name] = buffer.cpu()
         model.save_pretrained(folder, state_dict=weights, **hub)
         run.prompts.tokenizer.save_pretrained(folder, **hub)
+        path = Path(folder) / "config.json"  # in which transformers has put the masters' dtype
+        exported = json.loads(path.read_text()) | {"dtype": run.config.torch_dtype}
+        path.write_text(json.dumps(exported, indent=2) + "\n")
 
 
 def setup(config: Config, is_eval: bool = False) -> Run:

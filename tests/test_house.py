@@ -21,6 +21,7 @@ import ghpo
 import hints
 import rollout
 from hints import Group
+from safetensors.torch import load_file
 
 MODULES = ("ghpo", "rollout", "reward", "hints", "fsdp_utils")
 
@@ -251,3 +252,11 @@ def test_a_long_step_is_visible(make_run, prompts, monkeypatch):
 def test_no_bar_where_nobody_looks(main, tmp_path):
     done = main(tmp_path, max_steps=1)
     assert done.status == 0 and "it/s" not in done.err and "%|" not in done.err
+
+
+def test_an_export_names_the_dtype_of_its_weights(main, tmp_path):
+    done = main(tmp_path, max_steps=1, torch_dtype="bfloat16")
+    assert done.status == 0
+    config = json.loads((done.folder / "model" / "config.json").read_text())
+    weights = load_file(done.folder / "model" / "model.safetensors")
+    assert config["dtype"] == "bfloat16" and {w.dtype for w in weights.values()} == {torch.bfloat16}
