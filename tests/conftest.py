@@ -107,6 +107,7 @@ class Policies:
         """A run for ghpo.optimize with plain gradient descent: weights move by lr * gradient."""
         policy, weights = self._policy(config.torch_dtype)
         policy.load_state_dict(weights)
+        policy.zero_grad()
         run = SimpleNamespace(
             config=config, policy=policy, device=self.alone.device, rank=0, world=1,
             master_dtype=next(policy.parameters()).dtype, reference=None, folder=Path("/tmp"),
