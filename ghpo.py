@@ -264,7 +264,7 @@ class Row:
     behaviour_logp: list[float]  # (T,)
     policy_weight: list[float]  # (T,)
     sft_weight: list[float]  # (T,)
-    is_comparable: list[bool]  # (T,) scored under what it was sampled from: mismatch can be measured
+    is_comparable: list[bool]  # (T,) scored under what it was sampled from (for the mismatch)
     advantage: float
     n_tokens: int  # that count in E6, 0 when masked as truncated
     token_weight: float = 0.0  # E6: of the loss of each of its tokens, 1 / denominator
@@ -330,7 +330,11 @@ def denominator(row: Row, rows_of_group: list[Row], counts: dict, config: Config
 
 
 def token_loss(
-    logp: torch.Tensor, old_logp: torch.Tensor, ref_logp: torch.Tensor | None, batch: dict, config: Config
+    logp: torch.Tensor,
+    old_logp: torch.Tensor,
+    ref_logp: torch.Tensor | None,
+    batch: dict,
+    config: Config,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """E4, E5, E7: (loss, was the ratio clipped) of each token (M,). ref_logp: None if beta is 0.
     batch: (M,) tensors by the names of Row's fields, and `row`, the number of a token's row."""
@@ -519,7 +523,8 @@ def optimize(run: Run, rows: list[Row], lr: float) -> dict[str, float]:
     ref_logp = [None] * len(batches)
     if run.reference:
         with phase("logprob"), torch.no_grad():
-            ref_logp = [run.reference(**inputs, temperature=c.temperature)[0] for inputs, _ in batches]
+            for i, (inputs, _) in enumerate(batches):
+                ref_logp[i], _ = run.reference(**inputs, temperature=c.temperature)
             torch.get_device_module(run.device).synchronize()
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -551,7 +556,7 @@ def update(run: Run, rows: list[Row]) -> float:
         allowed = MAX_NONFINITE if run.config.nonfinite == "skip" else 0
         need(
             run.state.nonfinite <= allowed,
-            f"gradient norm is {norm}, {run.state.nonfinite} times in a row: the batch is in {path}. "
+            f"gradient norm is {norm}, {run.state.nonfinite} times in a row. Its batch: {path}. "
             "Is learning_rate too high, or are the weights not finite?",
         )
     run.optimizer.zero_grad()
