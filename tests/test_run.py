@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import (
-    BASE, DATA, ROOT, SHARED, ScriptedPool, make_config, read_jsonl, settings, write_jsonl)
+    BASE, DATA, ROOT, SHARED, ScriptedPool, read_jsonl, settings, write_jsonl)
 
 import configs.folder
 import ghpo
