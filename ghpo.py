@@ -49,6 +49,8 @@ from reward import VerifierPool
 SEED_BITS = 62  # of a request's seed: sample j adds j
 MISMATCH_STEPS = 10  # their mean is looked at
 AUTO_LIMIT = 1e-2  # k3 that is told where mismatch_limit is null
+COLLAPSE_STEPS = 6  # the second half of them is compared with the first
+COLLAPSE_RISE, COLLAPSE_FALL = 0.1, 0.8  # of another reward, added; of accuracy and length, times
 START_STEPS = 2  # of the start-up pass: activations beside gradients, then beside Adam's moments
 PROMPT_DATE = datetime(2025, 1, 1)  # what a chat template shows as today
 THINK_OPENED = re.compile(r"<think>\s*$")
@@ -79,6 +81,7 @@ class State:
     history: dict = field(default_factory=dict)  # see hints.py
     method: dict = field(default_factory=dict)  # see hints.py
     mismatch: list = field(default_factory=list)  # k3 of the last steps that compared something
+    trend: list = field(default_factory=list)  # metrics of the last steps, for watch_collapse
     nonfinite: int = 0  # updates left out in a row
     prompts_per_step: int = 0
     steps: int = 0  # that the run was to have
@@ -634,6 +637,7 @@ def train(run: Run, interrupt: Interrupt) -> int:
         state.step += 1
         write_metrics(run, metrics)
         watch_mismatch(run, metrics)
+        watch_collapse(run, metrics)
         bar.update()
         is_last = state.step == plan.steps
         if c.eval_strategy == "steps" and (is_last or state.step % c.eval_steps == 0):
@@ -778,6 +782,30 @@ def watch_mismatch(run: Run, metrics: dict) -> None:
         return
     save(run)
     raise UserError(f"{told} A checkpoint is saved; mismatch_limit=null only warns")
+
+
+def watch_collapse(run: Run, metrics: dict) -> None:
+    """Warns when another reward rises while un-hinted accuracy and length fall: the model learns to
+    please that reward by answering at once."""
+    trend, names = run.state.trend, run.config.reward_funcs
+    others = [f"reward/{name}" for name in names if name != names[run.accuracy_column]]
+    keys = ["accuracy_without_hint", "tokens/completion", *others]
+    if not others or any(key not in metrics for key in keys):
+        return
+    trend.append({key: metrics[key] for key in keys})
+    del trend[:-COLLAPSE_STEPS]
+    if len(trend) < COLLAPSE_STEPS:
+        return
+    half = COLLAPSE_STEPS // 2
+    early = {key: np.mean([line[key] for line in trend[:half]]) for key in keys}
+    late = {key: np.mean([line[key] for line in trend[half:]]) for key in keys}
+    if not all(late[key] < COLLAPSE_FALL * early[key] for key in keys[:2]):
+        return
+    for key in others:
+        if late[key] >= early[key] + COLLAPSE_RISE:
+            told = ", ".join(f"{k} {early[k]:.3g} -> {late[k]:.3g}" for k in [key, *keys[:2]])
+            say(f"collapse? In {COLLAPSE_STEPS} steps {told}: lower the weight of that reward in "
+                "reward_weights, or the learning rate")
 
 
 def evaluate(run: Run) -> None:

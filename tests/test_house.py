@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -232,6 +233,44 @@ GOOD, BAD = 1e-6, 1e-3  # the limit in float32 is 1e-4
 ])
 def test_when_a_mismatch_warns_and_when_it_stops(changes, values, expected, monkeypatch, capsys):
     assert Watched(**changes).go(values, monkeypatch, capsys) == expected
+
+
+COLLAPSE = {  # as measured on GSM8K with a format reward of weight .5 (README, troubleshooting)
+    "format": [0.19, 0.31, 0.53, 0.72, 0.84, 0.94],
+    "accuracy": [0.09, 0.06, 0.03, 0.0, 0.0, 0.0],
+    "tokens": [137, 120, 100, 80, 62, 50],
+}
+FLAT = [0.5] * 6
+
+
+@pytest.mark.parametrize("changes, warns", [
+    ({}, True),
+    ({"format": FLAT}, False),
+    ({"accuracy": FLAT}, False),  # a model that learns the format and stays as good
+    ({"accuracy": [0.0] * 6}, False),  # there is nothing to lose
+    ({"tokens": FLAT}, False),
+    ({"accuracy": [0.5, 0.6, 0.4, 0.5, 0.4, 0.5]}, False),  # noise
+])
+def test_a_collapse_to_format_is_told(changes, warns, capsys):
+    config = make_config(reward_funcs=["accuracy", "format"], reward_weights=[1, 1])
+    run = SimpleNamespace(config=config, state=ghpo.State(), accuracy_column=0)
+    curves = COLLAPSE | changes
+    for values in zip(*curves.values(), strict=True):
+        assert "collapse" not in capsys.readouterr().err
+        line = dict(zip(curves, values))
+        ghpo.watch_collapse(run, {
+            "reward/format": line["format"], "accuracy_without_hint": line["accuracy"],
+            "tokens/completion": line["tokens"],
+        })  # fmt: skip
+    told = capsys.readouterr().err
+    assert ("reward/format 0.343 -> 0.833" in told and "reward_weights" in told) == warns
+
+
+def test_accuracy_alone_cannot_collapse_to_something_else():
+    config = make_config(reward_funcs=["accuracy"], reward_weights=[1])
+    run = SimpleNamespace(config=config, state=ghpo.State(), accuracy_column=0)
+    ghpo.watch_collapse(run, {"accuracy_without_hint": 0.5, "tokens/completion": 9.0})
+    assert run.state.trend == []
 
 
 def test_a_long_step_is_visible(make_run, prompts, monkeypatch):
