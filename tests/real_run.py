@@ -3,6 +3,7 @@
     python tests/real_run.py ladder MODEL    hints at every ratio, before training: 36 problems x 8
     python tests/real_run.py train MODEL     configs/gsm8k_cpu.yaml with evaluations and proofs that
                                              the sampler has the new weights; again: it resumes
+    python tests/real_run.py collapse MODEL  six steps with the paper's prompt and format reward
     python tests/real_run.py after           the exported model in transformers and vLLM, one text
     python tests/real_run.py report          tables, picture and tests/assets/real_run
 
@@ -40,6 +41,7 @@ LADDER_GSM8K, LADDER_MATH, LADDER_PART = 24, 12, 12
 PROOFS, PROOF_PROBLEMS, PROOF_TOKENS = (0, 1, 3), 5, 64  # and after the last step
 CONTROL_NOISE = 0.02
 EVALUATIONS = (0, 12)  # and after the last step
+COLLAPSE_STEPS = 6
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -314,6 +316,36 @@ def prove(run) -> None:
     print(found, flush=True)
 
 
+# ---- the setting that is not to be used
+
+
+def collapse(args: argparse.Namespace) -> None:
+    """The same model, data and rate with the paper's prompt and its format reward: how training
+    fails where accuracy is rare, and that the program tells it."""
+    paper = load_config(ROOT / "configs/ghpo_7b_math3to5.yaml", is_dry=True)
+    run = start(args, [
+        f"system_prompt={json.dumps(paper.system_prompt)}", "reward_funcs=[accuracy, format]",
+        "reward_weights=[1.0, 0.5]", f"output_dir={args.out / 'collapse'}",
+        f"max_steps={COLLAPSE_STEPS}", "eval_strategy=no", "eval_datasets={}",
+        "save_steps=2",
+    ])  # fmt: skip
+    ghpo.train(run, ghpo.Interrupt())
+    run.engine.close()
+    run.pool.close()
+
+
+def collapse_table(steps: list[dict]) -> list[str]:
+    rows = [
+        "| step | format | accuracy without hint | hard | tokens a sample |",
+        "|---|---|---|---|---|",
+    ]
+    for m in steps:
+        rows.append(
+            f"| {m['step']} | {m['reward/format']:.2f} | {m['accuracy_without_hint']:.2f} "
+            f"| {m['hard_fraction']:.2f} | {m['tokens/completion']:.0f} |")  # fmt: skip
+    return rows
+
+
 # ---- (c) the export, and what is shown
 
 
@@ -419,15 +451,15 @@ def steps_table(steps: list[dict]) -> list[str]:
     return rows
 
 
-def draw(steps: list[dict], evaluations: list[dict], path: Path) -> None:
-    """Accuracy and hard fraction; lengths; what hints solved; sampler against trainer."""
+def draw(steps: list[dict], evaluations: list[dict], collapsed: list[dict], path: Path) -> None:
+    """Accuracy and hard fraction; lengths; what hints solved; the collapse."""
     import matplotlib
 
     matplotlib.use("Agg")  # files only: no display is needed
     import matplotlib.pyplot as plt
 
     x = [m["step"] for m in steps]
-    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.4))
+    fig, (left, middle, right, last) = plt.subplots(1, 4, figsize=(15, 3.4))
     plain = [m["accuracy_without_hint"] for m in steps]
     smooth = [np.mean(plain[max(0, i - 3) : i + 1]) for i in range(len(plain))]
     left.plot(x, plain, ".", color="tab:blue", label="un-hinted, T 1 (4 problems x 8)")
@@ -449,6 +481,16 @@ def draw(steps: list[dict], evaluations: list[dict], path: Path) -> None:
             right.plot(x, counts, style, color=colour, label=f"{kind} at {omega}")
     right.set(xlabel="step", title="hinted problems, cumulative")
     right.legend(fontsize=7)
+    for key, colour in (("reward/format", "tab:orange"), ("accuracy_without_hint", "tab:blue")):
+        values = [m[key] for m in collapsed]
+        last.plot([m["step"] for m in collapsed], values, color=colour, label=key)
+    last.set(xlabel="step", ylim=(0, 1), title="not like this: format .5, paper's prompt")
+    lengths = last.twinx()
+    lengths.plot(
+        [m["step"] for m in collapsed], [m["tokens/completion"] for m in collapsed], ":",
+        color="tab:green")  # fmt: skip
+    lengths.set_ylim(0, None)
+    last.legend(fontsize=7)
     fig.tight_layout()
     fig.savefig(path, dpi=110)
 
@@ -462,6 +504,11 @@ def report(args: argparse.Namespace) -> None:
     tables = {"steps": steps_table(steps)}
     if [*(args.out / "ladder/rollouts").glob("step_*.jsonl")]:
         tables["ladder"] = ladder_table(args.out / "ladder")
+    collapsed = []
+    if (args.out / "collapse/metrics.jsonl").is_file():
+        collapsed = read_jsonl(args.out / "collapse/metrics.jsonl")
+        tables["collapse"] = collapse_table(collapsed)
+        write_jsonl(ASSETS / "collapse.jsonl", collapsed)
     for name, rows in tables.items():
         print(f"\n{name}\n" + "\n".join(rows))
     third = max(1, len(steps) // 3)
@@ -491,11 +538,11 @@ def report(args: argparse.Namespace) -> None:
             del line["completions"], line["prompt"]
             kept_lines.append(line)
     write_jsonl(ASSETS / "ladder.jsonl", kept_lines)
-    draw(steps, evaluations, ASSETS.with_suffix(".png"))
+    draw(steps, evaluations, collapsed, ASSETS.with_suffix(".png"))
 
 
 COMMANDS = {
-    "ladder": ladder, "train": train, "after": after, "report": report,
+    "ladder": ladder, "train": train, "collapse": collapse, "after": after, "report": report,
 }  # fmt: skip
 
 
