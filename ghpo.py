@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import create_repo, upload_folder
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_scheduler, logging
@@ -48,7 +49,7 @@ from reward import VerifierPool
 
 SEED_BITS = 62  # of a request's seed: sample j adds j
 MISMATCH_STEPS = 10  # their mean is looked at
-AUTO_LIMIT = 1e-2  # k3 that is told where mismatch_limit is null
+WARN_LIMIT = 1e-2  # k3 that is told where mismatch_limit is null
 COLLAPSE_STEPS = 6  # the second half of them is compared with the first
 COLLAPSE_RISE, COLLAPSE_FALL = 0.1, 0.8  # of another reward, added; of accuracy and length, times
 START_STEPS = 2  # of the start-up pass: activations beside gradients, then beside Adam's moments
@@ -273,13 +274,15 @@ class Row:
     token_weight: float = 0.0  # E6: of the loss of each of its tokens, 1 / denominator
 
     @classmethod
-    def only(cls, input_ids: list[int], n_context: int = 1, advantage: float = 0.0) -> "Row":
-        """A row that runs and weighs nothing."""
+    def weightless(cls, input_ids: list[int], n_context: int = 1) -> "Row":
+        """A row that runs and moves nothing: all its tokens weigh 0 in the loss."""
         length = len(input_ids) - n_context
         zeros, no = [0.0] * length, [False] * length
-        return cls(input_ids, n_context, zeros, zeros, zeros, no, advantage, n_tokens=0)
+        return cls(input_ids, n_context, zeros, zeros, zeros, no, advantage=0.0, n_tokens=0)
 
     def has_gradient(self, config: Config) -> bool:
+        if self.token_weight == 0:  # masked as truncated
+            return False
         return bool(self.advantage or config.beta or any(self.sft_weight))
 
 
@@ -521,13 +524,14 @@ def optimize(run: Run, rows: list[Row], lr: float) -> dict[str, float]:
     batches = micro_batches(used, c.micro_batch_tokens, c.packing)
     n_batches = fsdp_utils.all_reduce_scalars({"n": len(batches)}, "max")["n"]
     while len(batches) < max(1, n_batches):
-        batches.append([Row.only(FILLER_IDS)])
+        batches.append([Row.weightless(FILLER_IDS)])
     batches = [collate(batch, c.packing, run.device, run.master_dtype) for batch in batches]
     ref_logp = [None] * len(batches)
     if run.reference:
         with phase("logprob"), torch.no_grad():
             for i, (inputs, _) in enumerate(batches):
                 ref_logp[i], _ = run.reference(**inputs, temperature=c.temperature)
+            fsdp_utils.reshard(run.reference)
             torch.get_device_module(run.device).synchronize()
     for group in run.optimizer.param_groups:
         group["lr"] = lr
@@ -667,11 +671,13 @@ def next_groups(run: Run) -> list[Group]:
             waiting.append((problem_id, stages))
     state.queue = waiting
     n_fresh = run.plan.prompts - len(returning)
+    if c.curriculum:
+        n -= n % run.plan.prompts  # an epoch leaves out some of all problems, not the hardest
     epoch, start = divmod(state.cursor, n)
     if start + n_fresh > n:  # a step never straddles two epochs: no fresh problem twice in one
         epoch, start = epoch + 1, 0
     state.cursor = epoch * n + start + n_fresh
-    order = np.random.default_rng([c.seed, epoch]).permutation(n)
+    order = np.random.default_rng([c.seed, epoch]).permutation(len(run.problems))[:n]
     if c.curriculum:
         order = sorted(order, key=lambda i: run.problems[i].level)  # stable
     problem_of_id = {problem.id: problem for problem in run.problems}
@@ -768,7 +774,7 @@ def watch_mismatch(run: Run, metrics: dict) -> None:
     seen.append(k3)
     del seen[:-MISMATCH_STEPS]
     limit = mismatch_limit(c)
-    warned_at = AUTO_LIMIT if limit is None else limit
+    warned_at = WARN_LIMIT if limit is None else limit
     mean = sum(seen) / MISMATCH_STEPS  # steps that are still to come count as 0
     if max(k3, mean) <= warned_at:
         return
@@ -882,7 +888,7 @@ def save(run: Run) -> None:
         run.config.save_total_limit or 0, lambda folder: export(run, folder / "model"))
 
 
-def export(run, folder, **hub):
+def export(run: Run, folder: Path) -> None:
     """Weights, config and tokenizer as transformers and vLLM load them; called on all ranks."""
     model = run.policy.model
     tensors = fsdp_utils.full_tensors(model, run.compute_dtype)
@@ -892,9 +898,9 @@ def export(run, folder, **hub):
         for name, buffer in model.named_buffers():
             if name in saved:  # as the bias of some MoE routers
                 weights[name] = buffer.cpu()
-        model.save_pretrained(folder, state_dict=weights, **hub)
-        run.prompts.tokenizer.save_pretrained(folder, **hub)
-        path = Path(folder) / "config.json"  # in which transformers has put the masters' dtype
+        model.save_pretrained(folder, state_dict=weights)
+        run.prompts.tokenizer.save_pretrained(folder)
+        path = folder / "config.json"  # in which transformers has put the masters' dtype
         exported = json.loads(path.read_text()) | {"dtype": run.config.torch_dtype}
         path.write_text(json.dumps(exported, indent=2) + "\n")
 
@@ -1015,7 +1021,7 @@ def policy_error(run, is_packed: bool) -> tuple[float, float]:
     policy, rng = run.policy, np.random.default_rng(0)
     size = policy.model.config.vocab_size
     sequences = [rng.integers(size, size=length).tolist() for length in CHECK_LENGTHS]
-    rows = [Row.only(ids) for ids in sequences]
+    rows = [Row.weightless(ids) for ids in sequences]
     inputs, _ = collate(rows, is_packed, run.device, run.master_dtype)
     logp, _ = policy(**inputs)
     expected = []
@@ -1039,7 +1045,8 @@ def startup_pass(run: Run) -> None:
     out-of-memory comes in minute one, not hour ten."""
     c = run.config
     width = c.max_prompt_length + c.max_completion_length
-    row = Row.only([0] * width, c.max_prompt_length, advantage=1.0)  # else it would be left out
+    row = Row.weightless([0] * width, c.max_prompt_length)
+    row.advantage = row.token_weight = 1.0  # else it would be left out
     rows = [row] * max(1, c.micro_batch_tokens // width)
     for _ in range(START_STEPS):
         optimize(run, rows + rows, 0.0)
@@ -1159,9 +1166,9 @@ def main() -> None:
 def finish(run: Run) -> None:
     """The trained model, in the run's folder and on the hub if asked."""
     export(run, run.folder / "model")
-    if run.config.push_to_hub:  # once it is safe
-        name = run.config.hub_model_id or run.folder.name
-        export(run, run.folder / "model", push_to_hub=True, repo_id=name)
+    if run.config.push_to_hub and run.rank == 0:
+        place = create_repo(run.config.hub_model_id or run.folder.name, exist_ok=True)
+        upload_folder(repo_id=place.repo_id, folder_path=run.folder / "model")
     say(f"done: {run.folder}, {len(run.state.queue)} deferred problems still queued")
 
 

@@ -74,7 +74,7 @@ class Stage:
     passes: list[float] = field(default_factory=list)  # (G,) trigger rewards; empty: not sampled
     lengths: list[int] = field(default_factory=list)  # (G,) generated tokens
     is_trimmed: bool = False  # the leak guard shortened a hint
-    is_skipped: bool = False  # nothing new to show: not sampled
+    is_skipped: bool = False  # nothing new to show: not sampled, passes are those of the last one
 
     @property
     def ratio(self) -> float:
@@ -83,7 +83,7 @@ class Stage:
 
     @property
     def pass_rate(self) -> float:
-        """Mean trigger reward of its samples, 0 when it was skipped."""
+        """Mean trigger reward of its samples."""
         return float(np.mean(self.passes)) if self.passes else 0.0
 
 
@@ -256,9 +256,11 @@ def advance(group: Group, config: Any, state: Any, fit: Callable) -> Group:
         if is_new:
             is_deferred = config.hint_timing == "deferred" and bool(group.completions)
             return replace(group, next_stage=stage, is_deferred=is_deferred)
-        skipped = replace(stages[-1], ratios=wanted, lengths=[], is_trimmed=False, is_skipped=True)
+        # a skipped stage keeps hints and passes of the one before, whose verdict still holds
+        skipped = replace(
+            stages[-1], ratios=wanted, lengths=[], is_trimmed=stage.is_trimmed, is_skipped=True)
         stages = [*stages, skipped]
-    if not group.completions:  # nothing to be shown, but it is in the step: asked without a hint
+    if not group.completions:  # it returned and its ladder is used up: asked without a hint
         size = config.num_generations
         return replace(group, next_stage=Stage([0.0] * size, [""] * size))
     return group
@@ -266,10 +268,10 @@ def advance(group: Group, config: Any, state: Any, fit: Callable) -> Group:
 
 def make_stage(problem: Problem, wanted: list[float], fit: Callable) -> Stage:
     """What G samples are shown at the wanted ratios (G,); ratio 0 where there is no text."""
-    cuts = {omega: fit(problem, omega) for omega in set(wanted)}
-    texts = [cuts[omega][0] for omega in wanted]
+    hint_at = {omega: fit(problem, omega) for omega in set(wanted)}
+    texts = [hint_at[omega][0] for omega in wanted]
     ratios = [omega if text else 0.0 for omega, text in zip(wanted, texts)]
-    return Stage(ratios, texts, is_trimmed=any(is_trimmed for _, is_trimmed in cuts.values()))
+    return Stage(ratios, texts, is_trimmed=any(is_trimmed for _, is_trimmed in hint_at.values()))
 
 
 def after_stage(
@@ -397,15 +399,25 @@ def maths(solution: str) -> np.ndarray:
 
 
 def answer_start(solution: str, gold: str, ends: list[int]) -> int:
-    """Where a hint stops at the latest: before the last step that derives something ahead of the
-    first answer marker (the end counts as one), and before the step with the gold's last place."""
-    marker = MARKER.search(solution).start()
-    signs = re.finditer(r"[\d=]", solution[:marker])
-    places = [max((sign.start() for sign in signs), default=0)]
+    """Where a hint stops at the latest: before the step with the last digit or equals sign ahead of
+    the first answer marker, for that step derives the answer, and before the gold's last place.
+
+    "3 bags of 4. So 3 * 4 = 12. The answer is 12." (gold 12) -> 14, where the second step begins.
+    """
+    marker = MARKER.search(solution).start()  # the end when there is none
+    derived = last_place(r"[\d=]", solution[:marker])
+    if derived is None:  # all in words: the last whole step before the marker
+        whole = max(end for end in [*ends, len(solution)] if end <= marker)
+        derived = max(0, len(solution[:whole].rstrip()) - 1)
+    places = [derived]
     gold = gold.strip().strip("$").strip()
     if gold:
-        found = re.finditer(rf"(?<![\w.]){re.escape(gold)}(?!\w)", solution)
-        last = max((place.start() for place in found), default=len(solution))
-        places.append(last)
-    starts = [max((end for end in ends if end <= place), default=0) for place in places]
-    return min(starts)
+        told = last_place(rf"(?<![\w.]){re.escape(gold)}(?!\w)", solution)
+        if told is not None:
+            places.append(told)
+    return ends[bisect.bisect_right(ends, min(places)) - 1]
+
+
+def last_place(pattern: str, text: str) -> int | None:
+    places = [match.start() for match in re.finditer(pattern, text)]
+    return places[-1] if places else None

@@ -3,8 +3,9 @@
     python tests/soak_resume.py --kills 30 [--folder /tmp/soak] [--seed 0]
 
 Scenarios take turns: 1 and 2 ranks, hints inline and deferred. A third of the kills waits for a
-checkpoint write and lands inside it; with 2 ranks one rank or both die. The last line is JSON:
-kills, and identical (metrics but for times, rollouts, weights, saved state: all bit for bit).
+checkpoint write and lands inside it; with 2 ranks one rank or both die. After half of the kills a
+file of the newest checkpoint is damaged. The last line is JSON: kills, damaged, and identical
+(metrics but for times, rollouts, weights, saved state: all bit for bit).
 """
 
 import argparse
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 SCENARIOS = [(1, "inline"), (2, "deferred"), (2, "inline"), (1, "deferred")]
-SETTINGS = """max_steps=6 save_steps=2 save_total_limit=2 eval_strategy=no start_hint_step=1
+SETTINGS = """max_steps=6 save_steps=1 save_total_limit=2 eval_strategy=no start_hint_step=1
     num_generations=4 gradient_accumulation_steps=1 max_completion_length=40 report_to=[]""".split()
 
 
@@ -120,7 +121,7 @@ def kill_once(folder, world, timing, during_write, rng):
     pids = start(folder, world, timing)
     metrics = folder / "metrics.jsonl"
     before = metrics.stat().st_mtime_ns if metrics.exists() else 0
-    target = rng.randint(0, 2)  # steps after the start
+    target = rng.randint(1, 3)  # steps after the start
     delay = rng.random() * (0.06 if during_write else 0.4)  # a tiny checkpoint takes about 0.1 s
     began, seen = None, 0
     while began is None or time.monotonic() < began + delay:
@@ -140,6 +141,30 @@ def kill_once(folder, world, timing, during_write, rng):
     if None in wait(pids, seconds=30).values():
         raise RuntimeError("a rank outlived its killed peer by 30 s")
     return hit
+
+
+def damage(folder, rng):
+    """Damages one file of the newest checkpoint, if another one is left; returns what was done."""
+    complete = sorted(Path(folder).glob("checkpoint-??????"))
+    if len(complete) < 2:
+        return None
+    files = sorted(path for path in complete[-1].rglob("*") if path.is_file())
+    path, kind = rng.choice(files), rng.choice(["cut", "zeros", "flipped", "deleted"])
+    content = bytearray(path.read_bytes())
+    middle = rng.randrange(len(content))
+    if kind == "cut":
+        path.write_bytes(content[:middle])
+    elif kind == "deleted":
+        path.unlink()
+    else:
+        end = min(len(content), middle + (1 if kind == "flipped" else 20_000))
+        for i in range(middle, end):
+            content[i] = content[i] ^ 255 if kind == "flipped" else 0
+        if kind == "zeros" and content[middle:end] == path.read_bytes()[middle:end]:
+            path.unlink()  # zeros it was already
+        else:
+            path.write_bytes(content)
+    return f"{path.relative_to(folder)} {kind}"
 
 
 def is_writing(folder, launched):
@@ -174,27 +199,35 @@ def differences(folder, reference):
 
 
 def soak(folder, kills, seed, scenarios=SCENARIOS):
-    """Kill `kills` runs in all; returns (kills, where they hit, differences found)."""
+    """Kill `kills` runs in all; returns (where they hit, what was damaged, differences found)."""
     import ghpo  # noqa: F401  before the forks
 
     folder, rng = Path(folder), random.Random(seed)
-    references, hits, wrong, run = {}, [], [], 0
+    references, hits, damaged, wrong, run = {}, [], [], [], 0
     while len(hits) < kills:
         world, timing = scenario = scenarios[run % len(scenarios)]
         if scenario not in references:
             finish(folder / f"whole-{world}-{timing}", *scenario)
             references[scenario] = traces(folder / f"whole-{world}-{timing}")
-        mine = folder / f"killed-{run}"
+        mine, n_damaged = folder / f"killed-{run}", len(damaged)
         for _ in range(min(rng.randint(1, 3), kills - len(hits))):
             hit = kill_once(mine, world, timing, len(hits) % 3 == 2, rng)
-            hits += [hit] if hit else []
+            if not hit:
+                continue
+            hits.append(hit)
+            done = damage(mine, rng) if 2 * len(damaged) < len(hits) else None
+            if done:
+                damaged.append(done)
         finish(mine, world, timing)
         found = differences(mine, references[scenario])
+        if len([*mine.glob("checkpoint-*.damaged*")]) != len(damaged) - n_damaged:
+            found.append(f"set aside otherwise than damaged: {damaged[n_damaged:]}")
         wrong += [(run, scenario, found)] if found else []
         print(f"run {run}: {world} ranks, {timing}: kills so far {len(hits)} "
-              f"({hits.count('write')} in a write), differences: {found or 'none'}", flush=True)
+              f"({hits.count('write')} in a write), damaged {damaged[n_damaged:]}, "
+              f"differences: {found or 'none'}", flush=True)
         run += 1
-    return hits, wrong
+    return hits, damaged, wrong
 
 
 def main():
@@ -205,10 +238,11 @@ def main():
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as temporary:
-        hits, wrong = soak(args.folder or temporary, args.kills, args.seed)
+        hits, damaged, wrong = soak(args.folder or temporary, args.kills, args.seed)
     for item in wrong:
         print(f"DIFFERENT: {item}")
-    print(json.dumps({"kills": len(hits), "identical": not wrong}))
+    counts = {"kills": len(hits), "damaged": len(damaged), "identical": not wrong}
+    print(json.dumps(counts))
     sys.exit(bool(wrong))
 
 

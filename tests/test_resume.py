@@ -141,7 +141,7 @@ def folder(tmp_path_factory):
 
 def test_killed_runs_end_with_the_same_bits(folder):
     """Three kills over 1 rank inline and 2 ranks deferred, one of them in a checkpoint write."""
-    hits, wrong = soak_resume.soak(folder, kills=3, seed=1)
+    hits, damaged, wrong = soak_resume.soak(folder, kills=3, seed=1)
     assert len(hits) == 3 and "write" in hits
     assert not wrong
 
