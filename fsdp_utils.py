@@ -47,13 +47,17 @@ METADATA_CLASSES = {
         "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")),
 }
 
-_now = {"phase": "start", "timeout": timedelta(seconds=600)}
+_now = {"phase": "start", "timeout": timedelta(seconds=600), "patient": None}
 seconds = Counter()  # spent in each phase since this was last cleared
 
 
-def setup_distributed(timeout_s=600):
-    """Join torchrun's group, or a group of one: a record of rank, world and device. Collectives
-    fail after timeout_s seconds; an uncaught error names rank and phase."""
+def setup_distributed(timeout_s: int = 600, wait_s: int = 3600) -> SimpleNamespace:
+    """Join torchrun's group, or a group of one: a record of rank, world and device.
+
+    Collectives fail after timeout_s seconds; where ranks wait for the slowest (a rollout whose
+    problems are all hard, an upload) after wait_s. A rank that dies is noticed at once there, by
+    gloo. An uncaught error names rank and phase.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
@@ -64,6 +68,7 @@ def setup_distributed(timeout_s=600):
     store = None if "RANK" in os.environ else dist.HashStore()  # one process needs no port
     dist.init_process_group(
         backend, timeout=_now["timeout"], store=store, rank=rank, world_size=world)
+    _now["patient"] = dist.new_group(backend="gloo", timeout=timedelta(seconds=wait_s))
     faulthandler.enable()  # NCCL's watchdog aborts the process: show where it stood
 
     def report(kind, error, trace):
@@ -92,24 +97,25 @@ def current_phase() -> str:
     return _now["phase"]
 
 
-def all_reduce_scalars(values, op="sum"):
+def all_reduce_scalars(values: dict, op: str = "sum") -> dict[str, float]:
     """Sum or max over ranks of each value of a dict, in float64; same keys on every rank."""
     total = torch.tensor(list(values.values()), dtype=torch.float64)
-    dist.all_reduce(total, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+    reduction = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
+    dist.all_reduce(total, reduction, group=_now["patient"])
     return dict(zip(values, total.tolist()))
 
 
 def gather_objects(item: Any) -> list:
-    """The item of every rank, in rank order, on every rank."""
+    """The item of every rank, in rank order, on every rank; over gloo, so no GPU is waited for."""
     items = [None] * dist.get_world_size()
-    dist.all_gather_object(items, item)
+    dist.all_gather_object(items, item, group=_now["patient"])
     return items
 
 
 def barrier(why: str) -> None:
     """All ranks get here before any goes on; `why` is for the reader and for a timeout's report."""
     before, _now["phase"] = _now["phase"], f"{_now['phase']}, barrier: {why}"
-    dist.all_gather_object([None] * dist.get_world_size(), None)
+    gather_objects(None)
     _now["phase"] = before
 
 
@@ -142,12 +148,10 @@ def shard(module, blocks, sharding="zero3", dtype=None, replicate=1, cpu_offload
     master = torch.promote_types(next(module.parameters()).dtype, torch.float32)
     if world == 1 and dtype in (None, master) and not cpu_offload:
         return module.to(kind, master)
-    # subgroups would get torch's 30 minutes, so they are made here, with our timeout
     mesh = DeviceMesh.from_group(dist.group.WORLD, kind)
     if replicate > 1:
-        ranks = torch.arange(world).view(replicate, -1)  # (replica, shard)
-        groups = [dist.new_subgroups_by_enumeration(rows.tolist(), timeout=_now["timeout"])[0]
-                  for rows in (ranks.T, ranks)]
+        ranks = torch.arange(world).view(replicate, -1)  # a row a replica, a column a shard
+        groups = [group_of_this_rank(ranks.T), group_of_this_rank(ranks)]
         mesh = DeviceMesh.from_group(
             groups, kind, mesh=ranks, mesh_dim_names=("replicate", "shard"))
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # the loss's fp32 inputs stay fp32
@@ -160,8 +164,15 @@ def shard(module, blocks, sharding="zero3", dtype=None, replicate=1, cpu_offload
         fully_shard(part.to(master), mesh=mesh, reshard_after_forward=part.frees_after_forward,
                     mp_policy=policy, offload_policy=offload)
         part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)  # else a premultiplied sum: not in gloo
+        # trap: FSDP2 would scale within the reduction, which gloo cannot
+        part.set_force_sum_reduction_for_comms(True)
     return module
+
+
+def group_of_this_rank(rows: torch.Tensor) -> dist.ProcessGroup:
+    """Makes a process group of each row of ranks; the mesh itself would give them 30 minutes."""
+    mine, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=_now["timeout"])
+    return mine
 
 
 def last_micro_batch(module, is_last: bool) -> None:
@@ -195,8 +206,10 @@ def full_tensors(module, dtype=None):
     for name, p in module.named_parameters():
         if is_sharded and not isinstance(p, DTensor):
             raise RuntimeError(f"{name} is unsharded: call reshard(root) before full_tensors")
-        p = p.detach().to(dtype or p.dtype)
-        yield name, p.to(p.device_mesh.device_type).full_tensor() if is_sharded else p
+        tensor = p.detach().to(dtype or p.dtype)
+        if is_sharded:
+            tensor = tensor.to(p.device_mesh.device_type).full_tensor()
+        yield name, tensor
 
 
 def clip_grad_norm(params, max_norm: float) -> torch.Tensor:
@@ -229,18 +242,28 @@ def save_checkpoint(
         barrier("all is written")
         mine = [path for path in files_in(temporary) if writer_of(path) == rank]
         sums = gather_objects({str(path.relative_to(temporary)): checksum(path) for path in mine})
+        to_disk(mine)
+        barrier("all is on the disk")
         if rank == 0:
             merged = {name: value for part in sums for name, value in part.items()}
             (temporary / CHECKSUMS).write_text(json.dumps(merged, indent=0))
-            for path in [*temporary.rglob("*"), temporary]:
-                file = os.open(path, os.O_RDONLY)
-                os.fsync(file)  # names and contents are on the disk before the rename is
-                os.close(file)
+            folders = [path for path in temporary.rglob("*") if path.is_dir()]
+            to_disk([temporary / CHECKSUMS, *folders, temporary])
             temporary.rename(final)
             if keep:
                 for old in checkpoints(folder)[:-keep]:
-                    shutil.rmtree(old.rename(old.with_suffix(".tmp")))
+                    doomed = old.with_suffix(".tmp")  # half a deletion is no checkpoint
+                    old.rename(doomed)
+                    shutil.rmtree(doomed)
         barrier("the checkpoint is complete")
+
+
+def to_disk(paths: list[Path]) -> None:
+    """Names and contents are on the disk before the rename is."""
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        os.fsync(file)
+        os.close(file)
 
 
 def load_newest(folder: Path, model, optimizer) -> tuple[Path, dict] | None:
@@ -268,10 +291,10 @@ def load_checkpoint(path: Path, model, optimizer) -> dict:
     tensors = tensors_of(model, optimizer)
     dcp.load(tensors, storage_reader=SafeReader(path))
     options = StateDictOptions(flatten_optimizer_state_dict=True)
-    _, moments = get_state_dict(model, optimizer, options=options)
+    _, present = get_state_dict(model, optimizer, options=options)  # rates, betas: not in the file
     set_state_dict(
         model, optimizer, model_state_dict=tensors["model"],
-        optim_state_dict=moments | tensors["optimizer"], options=options)
+        optim_state_dict=present | tensors["optimizer"], options=options)
     return json.loads((Path(path) / "state.json").read_text())
 
 

@@ -61,7 +61,7 @@ USER_PROBE = {"role": "user", "content": "What is 1 + 2?"}
 CHECK_LENGTHS = [48, 48, 29]  # tokens of the sequences that check_policy compares
 CHECK_LIMITS = {"bfloat16": (0.02, 0.2)}  # mean and largest |dlogp|; of other types EXACT
 EXACT = (1e-4, 1e-4)
-CHARS_PER_TOKEN = 8  # a guess: hints of more characters are tried in parts
+CHARS_PER_TOKEN = 8  # longer hints are not tried: to tokenise a whole book takes seconds
 MAX_NONFINITE = 10  # updates in a row that nonfinite: skip leaves out
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT,
             errno.ENOTDIR, errno.EISDIR, errno.EEXIST}  # by the user: disk, rights, folders
@@ -108,6 +108,7 @@ class Run:
     world: int
     device: torch.device
     folder: Path
+    log: Path  # metrics.jsonl, or eval.jsonl of an evaluation
     prompts: "Prompts"
     problems: list[Problem]
     plan: Any  # prompts, steps, per_epoch, save_every
@@ -212,31 +213,22 @@ class Prompts:
         return ids
 
     def fit(self, problem: Problem, ratio: float) -> tuple[str, bool]:
-        """make_hint, shortened (the hint, never the problem) until max_prompt_length holds."""
+        """make_hint, shortened (the hint, never the problem) until max_prompt_length holds; of at
+        most CHARS_PER_TOKEN times as many characters."""
         c, state = self.config, self.state
         hint, is_trimmed = hints.make_hint(problem, ratio, c, state)
-        fitting, limit = "", CHARS_PER_TOKEN * c.max_prompt_length
-        while limit < len(hint):  # of a very long hint not all is tokenised
-            shorter, _ = hints.make_hint(problem, ratio, c, state, limit)
-            if not self._fits(problem, shorter):
-                hint = shorter
-                break
-            fitting, limit = shorter, 2 * limit
-        if self._fits(problem, hint):
+        most = CHARS_PER_TOKEN * c.max_prompt_length
+        if len(hint) <= most and self._fits(problem, hint):
             return hint, is_trimmed
-        while len(hint) - len(fitting) > 1:  # `fitting` fits, `hint` does not
-            limit = (len(fitting) + len(hint)) // 2
-            shorter, _ = hints.make_hint(problem, ratio, c, state, limit)
-            if shorter == fitting:  # no step ends between fitting and limit
-                longer, _ = hints.make_hint(problem, ratio, c, state, len(hint) - 1)
-                if longer == fitting:
-                    break
-                shorter = longer
-            if self._fits(problem, shorter):
-                fitting = shorter
+        hint, fitting, too_long = "", 0, min(len(hint), most) + 1  # limits, in characters
+        while too_long - fitting > 1:
+            limit = (fitting + too_long) // 2
+            longer, _ = hints.make_hint(problem, ratio, c, state, limit)
+            if longer == hint or self._fits(problem, longer):
+                hint, fitting = longer, limit
             else:
-                hint = shorter
-        return fitting, is_trimmed
+                too_long = limit
+        return hint, is_trimmed
 
     def _fits(self, problem, hint):
         return not hint or len(self.ids(problem, hint)[0]) <= self.config.max_prompt_length
@@ -325,14 +317,21 @@ def make_group_rows(group, prompts, config, state) -> list[Row]:
 
 
 def denominator(row: Row, rows_of_group: list[Row], counts: dict, config: Config) -> float:
-    """E6: what the token losses of a row are divided by, so that their sum is the mean over ..."""
-    if config.loss_type == "bnpo":  # groups, of the tokens of each
+    """E6: what each token loss of a row is divided by. Their sum over the step is then, by type,
+
+    bnpo     mean over groups of (sum over the group's tokens / its tokens): TRL's bnpo where a
+             device's batch is one group, as in the paper
+    dapo     sum over all tokens / all tokens
+    grpo     mean over rows of (sum over the row's tokens / its tokens)
+    dr_grpo  mean over rows of (sum over the row's tokens / max_completion_length)
+    """
+    if config.loss_type == "bnpo":
         return counts["groups"] * sum(other.n_tokens for other in rows_of_group)
-    if config.loss_type == "dapo":  # all tokens
+    if config.loss_type == "dapo":
         return counts["tokens"]
-    if config.loss_type == "grpo":  # rows, of the tokens of each
+    if config.loss_type == "grpo":
         return counts["rows"] * row.n_tokens
-    return counts["rows"] * config.max_completion_length  # dr_grpo: rows of full length
+    return counts["rows"] * config.max_completion_length
 
 
 def token_loss(
@@ -417,7 +416,11 @@ class GivenStates:
 
 def head_of(model: PreTrainedModel) -> PreTrainedModel:
     """The causal LM with all that its family does to the last hidden states, and nothing before:
-    head_of(model)(inputs_embeds=hidden).logits. A shallow copy that shares the weights."""
+    head_of(model)(inputs_embeds=hidden).logits. A shallow copy that shares the weights.
+
+    Not model.lm_head: families scale or cap the logits after it. Their own forward runs instead,
+    with a transformer that answers with the hidden states which we have already.
+    """
     head, place = copy.copy(model), model.base_model_prefix
     head._modules = {name: part for name, part in model._modules.items() if name != place}
     head.__dict__[place] = GivenStates(model.base_model)
@@ -425,7 +428,7 @@ def head_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class Policy(torch.nn.Module):
-    """The FSDP root: transformer and LM head under one forward, for scoring and for decoding."""
+    """The FSDP root: scoring and decoding under one forward, for only that gathers the weights."""
 
     def __init__(self, model):
         super().__init__()
@@ -452,7 +455,6 @@ class Policy(torch.nn.Module):
         return tuple(torch.cat(part) for part in zip(*parts))
 
     def _score(self, hidden, target, temperature):
-        # trap: families scale or cap their logits after the head, so it is never called alone
         logits = head_of(self.model)(inputs_embeds=hidden[None]).logits[0]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if temperature != 1:
@@ -464,7 +466,7 @@ class Policy(torch.nn.Module):
 
 
 def micro_batches(rows: list[Row], budget: int, is_packed: bool) -> list[list[Row]]:
-    """Rows in lists of at most `budget` tokens, longest first; 3 % padding, or none if packed."""
+    """Rows in lists of at most `budget` tokens, longest first, of about the same length (`fits`)."""
     batches = []
     for row in sorted(rows, key=lambda row: -len(row.input_ids)):
         if batches and fits([*batches[-1], row], budget, is_packed):
@@ -578,16 +580,17 @@ def sample_groups(run: Run, groups: list[Group], c: Any, salt: Any, show=None) -
     def ask(group, slot):
         return run.prompts.request(group, c, slot, salt)
 
-    def after_stage(group, completions, rewards):
+    def follow(group, completions, rewards):
         column = run.trigger_column
         return hints.after_stage(group, completions, rewards, column, c, state, fit)
 
     with phase("sync"):
         run.engine.wake()
+        # a stream, which engine hf never starts: it has the weights themselves, gathered by now
         run.engine.update_weights(fsdp_utils.full_tensors(run.policy.model, run.compute_dtype))
     with phase("generate"):
         groups = [hints.advance(group, c, state, fit) for group in groups]
-        groups = rollout.collect(run.engine, groups, run.pool, ask, after_stage, show)
+        groups = rollout.collect(run.engine, groups, run.pool, ask, follow, show)
         run.engine.sleep()
     return groups
 
@@ -730,10 +733,12 @@ def rollout_line(run: Run, group: Group) -> dict:
 
 
 def check_rewards(run: Run, outcomes: list[hints.Outcome], n_failed: int) -> None:
-    """Ends a run in which the rewards of all texts of a step failed: it cannot learn."""
-    n_failed = fsdp_utils.all_reduce_scalars({"failed": n_failed})["failed"]
+    """Tells of rewards that failed in this step; ends a run in which all did: it cannot learn."""
+    n_failed = int(fsdp_utils.all_reduce_scalars({"failed": n_failed})["failed"])
     stages = [stage for outcome in outcomes for stage in outcome.stages[outcome.n_earlier :]]
     n_texts = sum(len(stage.lengths) for stage in stages)
+    if n_failed:
+        say(f"rewards: {n_failed} of {n_texts} texts failed and scored 0; last: {run.pool.error}")
     need(
         n_failed < n_texts,
         f"rewards failed for all {n_texts} texts of step {run.state.step + 1}; last: "
@@ -745,8 +750,6 @@ def costs(run: Run, rows: list[Row], n_generated: float, seconds: float) -> dict
     """What a step took: seconds of rank 0 by phase (verify is part of generate, logprob of train),
     tokens of all ranks, GPU memory, verifier failures."""
     c, pool = run.config, run.pool
-    if any(pool.stats.values()):
-        say(f"rewards: {pool.stats} so far, these texts scored 0; last: {pool.error}")
     n_trained = sum(len(row.input_ids) for row in rows if row.has_gradient(c))
     counts = {f"verifier/{name}": count for name, count in pool.stats.items()}
     counts["tokens/trained"] = c.num_iterations * n_trained
@@ -773,28 +776,29 @@ def watch_mismatch(run: Run, metrics: dict) -> None:
     is_first = not seen
     seen.append(k3)
     del seen[:-MISMATCH_STEPS]
-    limit = mismatch_limit(c)
-    warned_at = WARN_LIMIT if limit is None else limit
     mean = sum(seen) / MISMATCH_STEPS  # steps that are still to come count as 0
-    if max(k3, mean) <= warned_at:
+    limit = mismatch_limit(c)
+    may_stop = limit is not None
+    if limit is None:
+        limit = WARN_LIMIT
+    if max(k3, mean) <= limit:
         return
-    told = f"sampler and trainer disagree: mean k3 {k3:.2g} > {warned_at:g}: "
+    told = f"sampler and trainer disagree: mean k3 {k3:.2g} > {limit:g}: "
     if c.top_p < 1 or c.top_k:
         say(told + "expected, for top_p and top_k change the sampler's distribution")
         return
     told += "stale weights in the sampler, another dtype, or a model that it computes otherwise?"
-    if limit is None or not (is_first or mean > limit):
-        say(told)
-        return
-    save(run)
-    raise UserError(f"{told} A checkpoint is saved; mismatch_limit=null only warns")
+    if may_stop and (is_first or mean > limit):
+        save(run)
+        raise UserError(f"{told} A checkpoint is saved; mismatch_limit=null only warns")
+    say(told)
 
 
 def watch_collapse(run: Run, metrics: dict) -> None:
     """Warns when another reward rises while un-hinted accuracy and length fall: the model learns to
     please that reward by answering at once."""
     trend, names = run.state.trend, run.config.reward_funcs
-    others = [f"reward/{name}" for name in names if name != names[run.accuracy_column]]
+    others = [f"reward/{name}" for name in names if name != names[run.trigger_column]]
     keys = ["accuracy_without_hint", "tokens/completion", *others]
     if not others or any(key not in metrics for key in keys):
         return
@@ -865,13 +869,13 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def write_metrics(run: Run, metrics: dict) -> None:
-    """One line to metrics.jsonl, a shorter one to the terminal, all of it to wandb if asked."""
+    """One line to the run's log, a shorter one to the terminal, all of it to wandb if asked."""
     step = run.state.step
     if run.rank == 0:
         line = {"step": step}
         for key, value in metrics.items():
             line[key] = value if math.isfinite(value) else None  # JSON has no NaN
-        with open(run.folder / "metrics.jsonl", "a") as file:
+        with open(run.log, "a") as file:
             file.write(json.dumps(line) + "\n")
             run.state.metrics_bytes = file.tell()  # only rank 0's state is saved
     if run.wandb:
@@ -892,7 +896,10 @@ def export(run: Run, folder: Path) -> None:
     """Weights, config and tokenizer as transformers and vLLM load them; called on all ranks."""
     model = run.policy.model
     tensors = fsdp_utils.full_tensors(model, run.compute_dtype)
-    weights = {name: tensor.cpu() for name, tensor in tensors if run.rank == 0}
+    weights = {}
+    for name, tensor in tensors:  # on all ranks: each is a collective
+        if run.rank == 0:
+            weights[name] = tensor.cpu()
     if run.rank == 0:
         saved = model.state_dict().keys()
         for name, buffer in model.named_buffers():
@@ -906,7 +913,9 @@ def export(run: Run, folder: Path) -> None:
 
 
 def setup(config: Config, is_eval: bool = False) -> Run:
-    """What `train` needs, in the order that matters: verifiers, process group, weights, engine."""
+    """What `train` needs, in an order that matters: the verifiers fork before the process group's
+    threads are there, the folder is ours before it is read, memory is tried before Adam's moments
+    are loaded, and the engine takes what is left of it."""
     cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     n_workers = max(1, min(MAX_WORKERS, cores))
     pool = VerifierPool(config.reward_funcs, n_workers, config.verifier_timeout)
@@ -934,7 +943,7 @@ def setup(config: Config, is_eval: bool = False) -> Run:
     open_folder(config, folder, place.rank, is_eval)
     run = Run(
         config=config, state=state, rank=place.rank, world=place.world, device=place.device,
-        folder=folder, prompts=prompts, problems=problems, plan=plan, eval_sets=eval_sets,
+        folder=folder, log=folder / ("eval.jsonl" if is_eval else "metrics.jsonl"), prompts=prompts, problems=problems, plan=plan, eval_sets=eval_sets,
         policy=policy, reference=reference, optimizer=optimizer,
         learning_rate=schedule(config, optimizer, plan.steps),
         master_dtype=master_dtype, compute_dtype=compute_dtype, pool=pool)
@@ -946,7 +955,7 @@ def setup(config: Config, is_eval: bool = False) -> Run:
 
 
 def schedule(config: Config, optimizer: Any, steps: int) -> Callable[[int], float]:
-    """The learning rate of each step, 0 the first."""
+    """The learning rate as a function of the step; the first step is 0."""
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
     kind, more = config.lr_scheduler_type, config.lr_scheduler_kwargs
     with as_user_error(f"config: lr_scheduler_type={kind}, lr_scheduler_kwargs={more}"):
@@ -1008,8 +1017,9 @@ def check_policy(run) -> None:
         is_right = mean <= limits[0] and largest <= limits[1]
         if c.packing and not is_right:
             alone, _ = policy_error(run, False)
-            need(alone > limits[0], f"{name}: rows that are packed see each other, log-probs are "
-                 f"off by {largest:.2g}: set packing=false")
+            if alone <= limits[0]:
+                raise UserError(f"{name}: rows that are packed see each other, log-probs are off "
+                                f"by {largest:.2g}: set packing=false")
     fsdp_utils.reshard(run.policy)
     need(is_right, f"{name}: log-probs of the training pass are not the model's: off by {mean:.2g} "
          f"in the mean, {largest:.2g} at most (allowed: {limits[0]:g}, {limits[1]:g}). Try "
@@ -1098,9 +1108,8 @@ def resume(run: Run, is_eval: bool) -> None:
                 "goes on by the new one")
         say(f"resuming {path}")
     run.state.steps = run.plan.steps
-    metrics = run.folder / "metrics.jsonl"
-    if run.rank == 0 and metrics.is_file() and not is_eval:  # later lines will be computed again
-        with open(metrics, "r+b") as file, open(f"{metrics}.stale", "ab") as stale:
+    if run.rank == 0 and run.log.is_file() and not is_eval:  # later lines will be computed again
+        with open(run.log, "r+b") as file, open(f"{run.log}.stale", "ab") as stale:
             kept = file.read(run.state.metrics_bytes)
             stale.write(file.read())
             file.truncate(len(kept))
@@ -1112,7 +1121,10 @@ def dry_run(config: Config) -> None:
     prompts, world = Prompts(config), int(os.environ.get("WORLD_SIZE", 1))
     problems = load_problems(config, prompts)
     make_plan(config, world, len(problems), is_dry=True)
-    problem = max(problems, key=lambda problem: bool(problem.solution))
+    problem = problems[0]
+    for other in reversed(problems):
+        if other.solution:
+            problem = other  # in the end the first that can be hinted
     for omega in [0.0, *config.hint_ratio]:
         hint, is_trimmed = prompts.fit(problem, omega)
         ids, _ = prompts.ids(problem, hint)

@@ -1,7 +1,14 @@
 """The method: when to hint, how much, what text, where, what enters the batch, what the loss sees.
 
-GHPO asks a problem again, with the first part of its solution, when all G samples fail (E2). Data
-flow, called by ghpo.py only as `hints.name`, so that a launcher can replace any of them:
+GHPO asks a problem again, with the first part of its solution, when all G samples fail (E2):
+
+    group = advance(Group(problem))              first stage: no hint
+    while group.next_stage:
+        completions = sample(render(problem, hint))      G of them, by rollout.collect
+        rewards = verify(completions)                    for many groups at a time
+        group = after_stage(group, completions, rewards)
+
+Called by ghpo.py only as `hints.name`, so that a launcher can replace any of them:
 
     advance       needs_hint -> next_ratio -> make_hint: what a group is asked next
     render        where the hint goes in the chat
@@ -32,7 +39,7 @@ HINT_SENTENCE = (
     "\n The following text is the beginning part of the answer, "
     "which you can refer to for solving the problem:\n"
 )
-ASSISTANT_OPENING = "<think>\n"  # what stands before the hint when hint_where is assistant
+ASSISTANT_OPENING = "<think>\n"  # before a hint in the assistant's turn, if the prompt asks for it
 STD_FLOOR = 1e-4  # E3: added to the standard deviation, as in the reference
 
 MARKER = re.compile(r"\\boxed|\\fbox|####|answer is|<answer>|\Z", re.IGNORECASE)
@@ -178,7 +185,10 @@ def render(problem: Problem, hint: str, config: Any, state: Any) -> tuple[list[d
     if not hint:
         return problem.messages, ""
     if config.hint_where == "assistant":
-        return problem.messages, ASSISTANT_OPENING + hint
+        is_asked = any("<think>" in str(turn["content"]) for turn in problem.messages)
+        if is_asked or "format" in config.reward_funcs:
+            return problem.messages, ASSISTANT_OPENING + hint
+        return problem.messages, hint
     *before, last = problem.messages
     asked = {**last, "content": last["content"] + HINT_SENTENCE + hint}  # E2: q* = q + omega * h
     return [*before, asked], ""
@@ -191,7 +201,8 @@ def merge(previous: Group, new: Group, config: Any, state: Any) -> Group:
 
 
 def enters_batch(group: Group, config: Any, state: Any) -> bool:
-    """Is the group trained on? No refill: counts (E6) are over the kept ones."""
+    """Is the group trained on? No refill: counts (E6) are over the kept ones. A group that failed
+    and is deferred has not used up its hints: it stays."""
     if config.hint_exhausted == "keep" or not is_hinting_step(config, state):
         return True
     return group.is_deferred or not needs_hint(group, config, state)
@@ -215,7 +226,7 @@ def loss_view(
     completion = group.completions[j]
     context = completion.prompt_ids
     if config.hint_context == "original":
-        context = plain_ids
+        context = plain_ids  # E7 then weighs each token by p(y | q) / p(y | q*), up to the cap
     length = len(completion.token_ids)
     return LossView(context, completion.token_ids, [1.0] * length, [0.0] * length)
 
@@ -310,8 +321,9 @@ def remember(history: dict, problem_id: int, stages: list[Stage]) -> None:
 
 
 def rollout_metrics(outcomes: list[Outcome], config: Any) -> dict[str, float]:
-    """Metrics of a step. Means over: fresh un-hinted samples (accuracy_without_hint), fresh
-    problems with such samples (hard_fraction), samples that are trained on (the others)."""
+    """Metrics of a step. Means over: fresh un-hinted samples (accuracy_without_hint, by the reward
+    that is hint_trigger), fresh problems with such samples (hard_fraction), the samples of last
+    stages (the others)."""
     counts, values = Counter(), defaultdict(list)
     counts["hint/unsolved"] = 0
     for outcome in outcomes:
@@ -368,6 +380,7 @@ def step_ends(solution: str) -> list[int]:
     ends = []
     for match in SENTENCE_END.finditer(solution):
         start = solution.rfind("\n", max(0, match.start() - ENUMERATOR_CHARS), match.start()) + 1
+        # from 0 where the line begins further back: too long for an enumerator then
         if not ENUMERATOR.fullmatch(solution, start, match.end()):
             ends.append(match.end())
     if "\n" not in solution:  # a single line: also at the word ends before its first sentence end
@@ -407,7 +420,8 @@ def answer_start(solution: str, gold: str, ends: list[int]) -> int:
     marker = MARKER.search(solution).start()  # the end when there is none
     derived = last_place(r"[\d=]", solution[:marker])
     if derived is None:  # all in words: the last whole step before the marker
-        whole = max(end for end in [*ends, len(solution)] if end <= marker)
+        sentences = [match.end() for match in SENTENCE_END.finditer(solution)]
+        whole = max(end for end in [0, *sentences, len(solution)] if end <= marker)
         derived = max(0, len(solution[:whole].rstrip()) - 1)
     places = [derived]
     gold = gold.strip().strip("$").strip()

@@ -208,8 +208,9 @@ def tokenise(text: str) -> list[str]:
 
 
 CHAINS = {"sum", "product", "list", "and", "or", "∧", "∨", "row", "cell", "ratio", "relation"}
-PRODUCT, ARGUMENT = 15, 16  # an argument without brackets: the product up to the next function
-UNIT, POWER, DEGREE = 13, 17, 18
+# Strengths beside those of verifier.yaml's infix table. An ARGUMENT without brackets is the product
+# up to the next function.
+UNIT, PRODUCT, ARGUMENT, POWER, DEGREE = 13, 15, 16, 17, 18
 ZERO, ONE, TEN = [("num", Fraction(n)) for n in (0, 1, 10)]
 FACTORS = {"%": ("num", Fraction(1, 100)), "°": ("°",)}  # units that are numbers
 NO_UNITS = {*NOTATION["not_units"], *NUMBERS, *MULTIPLIERS}
@@ -234,8 +235,12 @@ class Reader:
     """
 
     def __init__(self, tokens: list[str]):
-        self.tokens = ["", *reversed(tokens)]
+        self.tokens = ["", *reversed(tokens)]  # the next one last; "" ends them all
         self.in_bars = False
+
+    def whole(self) -> tuple:
+        """All tokens: as if "" were the bracket that the last one, "", closes."""
+        return self.bracket("")
 
     def tree(self, level: int = 1) -> tuple:
         """A prefix and all operators of at least this strength; two factors are a product."""
@@ -384,7 +389,7 @@ def number(token: str) -> Fraction:
 
 # ---- values ----
 
-MP, LOCK = MPContext(), threading.Lock()  # its precision is not thread-safe
+MP = MPContext()
 MP.dps = 100
 CONSTANTS = {"π": +MP.pi, "e": +MP.e, "i": MP.j, "∞": MP.inf, "°": MP.pi / 180}
 
@@ -429,25 +434,25 @@ def sample(name: str, point: int) -> Fraction:
     return low + share * (high - low)
 
 
-def evaluate(tree: tuple, point=0):
-    """The value at a sample point (an int), or with all variables equal to the number `point`."""
+def evaluate(tree: tuple, point: int = 0, x=None):
+    """The value at a sample point, or with all variables equal to the number x."""
     kind, *parts = tree
     if kind == "num":
         return parts[0]
     if kind == "var":
-        return sample(parts[0], point) if isinstance(point, int) else point
+        return sample(parts[0], point) if x is None else x
     if kind in CONSTANTS:
         return CONSTANTS[kind]
     if kind == "unit":  # only of percent and degrees
-        return evaluate(("product", parts[0], FACTORS[parts[1]]), point)
+        return evaluate(("product", parts[0], FACTORS[parts[1]]), point, x)
     if kind == "scaled":  # 2x - 2 and x - 1 become the same
-        return evaluate(parts[0], point) * (1 / evaluate(parts[0]))
+        return evaluate(parts[0], point, x) * (1 / evaluate(parts[0]))
     if kind == "piecewise":
         for value, when in zip(parts[::2], parts[1::2]):
-            if holds(when, point):
-                return evaluate(value, point)
+            if holds(when, point, x):
+                return evaluate(value, point, x)
         raise ValueError("no piece holds")
-    values = [evaluate(part, point) for part in parts]
+    values = [evaluate(part, point, x) for part in parts]
     if sum(map(bits, values)) > MAX_SIZE:
         raise ValueError("too large")
     if kind in SUMS:
@@ -457,7 +462,7 @@ def evaluate(tree: tuple, point=0):
     if kind == "negative":
         return -values[0]
     if kind == "quotient":
-        return values[0] * (1 / values[1])
+        return values[0] * (1 / values[1])  # a Fraction cannot be divided by an mpf
     if kind in ("power", "root"):
         return power(*values) if kind == "power" else root(*values)
     if kind in COUNTS and COUNTED.issuperset(values):
@@ -647,7 +652,15 @@ def as_condition(item, first) -> tuple:
 
 
 def settle_relation(parts: list):
-    """An inequality as it is; an equation with its name, if a side is one, and its value."""
+    """An inequality as it is; an equation with its name, if a side is one, and its value.
+
+    x = 5                  name x, value 5
+    A = 2 * 3 = 6          name A, value 6, the last; 2 * 3 = 7 has none, for it is wrong
+    x + y = 5              no name, value 5
+    x^2 - 5x + 6 = 0       neither: an equation is no answer of 0
+    cos A = 1/2            name cos A, value 1/2
+    x = y                  name x, value y
+    """
     sides, signs = parts[::2], parts[1::2]
     if set(signs) <= set(">≥"):  # y > x is x < y
         parts = [FLIPPED.get(part, part) for part in reversed(parts)]
@@ -792,7 +805,7 @@ def same_region(answer: tuple, gold: tuple) -> bool:
     between = [(low + high) / 2 for low, high in itertools.pairwise(marks)]
     outside = [marks[0] - 1, marks[-1] + 1] if marks else [MP.zero]
     points = [*marks, *between, *outside]
-    inside = [(holds(answer, x), holds(gold, x)) for x in points[:3 * MAX_ITEMS]]
+    inside = [(holds(answer, x=x), holds(gold, x=x)) for x in points[:3 * MAX_ITEMS]]
     is_empty = not any(in_b for _, in_b in inside)
     return len(marks) <= MAX_ITEMS and not is_empty and all(in_a == in_b for in_a, in_b in inside)
 
@@ -820,7 +833,7 @@ def roots(left: tuple, right: tuple) -> list:
     difference = ("sum", left, ("negative", right))
     if degree(difference) > 1:
         raise ValueError("not linear")
-    at_0, at_1 = evaluate(difference, Fraction(0)), evaluate(difference, Fraction(1))
+    at_0, at_1 = evaluate(difference, x=Fraction(0)), evaluate(difference, x=Fraction(1))
     return [] if at_0 == at_1 else [MP.convert(at_0 * (1 / (at_0 - at_1)))]
 
 
@@ -840,21 +853,21 @@ def degree(tree: tuple) -> int:
     return 2
 
 
-def holds(tree: tuple, x) -> bool:
+def holds(tree: tuple, point: int = 0, x=None) -> bool:
     """Is the number x in the region? Conditions of pieces are also asked at sample points."""
     kind, *parts = tree
     if kind in ("union", "list", "set"):
-        return any(holds(part, x) for part in parts)
+        return any(holds(part, point, x) for part in parts)
     if kind == "intersection":
-        return all(holds(part, x) for part in parts)
+        return all(holds(part, point, x) for part in parts)
     if kind == "without":
-        return holds(parts[0], x) and not holds(parts[1], x)
+        return holds(parts[0], point, x) and not holds(parts[1], point, x)
     if kind == "tuple" and len(parts) == 3:
         low, high = ["≤" if bracket in "[]" else "<" for bracket in parts[0]]
         parts = [parts[1], low, ("var", ""), high, parts[2]]
     elif kind != "relation":
         parts = [("var", ""), "=", tree]
-    values = [evaluate(side, x) for side in parts[::2]]
+    values = [evaluate(side, point, x) for side in parts[::2]]
     steps = zip(values, parts[1::2], values[1:])
     return all(compares(a, sign, b) for a, sign, b in steps)
 
@@ -983,7 +996,7 @@ def read(text: str) -> Reading:
         plain = plain.lower() if len(plain) > 1 else plain
     tree = None
     with contextlib.suppress(*REFUSED):
-        tree = settle(Reader(tokens).bracket(""))
+        tree = settle(Reader(tokens).whole())
     return Reading(plain, tree, choice)
 
 
@@ -993,8 +1006,7 @@ def parse_gold(gold: str) -> str | None:
     if not answer or len(answer) > MAX_CHARS:
         return f"answer longer than {MAX_CHARS} characters" if answer else "no answer"
     has_words = re.search("[A-Za-z]{2}", re.sub(r"\\[A-Za-z]+", "", answer))
-    with LOCK:
-        return None if has_words or read(answer).tree is not None else "answer not read"
+    return None if has_words or read(answer).tree is not None else "answer not read"
 
 
 def is_right(answer: str, gold: str, problem: str | None, strict: bool) -> bool:
@@ -1025,7 +1037,7 @@ def accuracy_reward(response: str, gold: str, problem: str | None = None,
     answer, gold = (extract_answer(response) or "").strip(), gold_answer(gold).strip()
     if SIMPLE.match(answer) and SIMPLE.match(gold):
         return float(Fraction(answer) == Fraction(gold))
-    with LOCK, contextlib.suppress(*REFUSED):
+    with contextlib.suppress(*REFUSED):
         return float(is_right(answer, gold, problem, strict_answers))
     return 0.0
 
@@ -1165,8 +1177,8 @@ class VerifierPool:
     def __init__(self, reward_funcs: list[str], workers: int, timeout: float = 5.0):
         self.names, self.timeout = list(reward_funcs), timeout
         self.command = [sys.executable, os.path.abspath(__file__), str(timeout), *reward_funcs]
-        self.stats, self.error = {"timeouts": 0, "crashes": 0}, None
-        self.groups = {}  # the futures of a group's texts: its key
+        self.stats, self.error = {"timeouts": 0, "errors": 0}, None
+        self.groups = []  # (key, the futures of its texts)
         self.lock, self.is_closed = threading.Lock(), False
         self.threads = ThreadPoolExecutor(workers)
         self.workers, self.idle = [], []  # one worker for each thread
@@ -1181,13 +1193,18 @@ class VerifierPool:
         """Queue the G `texts` of one problem; returns at once. `row`: JSON values by name, the
         "problem" and the data's columns; what the rewards' signatures name is sent."""
         group = self._group(gold, row or {})
-        self.groups[tuple(self.threads.submit(self._ask, text, group) for text in texts)] = key
+        self.groups.append((key, [self.threads.submit(self._ask, text, group) for text in texts]))
 
     def poll(self, wait: bool) -> list[tuple]:
         """(key, rewards_GF) of the groups that are ready; with `wait`, of all submitted ones."""
-        ready = [texts for texts in self.groups if wait or all(text.done() for text in texts)]
-        return [(self.groups.pop(texts), [text.result()["rewards"] for text in texts])
-                for texts in ready]
+        ready, waiting = [], []
+        for key, texts in self.groups:
+            if wait or all(text.done() for text in texts):
+                ready.append((key, [text.result()["rewards"] for text in texts]))
+            else:
+                waiting.append((key, texts))
+        self.groups = waiting
+        return ready
 
     def probe(self, examples: list[tuple[str, dict]]) -> None:
         """Try the rewards on the (gold, row) of up to four problems, with the gold and with nothing
@@ -1224,7 +1241,7 @@ class VerifierPool:
         reply = worker.ask(request, self.timeout + GRACE)
         if reply:
             self.idle.append(worker)
-            return self._counted(json.loads(reply), "crashes")
+            return self._counted(json.loads(reply), "errors")
         worker.kill()
         self.workers.remove(worker)
         if not self.is_closed:
@@ -1234,7 +1251,7 @@ class VerifierPool:
         is_late = reply is None
         why = f"no reply within {self.timeout} s" if is_late else "its worker died"
         failed = {"rewards": [0.0] * len(self.names), "errors": [why] * len(self.names)}
-        return self._counted(failed, "timeouts" if is_late else "crashes")
+        return self._counted(failed, "timeouts" if is_late else "errors")
 
     def _counted(self, reply: dict, kind: str) -> dict:
         errors = [error for error in reply["errors"] if error]

@@ -72,27 +72,30 @@ def collect(
     groups: list[Group],
     pool: Any,
     ask: Callable[[Group, int], Request],
-    after_stage: Callable[[Group, list[Completion], list[list[float]]], Group],
+    follow: Callable[[Group, list[Completion], list[list[float]]], Group],
     show: Callable[[str], None] | None = None,
 ) -> list[Group]:
     """Samples the groups' next stages until each is final or deferred; in the same order.
 
-    ask(group, slot) is the request of group.next_stage; after_stage(group, completions, rewards)
-    the group with what follows. A group is judged and, if hard, asked again the moment its own
-    samples are there. With a deterministic engine every verdict is awaited one poll later, so that
-    the time it takes cannot change what is batched with what.
+    ask(group, slot) is the request of group.next_stage; follow(group, completions, rewards) the
+    group with what follows. A group is judged and, if hard, asked again the moment its own samples
+    are there. With a deterministic engine a poll's texts are judged while the next poll samples,
+    and that verdict is awaited: how long it takes cannot change what is batched with what.
     """
     groups, n_running = list(groups), len(groups)
     engine.progress = Progress(n_running, show)
     for slot, group in enumerate(groups):
         engine.submit(ask(group, slot))
     while n_running:
+        # 1. Sample.
         finished = engine.poll()
+        # 2. Verdicts on what earlier polls finished; nothing else is left to do if none samples.
+        must_wait = engine.deterministic or not engine.is_busy()
         with phase("verify"):
-            verdicts = pool.poll(wait=engine.deterministic or not engine.is_busy())
+            verdicts = pool.poll(wait=must_wait)
         verdicts.sort(key=slot_of)
         for (request, completions), rewards in verdicts:
-            group = after_stage(groups[request.slot], completions, rewards)
+            group = follow(groups[request.slot], completions, rewards)
             groups[request.slot] = group
             if group.next_stage and not group.is_deferred:
                 engine.submit(ask(group, request.slot))
@@ -100,6 +103,7 @@ def collect(
             else:
                 n_running -= 1
                 engine.progress.update(done=1)
+        # 3. Hand over what this poll finished.
         for request, completions in finished:
             texts = [completion.prefix + completion.text for completion in completions]
             row = row_of(request.problem, request.config)

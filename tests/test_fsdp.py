@@ -475,7 +475,7 @@ def fail_on_rank_1():
 
 
 def hang_on_rank_1():
-    fu.setup_distributed(timeout_s=3)
+    fu.setup_distributed(timeout_s=3, wait_s=3)
     if dist.get_rank() == 1:
         time.sleep(20)
     with fu.phase("sync weights"):

@@ -81,6 +81,13 @@ def test_ratio_of_characters_back_to_a_step_end(ratio, expected):
     ("Take 2.\nThen 3.\nSo 2 left.\nDone 9.\nDone 8.", "2", "Take 2.\nThen 3."),
     ("Take 12.\nThen 25.\nSo 7.2 left.\nDone 9.", "2", "Take 12.\nThen 25.\nSo 7.2 left."),
     ("Take x.\nIt is $\\frac12$.\nCheck 3.\nDone 9.", "$\\frac12$", "Take x."),
+    # all in words: the last sentence before the marker derives it
+    ("Foxes are red. Hens are white. So it is the hen. The answer is hen.", "hen",
+     "Foxes are red. Hens are white."),
+    ("All cats purr.\nTom is a cat.\nThus Tom purrs.\n#### yes", "yes",
+     "All cats purr.\nTom is a cat."),
+    ("Men are mortal. She is one. So she is mortal.", "yes", "Men are mortal. She is one."),
+    ("One to any power is one, so our answer is \\boxed{one}.", "one", ""),
     # nothing may be shown
     ("\\boxed{3}", "3", ""),
     ("\\boxed{3} it is", "3", ""),

@@ -59,7 +59,7 @@ def test_the_five_modules_and_configs_stand_alone(tmp_path):
             assert "resuming" in done.stderr
     assert [line["step"] for line in read_jsonl(out / "metrics.jsonl")] == [1, 2]
     assert (out / "model" / "model.safetensors").is_file()
-    assert "eval/x" in read_jsonl(tmp_path / "evaluated" / "metrics.jsonl")[0]
+    assert "eval/x" in read_jsonl(tmp_path / "evaluated" / "eval.jsonl")[0]
 
 
 def test_the_program_imports_nothing_from_tests():
@@ -253,7 +253,7 @@ FLAT = [0.5] * 6
 ])
 def test_a_collapse_to_format_is_told(changes, warns, capsys):
     config = make_config(reward_funcs=["accuracy", "format"], reward_weights=[1, 1])
-    run = SimpleNamespace(config=config, state=ghpo.State(), accuracy_column=0)
+    run = SimpleNamespace(config=config, state=ghpo.State(), trigger_column=0)
     curves = COLLAPSE | changes
     for values in zip(*curves.values(), strict=True):
         assert "collapse" not in capsys.readouterr().err
@@ -268,7 +268,7 @@ def test_a_collapse_to_format_is_told(changes, warns, capsys):
 
 def test_accuracy_alone_cannot_collapse_to_something_else():
     config = make_config(reward_funcs=["accuracy"], reward_weights=[1])
-    run = SimpleNamespace(config=config, state=ghpo.State(), accuracy_column=0)
+    run = SimpleNamespace(config=config, state=ghpo.State(), trigger_column=0)
     ghpo.watch_collapse(run, {"accuracy_without_hint": 0.5, "tokens/completion": 9.0})
     assert run.state.trend == []
 

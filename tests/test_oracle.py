@@ -240,7 +240,7 @@ def test_the_oracle_sees_sample_points_that_are_only_near(gold, answer, monkeypa
 def root_by_three_points(left, right) -> list:
     """Linear, it seems, when x = 0, 1 and 2 are on a line."""
     difference = ("sum", left, ("negative", right))
-    u, v, w = (reward.MP.convert(reward.evaluate(difference, Fraction(x))) for x in range(3))
+    u, v, w = (reward.MP.convert(reward.evaluate(difference, x=Fraction(x))) for x in range(3))
     if not reward.near(u + w, 2 * v):
         raise ValueError("not linear")
     return [] if reward.near(u, v) else [u / (u - v)]

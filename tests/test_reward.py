@@ -706,7 +706,7 @@ def test_pool_scores_groups(make_pool):
     assert pool.poll(wait=True) == [] and len(done) == 20
     assert done["key", 0] == [[1.0, 1.0], [0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
     assert done["key", 1] == [[0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
-    assert pool.stats == {"timeouts": 0, "crashes": 0}
+    assert pool.stats == {"timeouts": 0, "errors": 0}
     pool.submit(0, ["\\boxed{5}"], "5")
     while not (ready := pool.poll(wait=False)):
         time.sleep(0.001)
@@ -722,7 +722,7 @@ def test_pool_survives_what_a_function_does(make_pool, user):
     done = dict(pool.poll(wait=True))
     assert all(rewards == [[2.0, 0.0], [0.0, 0.0], [3.0, 0.0]] for rewards in done.values())
     assert len(done) == 5
-    assert pool.stats == {"timeouts": 2, "crashes": 3}
+    assert pool.stats == {"timeouts": 2, "errors": 3}
 
 
 def output(*command: str) -> str:
@@ -759,7 +759,7 @@ def test_killing_a_worker_loses_nothing(make_pool, user):
         os.kill(victim, signal.SIGKILL)
     done = dict(pool.poll(wait=True))
     assert done == {n: [[4.0], [float(n)], [4.0], [n + 1.0]] for n in range(12)}
-    assert pool.stats == {"timeouts": 0, "crashes": 0}
+    assert pool.stats == {"timeouts": 0, "errors": 0}
     assert len(children()) == 2
 
 
@@ -767,7 +767,7 @@ def test_a_text_that_kills_twice_scores_zero(make_pool, user):
     pool = make_pool([user + ":length"], workers=1)
     pool.submit("group", ["exit", "ab"], "5")
     assert pool.poll(wait=True) == [("group", [[0.0], [2.0]])]
-    assert pool.stats == {"timeouts": 0, "crashes": 1}
+    assert pool.stats == {"timeouts": 0, "errors": 1}
 
 
 def test_workers_die_with_their_parent(user):
@@ -796,7 +796,7 @@ def test_close_with_work_left(make_pool, user):
 
 
 @pytest.mark.parametrize("what, kind", [
-    ("stop", "timeouts"), ("fork and hang", "timeouts"), ("fork", "crashes"), ("exit 1", "crashes"),
+    ("stop", "timeouts"), ("fork and hang", "timeouts"), ("fork", "errors"), ("exit 1", "errors"),
 ])
 def test_the_caller_keeps_the_deadline(make_pool, user, what, kind):
     pool = make_pool([user + ":forks"], workers=1, timeout=0.4)
@@ -804,7 +804,7 @@ def test_the_caller_keeps_the_deadline(make_pool, user, what, kind):
     pool.submit("group", ["a", what, "b"], "5")
     assert pool.poll(wait=True) == [("group", [[1.0], [0.0], [1.0]])]
     assert time.perf_counter() - start < 5.0
-    assert pool.stats == {"timeouts": 0, "crashes": 0} | {kind: 1}
+    assert pool.stats == {"timeouts": 0, "errors": 0} | {kind: 1}
     assert pool.error
     pool.close()
     assert children() == []
@@ -817,7 +817,7 @@ def test_a_stopped_worker_does_not_stop_a_long_request(make_pool, user):
         os.kill(worker, signal.SIGSTOP)
     pool.submit("group", ["a" * 2_000_000], "5")  # more than a pipe holds
     assert pool.poll(wait=True) == [("group", [[0.0]])]
-    assert pool.stats == {"timeouts": 1, "crashes": 0}
+    assert pool.stats == {"timeouts": 1, "errors": 0}
 
 
 def test_one_broken_reward_leaves_the_others_alone(make_pool, user):
@@ -826,7 +826,7 @@ def test_one_broken_reward_leaves_the_others_alone(make_pool, user):
     pool.submit("group", texts, "5")
     rewards = [[1.0, 0.5], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 1.0]]
     assert pool.poll(wait=True) == [("group", rewards)]
-    assert pool.stats == {"timeouts": 0, "crashes": 4}
+    assert pool.stats == {"timeouts": 0, "errors": 4}
     assert "float" in pool.error
 
 
@@ -865,7 +865,7 @@ def test_probe(make_pool, user):
         pool.probe(examples)
     pool = make_pool([user + ":odd", user + ":length"], workers=1, timeout=0.4)
     pool.probe([("ab", ROW), ("hang", ROW), ("inf", ROW)])  # some of it works
-    assert pool.stats == {"timeouts": 0, "crashes": 0} and pool.error is None
+    assert pool.stats == {"timeouts": 0, "errors": 0} and pool.error is None
     pool.probe([])
     for name, why in (("never", "no reply"), ("nan", "nan")):
         pool = make_pool([f"{user}:{name}"], workers=2, timeout=0.2)

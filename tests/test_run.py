@@ -333,7 +333,7 @@ def test_evaluation_is_in_the_metrics(main, tmp_path):
     assert not any(key.startswith("eval/short_pass") for key in first)
     only = main(tmp_path, "--eval", eval_datasets=sets, max_completion_length=70,
                 output_dir=str(tmp_path / "only"))  # fmt: skip
-    lines = read_jsonl(only.folder / "metrics.jsonl")
+    lines = read_jsonl(only.folder / "eval.jsonl")
     assert only.status == 0 and len(lines) == 1 and lines[0]["eval/easy"] == 1.0
 
 
@@ -420,7 +420,7 @@ def test_evaluation_twice_keeps_both_lines(main, tmp_path):
                "eval_max_completion_length": 2, "system_prompt": "Think.\n\nThen: answer."}
     for count in (1, 2):
         done = main(tmp_path, "--eval", **changes)
-        assert done.status == 0 and len(read_jsonl(done.folder / "metrics.jsonl")) == count
+        assert done.status == 0 and len(read_jsonl(done.folder / "eval.jsonl")) == count
 
 
 def test_own_rewards_decide_what_is_hard_and_what_is_right(setup, tmp_path):
