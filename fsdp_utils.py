@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +30,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard)
 from torch.distributed.tensor import DTensor
+from torch.nn import Module
+from torch.optim import Optimizer
 
 from configs import need, say
 
@@ -83,7 +86,7 @@ def setup_distributed(timeout_s: int = 600, wait_s: int = 3600) -> SimpleNamespa
 
 
 @contextmanager
-def phase(name: str):
+def phase(name: str) -> Iterator[None]:
     """Name what this rank does now, for the report of an uncaught error, and take the time."""
     before, _now["phase"] = _now["phase"], name
     started = time.perf_counter()
@@ -133,7 +136,14 @@ def gpu_memory() -> dict[str, float]:
     return {"gib/used": (whole - free) / 2**30, "gib/peak": peak / 2**30}
 
 
-def shard(module, blocks, sharding="zero3", dtype=None, replicate=1, cpu_offload=False):
+def shard(
+    module: Module,
+    blocks: Iterable[Module],
+    sharding: str = "zero3",
+    dtype: torch.dtype | None = None,
+    replicate: int = 1,
+    cpu_offload: bool = False,
+) -> Module:
     """Shard each block and the root in place; `dtype` is the compute type, masters stay fp32.
     sharding: zero3 frees a block after its forward, zero2 keeps it, ddp copies everything on
     every rank. replicate > 1 is HSDP: that many replicas of world / replicate neighbouring ranks.
@@ -175,20 +185,20 @@ def group_of_this_rank(rows: torch.Tensor) -> dist.ProcessGroup:
     return mine
 
 
-def last_micro_batch(module, is_last: bool) -> None:
+def last_micro_batch(module: Module, is_last: bool) -> None:
     """Leave the all-reduce over replicas (HSDP, ddp) to the step's last backward."""
     if isinstance(module, FSDPModule):
         module.set_requires_all_reduce(is_last)
 
 
-def unshard(module) -> None:
+def unshard(module: Module) -> None:
     """Gather all weights and keep them: forwards (without gradients) then need no collective."""
     for part in _fsdp_parts(module):
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
 
 
-def reshard(module) -> None:
+def reshard(module: Module) -> None:
     """Back to the sharded state and the setting of `shard`."""
     for part in _fsdp_parts(module):
         part.set_reshard_after_forward(part.frees_after_forward, recurse=False)
@@ -199,7 +209,9 @@ def _fsdp_parts(module):
     return [m for m in module.modules() if isinstance(m, FSDPModule)]
 
 
-def full_tensors(module, dtype=None):
+def full_tensors(
+    module: Module, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, whole tensor) one at a time, same order on all ranks, tied weights once. Every
     rank must take all of them: each is a collective. dtype casts before the gather."""
     is_sharded = bool(_fsdp_parts(module))
@@ -212,14 +224,20 @@ def full_tensors(module, dtype=None):
         yield name, tensor
 
 
-def clip_grad_norm(params, max_norm: float) -> torch.Tensor:
+def clip_grad_norm(params: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
     """Clip in place by the norm over all ranks and return that norm; max_norm 0 only measures."""
     norm = torch.nn.utils.clip_grad_norm_(list(params), max_norm or float("inf"))
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def save_checkpoint(
-    folder: Path, step: int, model, optimizer, state: dict, keep: int = 0, export=None
+    folder: Path,
+    step: int,
+    model: Module,
+    optimizer: Optimizer,
+    state: dict,
+    keep: int = 0,
+    export: Callable[[Path], None] | None = None,
 ) -> None:
     """Write checkpoint-<step> beside, then rename it; keep the newest `keep` (0: all). state: JSON,
     the same on all ranks. folder: shared by all nodes. export(path) runs on all ranks inside the
@@ -266,7 +284,9 @@ def to_disk(paths: list[Path]) -> None:
         os.close(file)
 
 
-def load_newest(folder: Path, model, optimizer) -> tuple[Path, dict] | None:
+def load_newest(
+    folder: Path, model: Module, optimizer: Optimizer
+) -> tuple[Path, dict] | None:
     """Fill weights and optimizer in place from the newest good checkpoint, on any number of ranks:
     (its path, the saved state), or None where there is none. One that is damaged or incomplete is
     told and renamed *.damaged; UserError when no other is left."""
@@ -286,7 +306,7 @@ def load_newest(folder: Path, model, optimizer) -> tuple[Path, dict] | None:
     return None
 
 
-def load_checkpoint(path: Path, model, optimizer) -> dict:
+def load_checkpoint(path: Path, model: Module, optimizer: Optimizer) -> dict:
     """Fill weights and optimizer in place; return the saved state."""
     tensors = tensors_of(model, optimizer)
     dcp.load(tensors, storage_reader=SafeReader(path))
@@ -298,7 +318,7 @@ def load_checkpoint(path: Path, model, optimizer) -> dict:
     return json.loads((Path(path) / "state.json").read_text())
 
 
-def tensors_of(model, optimizer) -> dict[str, dict]:
+def tensors_of(model: Module, optimizer: Optimizer) -> dict[str, dict]:
     """What a checkpoint holds of both: tensors only, for numbers would be pickled."""
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     weights, moments = get_state_dict(model, optimizer, options=options)

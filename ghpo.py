@@ -139,7 +139,7 @@ class Run:
         return 0
 
 
-def system_in_user_turn(messages):
+def system_in_user_turn(messages: list[dict]) -> list[dict]:
     """Chat messages without a system turn: its text stands in front of the first user turn."""
     if messages[0]["role"] != "system":
         return messages
@@ -168,7 +168,7 @@ class Prompts:
         if not self.has_system_role:
             say("chat template: no system role, its text goes in front of the first user turn")
 
-    def ids(self, problem, hint=""):
+    def ids(self, problem: Problem, hint: str = "") -> tuple[list[int], str]:
         """(token ids, text the assistant's turn starts with: what the template opens, then the
         hint); UserError names the row that the template refuses."""
         messages, prefix = hints.render(problem, hint, self.config, self.state)
@@ -291,7 +291,9 @@ def make_rows(groups: list[Group], prompts: "Prompts", config: Config, state: St
     return rows
 
 
-def make_group_rows(group, prompts, config, state) -> list[Row]:
+def make_group_rows(
+    group: Group, prompts: "Prompts", config: Config, state: State
+) -> list[Row]:
     """The rows of one group, still without E6."""
     plain_ids, _ = prompts.ids(group.problem)
     rows = []
@@ -359,7 +361,14 @@ def token_loss(
     return loss, is_clipped
 
 
-def token_sums(loss, is_clipped, entropy, old_logp, batch, config) -> dict[str, torch.Tensor]:
+def token_sums(
+    loss: torch.Tensor,
+    is_clipped: torch.Tensor,
+    entropy: torch.Tensor,
+    old_logp: torch.Tensor,
+    batch: dict,
+    config: Config,
+) -> dict[str, torch.Tensor]:
     """Sums over the tokens of a micro-batch, and the largest |old_logp - behaviour_logp|."""
     compared = batch["is_comparable"]
     delta = (old_logp - batch["behaviour_logp"]) * compared
@@ -434,8 +443,16 @@ class Policy(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids=None, positions=None, predict=None, target=None, temperature=1.0,
-                generate=None, whole=None):
+    def forward(
+        self,
+        ids: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+        predict: torch.Tensor | None = None,
+        target: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        generate: dict | None = None,
+        whole: dict | None = None,
+    ) -> Any:
         """logp and entropy (M,) of the tokens target (M,) predicted at flat positions predict (M,)
         of ids (B, T), padded on the right or packed with positions restarted, at a temperature.
         generate: arguments of the model's generate, which runs instead. whole: arguments of the
@@ -466,7 +483,7 @@ class Policy(torch.nn.Module):
 
 
 def micro_batches(rows: list[Row], budget: int, is_packed: bool) -> list[list[Row]]:
-    """Rows in lists of at most `budget` tokens, longest first, of about the same length (`fits`)."""
+    """Rows in lists of at most `budget` tokens, longest first, each list of about one length."""
     batches = []
     for row in sorted(rows, key=lambda row: -len(row.input_ids)):
         if batches and fits([*batches[-1], row], budget, is_packed):
@@ -572,7 +589,9 @@ def update(run: Run, rows: list[Row]) -> float:
     return norm
 
 
-def sample_groups(run: Run, groups: list[Group], c: Any, salt: Any, show=None) -> list[Group]:
+def sample_groups(
+    run: Run, groups: list[Group], c: Config, salt: Any, show: Callable | None = None
+) -> list[Group]:
     """Blank groups to final ones, with the current weights. salt: part of the seeds, the step or
     the eval set's name."""
     state, fit = run.state, run.prompts.fit
@@ -943,7 +962,8 @@ def setup(config: Config, is_eval: bool = False) -> Run:
     open_folder(config, folder, place.rank, is_eval)
     run = Run(
         config=config, state=state, rank=place.rank, world=place.world, device=place.device,
-        folder=folder, log=folder / ("eval.jsonl" if is_eval else "metrics.jsonl"), prompts=prompts, problems=problems, plan=plan, eval_sets=eval_sets,
+        folder=folder, log=folder / ("eval.jsonl" if is_eval else "metrics.jsonl"),
+        prompts=prompts, problems=problems, plan=plan, eval_sets=eval_sets,
         policy=policy, reference=reference, optimizer=optimizer,
         learning_rate=schedule(config, optimizer, plan.steps),
         master_dtype=master_dtype, compute_dtype=compute_dtype, pool=pool)
@@ -1006,7 +1026,7 @@ def dtypes(config: Config) -> tuple[torch.dtype, torch.dtype]:
     return compute_dtype, torch.promote_types(compute_dtype, torch.float32)
 
 
-def check_policy(run) -> None:
+def check_policy(run: Run) -> None:
     """Compares the log-probs of the training pass with those of the whole causal LM on each
     sequence alone; UserError on a difference. Collective: every rank must call it."""
     c, model_type = run.config, run.policy.model.config.model_type
@@ -1026,7 +1046,7 @@ def check_policy(run) -> None:
          "attn_implementation=eager or torch_dtype=float32, else take another model")
 
 
-def policy_error(run, is_packed: bool) -> tuple[float, float]:
+def policy_error(run: Run, is_packed: bool) -> tuple[float, float]:
     """(mean, largest) |dlogp| over ranks, of random sequences through Policy and one by one."""
     policy, rng = run.policy, np.random.default_rng(0)
     size = policy.model.config.vocab_size
@@ -1146,7 +1166,7 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     stopped_by = 0
     try:
-        config = load_config(args.config, overrides, args.eval, args.dry_run)
+        config = load_config(args.config, overrides, args.eval, will_run=not args.dry_run)
         if args.dry_run:
             dry_run(config)
             return

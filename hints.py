@@ -286,7 +286,13 @@ def make_stage(problem: Problem, wanted: list[float], fit: Callable) -> Stage:
 
 
 def after_stage(
-    group: Group, completions: list, rewards: list, trigger: int, config: Any, state: Any, fit
+    group: Group,
+    completions: list[Completion],
+    rewards: list[list[float]],
+    trigger: int,
+    config: Any,
+    state: Any,
+    fit: Callable,
 ) -> Group:
     """The group after its next stage was sampled. trigger: the reward column that decides."""
     stage = replace(

@@ -49,7 +49,7 @@ def read_rows(config: Any) -> list[dict]:
                         ".tsv or .parquet file)") from error
 
 
-def read_text_rows(path, kind):
+def read_text_rows(path: Path, kind: str) -> list[dict]:
     """Rows of a .jsonl, .json, .csv or .tsv file, plain or gzipped, without `datasets`."""
     rows, place = [], ""
     opened = gzip.open if path.suffix == ".gz" else open
@@ -80,7 +80,7 @@ def read_text_rows(path, kind):
                         "object a line, an array of objects, or a table with a header)") from None
 
 
-def flat(row, levels=4):
+def flat(row: dict, levels: int = 4) -> dict:
     """A row's columns, and what is in dicts by dotted names: {"a": {"b": 1}, "a.b": 1}."""
     cells = dict(row)
     for key, value in row.items():
@@ -90,7 +90,7 @@ def flat(row, levels=4):
     return cells
 
 
-def check_columns(config, table):
+def check_columns(config: Any, table: list[dict]) -> None:
     """UserError with the columns there are, and the nearest, when no row has a wanted one."""
     c, columns = config, list(dict.fromkeys(column for cells in table for column in cells))
     wanted = [c.dataset_prompt_column, c.dataset_answer_column]
@@ -110,7 +110,7 @@ class BadRow(Exception):
     """Why a row of the data set cannot be used."""
 
 
-def split_chat(turns):
+def split_chat(turns: list[dict]) -> tuple[list[dict], str]:
     """(turns up to the user's last, text of the assistant's after it: a solution)."""
     messages, solution = [], ""
     for turn in turns:
@@ -125,7 +125,7 @@ def split_chat(turns):
     return messages, solution.rstrip()
 
 
-def cell_text(cells, column):
+def cell_text(cells: dict, column: str) -> str:
     """Text of a cell, "" when it is empty: of a chat its solution, of a list of one its item."""
     value = cells.get(column)
     if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -137,7 +137,7 @@ def cell_text(cells, column):
     return "" if value is None or value != value else str(value)  # NaN is not itself
 
 
-def read_gold(text):
+def read_gold(text: str) -> str:
     """The answer in a text that may be a whole solution; BadRow where there is none."""
     if FLOAT_NOISE.fullmatch(text):
         text = f"{float(text):.15g}"
@@ -149,7 +149,9 @@ def read_gold(text):
     return gold
 
 
-def read_problem(number, row, cells, config):
+def read_problem(
+    number: int, row: dict, cells: dict, config: Any
+) -> tuple[Problem, str | None]:
     """(Problem, why its gold is of no use or None) of a row; BadRow when it cannot be asked."""
     c, own_solution = config, ""
     if isinstance(cells.get(c.dataset_prompt_column), list):
@@ -195,17 +197,18 @@ def load_problems(config: Any, prompts: Any, keep_all: bool = False) -> list[Pro
     c, name, rows = config, config.dataset_name, read_rows(config)
     table = [flat(row) for row in rows]
     check_columns(c, table)
+    # most prompts need not be tokenised: a token is at least a byte, and the template around the
+    # usual turns takes about as many tokens as around a problem of one letter
     blank, _ = read_problem(0, {}, {c.dataset_prompt_column: "x"}, c)
-    roles = [turn["role"] for turn in blank.messages]
+    usual_roles = [turn["role"] for turn in blank.messages]
     frame = len(prompts.ids(blank)[0]) + TEMPLATE_SLACK
     problems, told = [], defaultdict(list)  # told: {(what became of rows, why): their numbers}
     for number, (row, cells) in enumerate(zip(rows, table)):
         try:
             problem, reason = read_problem(number, row, cells, c)
-            # a token is at least a byte: most prompts need not be tokenised
+            roles = [turn["role"] for turn in problem.messages]
             is_short = frame + len(problem.text.encode()) <= c.max_prompt_length
-            is_usual = roles == [turn["role"] for turn in problem.messages]
-            is_sure = is_short and is_usual
+            is_sure = is_short and roles == usual_roles
             if not is_sure and prompt_length(problem, prompts) > c.max_prompt_length:
                 raise BadRow(f"prompt over max_prompt_length={c.max_prompt_length} tokens")
             if reason and not keep_all:

@@ -25,9 +25,12 @@ def changed_settings(config: Config, path: Path) -> list[str]:
     mine = yaml.safe_load(as_yaml(config))
     theirs = yaml.safe_load(yaml.safe_dump(DEFAULTS))
     theirs |= read_settings(path)
-    hints = get_type_hints(Config, include_extras=True)
-    return [name for name, hint in hints.items()
-            if RESUMABLE not in getattr(hint, "__metadata__", ()) and mine[name] != theirs[name]]
+    changed = []
+    for name, kind in get_type_hints(Config, include_extras=True).items():
+        may_change = RESUMABLE in getattr(kind, "__metadata__", ())
+        if not may_change and mine[name] != theirs[name]:
+            changed.append(name)
+    return changed
 
 
 def as_yaml(config: Config) -> str:

@@ -5,19 +5,23 @@ writes beside the weights is written once at the start, lest the first checkpoin
 """
 
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel)
+    MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig,
+    PreTrainedModel, PreTrainedTokenizerBase)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from configs import UserError, need, say
 from configs.plan import longest_sequence
+from configs.settings import Config
 
 EXAMPLE_TEMPLATE = (  # as YAML
     r'"{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"')
@@ -26,7 +30,7 @@ LIBRARY_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, Impo
 
 
 @contextmanager
-def as_user_error(what: str):
+def as_user_error(what: str) -> Iterator[None]:
     """What the libraries raise inside becomes one line that begins with `what`."""
     try:
         yield
@@ -36,7 +40,7 @@ def as_user_error(what: str):
         raise UserError(f"{what}: {' '.join(str(error).split())[:400]}") from None
 
 
-def load_tokenizer(config):
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The tokenizer, with a chat template and a pad token; UserError when it cannot be used."""
     name = f"model_name_or_path={config.model_name_or_path}"
     with as_user_error(f"{name}: tokenizer"):
@@ -61,14 +65,14 @@ def load_tokenizer(config):
     return tokenizer
 
 
-def prove_export(name, *parts):
+def prove_export(name: str, *parts: Any) -> None:
     """Saves configs or a tokenizer once, lest the first checkpoint of a run fails on them."""
     with as_user_error(f"{name}: cannot be exported"), TemporaryDirectory() as folder:
         for part in parts:
             part.save_pretrained(folder)
 
 
-def load_model(config, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     """The causal LM without dropout; UserError when a folder is incomplete, or holds no text model
     alone. Everything that an export writes beside the weights has been written once."""
     name = f"model_name_or_path={config.model_name_or_path}"
@@ -101,7 +105,7 @@ def load_model(config, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def check_wrapper(name, model_config):
+def check_wrapper(name: str, model_config: PretrainedConfig) -> None:
     """A model of several modalities is refused, or told where the library has its text model."""
     text_config = model_config.get_text_config()
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
@@ -115,14 +119,14 @@ def check_wrapper(name, model_config):
                     f"not trained here: name a text model, {text_model}")
 
 
-def sdpa_computes(model_config, text_config) -> bool:
+def sdpa_computes(model_config: PretrainedConfig, text_config: PretrainedConfig) -> bool:
     """Can sdpa compute the attention? It would leave out a cap on its logits (Gemma 2) silently."""
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
     is_capped = getattr(text_config, "attn_logit_softcapping", None) is not None
     return getattr(kind, "_supports_sdpa", True) and not is_capped
 
 
-def turn_off_dropout(model_config) -> list[str]:
+def turn_off_dropout(model_config: PretrainedConfig) -> list[str]:
     """Sets what is random in training to 0; the names of what was not."""
     names = [name for name, value in vars(model_config).items()
              if re.search("drop|jitter", name) and isinstance(value, float) and value > 0]
@@ -131,7 +135,7 @@ def turn_off_dropout(model_config) -> list[str]:
     return names
 
 
-def allow_sampling(name, generation):
+def allow_sampling(name: str, generation: Any) -> None:
     """A generation config that names a temperature, say, but does not sample cannot be saved."""
     try:
         generation.validate(strict=True)
@@ -148,7 +152,7 @@ def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
             if type(part).__name__ in names and embedding not in part.modules()]
 
 
-def sizes(config) -> tuple[int, int]:
+def sizes(config: Config) -> tuple[int, int]:
     """(weights of the model, those that zero3 holds at once: the root's and two blocks'), of which
     only the configuration is read."""
     with as_user_error(f"model_name_or_path={config.model_name_or_path}"):

@@ -312,18 +312,21 @@ def read_yaml(text: str, name: str) -> Any:
 
 def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
     """Settings from a command line: key=value, --key=value, --key value, --key value value."""
-    texts, last = {}, None  # last: the key whose values may still come
+    texts, last = {}, None  # last: the key of a --key, whose values follow
     for word in arguments:
         key, equals, text = word.removeprefix("--").partition("=")
         key = key.replace("-", "_")
+        is_setting = equals and key.isidentifier()
         if word.startswith("--"):
             texts[key] = [text] if equals else []
             last = None if equals else key
-        elif last and (not texts[last] or not (equals and key.isidentifier())):
+        elif last and not texts[last]:  # the first value may have any look
             texts[last].append(word)
-        else:
-            need(equals and key.isidentifier(), f"config: {word}: an override is written key=value")
+        elif is_setting:
             texts[key], last = [text], None
+        else:
+            need(last, f"config: {word}: an override is written key=value")
+            texts[last].append(word)
     values = {}
     for key, words in texts.items():
         need(words, f"config: --{key} has no value")
@@ -349,13 +352,14 @@ def read_config(path: str | Path, arguments: Iterable[str] = ()) -> Config:
 
 
 def load_config(path: str | Path, arguments: Iterable[str] = (), is_eval: bool = False,
-                is_dry: bool = True) -> Config:  # fmt: skip
-    """The Config of read_config for one run, without eval sets when it evaluates nothing."""
+                will_run: bool = False) -> Config:  # fmt: skip
+    """The Config of read_config for one run, without eval sets when it evaluates nothing; will_run:
+    what the run needs must be installed."""
     config = read_config(path, arguments)
     need(config.eval_datasets or not is_eval, "config: --eval needs eval_datasets")
-    need(is_dry or config.engine == "hf" or importlib.util.find_spec("vllm"),
-         "config: engine: vllm is not installed: pip install -r requirements-vllm.txt (on a CPU: "
-         "./run.sh test-vllm)")  # fmt: skip
+    if will_run and config.engine != "hf" and not importlib.util.find_spec("vllm"):
+        raise UserError("config: engine: vllm is not installed: pip install -r "
+                        "requirements-vllm.txt (on a CPU: ./run.sh test-vllm)")  # fmt: skip
     if config.eval_strategy == "steps" and not config.eval_datasets:
         say("config: eval_strategy: nothing is evaluated without eval_datasets")
     if config.eval_datasets and (is_eval or config.eval_strategy == "steps"):

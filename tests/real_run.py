@@ -86,7 +86,7 @@ def start(args: argparse.Namespace, settings: list[str]):
         "dataset_answer_column=gold", f"eval_datasets={json.dumps(heldout)}",
         f"output_dir={args.out / 'run'}", *settings, *args.settings,
     ]  # fmt: skip
-    return ghpo.setup(load_config(CONFIG, settings, is_dry=False))
+    return ghpo.setup(load_config(CONFIG, settings, will_run=True))
 
 
 # ---- (a) the ladder before training
@@ -322,7 +322,7 @@ def prove(run) -> None:
 def collapse(args: argparse.Namespace) -> None:
     """The same model, data and rate with the paper's prompt and its format reward: how training
     fails where accuracy is rare, and that the program tells it."""
-    paper = load_config(ROOT / "configs/ghpo_7b_math3to5.yaml", is_dry=True)
+    paper = load_config(ROOT / "configs/ghpo_7b_math3to5.yaml")
     run = start(args, [
         f"system_prompt={json.dumps(paper.system_prompt)}", "reward_funcs=[accuracy, format]",
         "reward_weights=[1.0, 0.5]", f"output_dir={args.out / 'collapse'}",
