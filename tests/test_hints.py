@@ -286,6 +286,20 @@ def test_merge_replaces():
     assert hints.merge(one, two, CONFIG, STATE) is two
 
 
+@pytest.mark.parametrize("rewards, said, opening", [
+    (["accuracy"], "Please reason, and put the answer into a box.", ""),
+    (["accuracy"], "First <think> ... </think>, then answer.", "<think>\n"),
+    (["accuracy", "format"], "Please reason.", "<think>\n"),
+])
+def test_a_hint_in_the_assistants_turn_thinks_only_if_it_is_to(rewards, said, opening):
+    """An opened <think> that the model was not asked to close would hide its box."""
+    config = make_config(
+        hint_where="assistant", reward_funcs=rewards, reward_weights=[1.0] * len(rewards))
+    messages = [{"role": "system", "content": said}, {"role": "user", "content": "1 + 1?"}]
+    one = replace(problem(), messages=messages)
+    assert hints.render(one, "So 1", config, STATE) == (messages, opening + "So 1")
+
+
 def test_long_hints_are_shortened_and_problems_never(prompts):
     one = problem(solution=HARD, gold="x")
     plain = prompts.ids(one)[0]

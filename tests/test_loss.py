@@ -397,3 +397,23 @@ def test_gradients_do_not_depend_on_ranks(sharding, loss_type, two_ranks, make_r
     assert torch.allclose(ours["moved"], moved, rtol=0, atol=1e-9)
     for key in ("loss", "grad_norm", "entropy", "mismatch_k3", "importance_capped", "mismatch_max"):
         assert ours["metrics"][key] == pytest.approx(metrics[key], rel=1e-6), key
+
+
+def test_rows_that_are_masked_do_not_run(prompts):
+    groups = recorded_groups()
+    config = float64(mask_truncated_completions=True)
+    rows = ghpo.make_rows(groups, prompts, config, ghpo.State())
+    completions = [c for group in groups for c in group.completions]
+    cut = [c.finish_reason == "length" for c in completions]
+    assert any(cut) and not all(cut)
+    for row, is_cut in zip(rows, cut, strict=True):
+        assert row.has_gradient(config) == (row.advantage != 0 and not is_cut)
+
+
+def test_the_reference_goes_back_to_its_shards(make_run, prompts, monkeypatch):
+    run = make_run(float64(beta=0.1))
+    run.reference = ghpo.Policy(make_other_model(run))
+    calls = []
+    monkeypatch.setattr(ghpo.fsdp_utils, "reshard", calls.append)
+    step_of(run, recorded_groups(), prompts)
+    assert calls == [run.reference]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -285,6 +286,17 @@ def test_curriculum_goes_from_easy_to_hard(scripted_training):
         assert (levels == list(range(12))) == curriculum
 
 
+def test_a_curriculum_leaves_out_some_problems_not_the_hardest(scripted_training):
+    rows = [row | {"level": i} for i, row in enumerate(hard_rows(10))]
+    run, _, steps = scripted_training(
+        lambda step, slot: 0, rows, rl_type="grpo", curriculum=True, max_steps=8,
+        max_completion_length=2)  # fmt: skip
+    levels = [[line["id"] for line in lines] for lines in steps]
+    epochs = [levels[i] + levels[i + 1] for i in (0, 2, 4, 6)]
+    assert all(epoch == sorted(set(epoch)) and len(epoch) == 8 for epoch in epochs)
+    assert any(8 in epoch or 9 in epoch for epoch in epochs)
+
+
 @pytest.mark.parametrize("changes, kept", [
     ({"hint_exhausted": "drop"}, [0, 2]),
     ({"hint_exhausted": "keep"}, [0, 1, 2, 3]),
@@ -512,3 +524,34 @@ def test_the_readmes_table_names_the_functions_of_the_equations():
 def test_hints_and_reward_import_neither_torch_nor_vllm():
     for name in ("hints", "reward"):
         assert not re.search(r"^\s*(import|from) (torch|vllm)", (Path(ROOT) / f"{name}.py").read_text(), re.M)
+
+
+def test_the_hub_gets_the_finished_folder(main, tmp_path, monkeypatch):
+    """With the dtype of the weights in its config, which transformers itself does not put there."""
+    uploads = []
+
+    def upload_folder(repo_id, folder_path):
+        uploads.append((repo_id, json.loads((folder_path / "config.json").read_text())["dtype"]))
+
+    monkeypatch.setattr(ghpo, "create_repo", lambda name, exist_ok: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(ghpo, "upload_folder", upload_folder)
+    done = main(tmp_path, max_steps=1, torch_dtype="bfloat16", push_to_hub=True, hub_model_id="a/b")
+    assert done.status == 0 and uploads == [("a/b", "bfloat16")]
+
+
+def test_failed_rewards_are_told_in_the_step_in_which_they_fail(main, tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(
+        "calls = []\n"
+        "def mine(response, gold):\n"
+        "    calls.append(response)\n"
+        "    if len(calls) % 40 == 20:\n"
+        "        raise ValueError('no reward here')\n"
+        "    return 0.5\n")  # fmt: skip
+    done = main(tmp_path, max_steps=3, reward_funcs=[f"{own}:mine"], reward_weights=[1.0],
+                rl_type="grpo", max_completion_length=2)  # fmt: skip
+    told = [line for line in done.err.splitlines() if "texts failed and scored 0" in line]
+    failed = [line["verifier/errors"] for line in read_jsonl(done.folder / "metrics.jsonl")]
+    steps = sum(after > before for before, after in zip([0, *failed], failed))
+    assert failed[-1] > 0 and len(told) == steps
+    assert all("no reward here" in line for line in told)
