@@ -21,6 +21,7 @@ import re
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
@@ -41,7 +42,7 @@ from configs import UserError, need, say
 from configs.data import fingerprint, load_problems
 from configs.folder import as_yaml, changed_settings, lock_folder, save_config
 from configs.model import as_user_error, blocks_of, load_model, load_tokenizer, sizes
-from configs.plan import bytes_per_gpu, longest_sequence, make_plan, mismatch_limit
+from configs.plan import Plan, bytes_per_gpu, longest_sequence, make_plan, mismatch_limit
 from configs.settings import Config, eval_config, load_config
 from fsdp_utils import phase
 from hints import Group, Problem, Stage
@@ -68,7 +69,8 @@ MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, 
 FILLER_IDS = [0, 0]  # of a row that runs and weighs nothing
 PADDED_SHARE, PADDED_TOKENS = 0.97, 512  # a micro-batch has so little padding, or so few tokens
 MAX_WORKERS = 8  # verifiers of a process
-SHOWN = re.compile(r"accuracy_|hard_|reward/|grad_norm|mismatch_k3|eval/(?!.*stderr)")
+SHOWN = re.compile(
+    r"accuracy_|hard_|reward/|grad_norm|mismatch_k3|eval/(?!.*(?:stderr|tokens|truncated|_n|_k)$)")
 
 
 @dataclass
@@ -647,7 +649,7 @@ def train(run: Run, interrupt: Interrupt) -> int:
         # 1. Roll out G samples a problem; 2. hint: a group that fails is asked again (E2).
         blank = next_groups(run)[run.rank :: run.world]
         groups = sample_groups(run, blank, c, state.step, bar.set_postfix_str)
-        outcomes = write_rollouts(run, groups)
+        outcomes = write_groups(run, groups, f"rollouts/step_{state.step + 1:06d}.jsonl")
         check_rewards(run, outcomes, sum(run.pool.stats.values()) - n_failed)
         groups = [group for group in groups if hints.enters_batch(group, c, state)]
 
@@ -711,15 +713,14 @@ def next_groups(run: Run) -> list[Group]:
     return groups
 
 
-def write_rollouts(run: Run, groups: list[Group]) -> list[hints.Outcome]:
+def write_groups(run: Run, groups: list[Group], name: str) -> list[hints.Outcome]:
     """A file with a line a group, of all ranks; returns the outcomes of all ranks."""
     mine = [(rollout_line(run, group), hints.outcome_of(group)) for group in groups]
     with phase("wait"):  # for the slowest rank
         gathered = fsdp_utils.gather_objects(mine)
     pairs = [pair for rank in gathered for pair in rank]
     if run.rank == 0:
-        path = run.folder / "rollouts" / f"step_{run.state.step + 1:06d}.jsonl"
-        path.write_text("".join(json.dumps(line) + "\n" for line, _ in pairs))
+        (run.folder / name).write_text("".join(json.dumps(line) + "\n" for line, _ in pairs))
     return [outcome for _, outcome in pairs]
 
 
@@ -837,27 +838,47 @@ def watch_collapse(run: Run, metrics: dict) -> None:
                 "reward_weights, or the learning rate")
 
 
-def evaluate(run: Run) -> None:
-    """Accuracy without hints on each eval set: avg@k, its standard error over problems, pass@k; and
-    avg@k by the rule of training, strict_answers, for comparison with the rewards."""
-    metrics = {}
-    for name, (c, problems) in run.eval_sets.items():
-        blank = [Group(problem) for problem in problems[run.rank :: run.world]]
-        groups = sample_groups(run, blank, c, name)
-        lenient = [group.rewards for group in groups]
-        for key, value in accuracy_at_k(rights(run, lenient)).items():
-            metrics[f"eval/{name}{key}"] = value
-        if "accuracy" in c.reward_funcs:
-            strict = judge(run, groups, replace(c, strict_answers=True))
-            metrics[f"eval/{name}_strict"] = accuracy_at_k(rights(run, strict))[""]
+def evaluate(run: Run) -> dict[str, dict]:
+    """Without hints, on each eval set: its row of the table, by name (see evaluate_set). The log
+    has pass@1 as eval/NAME, all else as eval/NAME_KEY."""
+    table, metrics = {}, {}
+    for name in run.eval_sets:
+        table[name] = evaluate_set(run, name)
+        for key, value in table[name].items():
+            metrics[f"eval/{name}" if key == "pass@1" else f"eval/{name}_{key}"] = value
     write_metrics(run, metrics)
+    return table
 
 
-def rights(run: Run, rewards: list) -> list[list[bool]]:
-    """(P, k), of all ranks: is each sample of each problem right?"""
+def evaluate_set(run: Run, name: str) -> dict[str, float]:
+    """n problems, k samples of each: accuracy_at_k of them, mean_tokens, the share truncated, and
+    as `strict` pass@1 by the rule of training. The texts go to eval_NAME.jsonl."""
+    c, problems = run.eval_sets[name]
+    blank = [Group(problem) for problem in problems[run.rank :: run.world]]
+    groups = sample_groups(run, blank, c, name)
+    outcomes = write_groups(run, groups, f"eval_{name}.jsonl")
     column = run.accuracy_column
-    mine = [[scores[column] > 0 for scores in rewards_GF] for rewards_GF in rewards]
-    return [row for rank in fsdp_utils.gather_objects(mine) for row in rank]
+    row = {"n": len(outcomes), "k": c.num_generations}
+    row |= accuracy_at_k([[s[column] > 0 for s in outcome.rewards] for outcome in outcomes])
+    row["mean_tokens"] = float(np.mean([outcome.lengths for outcome in outcomes]))
+    row["truncated"] = float(np.mean([outcome.is_truncated for outcome in outcomes]))
+    if "accuracy" in c.reward_funcs:
+        strict = judge(run, groups, replace(c, strict_answers=True))
+        mine = [[scores[column] > 0 for scores in rewards_GF] for rewards_GF in strict]
+        everyone = [rights for rank in fsdp_utils.gather_objects(mine) for rights in rank]
+        row["strict"] = accuracy_at_k(everyone)["pass@1"]
+    return row
+
+
+def write_table(table: dict[str, dict], path: Path) -> None:
+    """eval.json, and the same for the terminal."""
+    path.write_text(json.dumps(table, indent=1) + "\n")
+    keys = list(dict.fromkeys(key for row in table.values() for key in row))
+    width = max(len(name) for name in table)
+    print(" " * width, *(f"{key:>11}" for key in keys))
+    for name, row in table.items():
+        cells = [f"{row[key]:11.4g}" if key in row else " " * 11 for key in keys]
+        print(f"{name:{width}}", *cells, flush=True)
 
 
 def judge(run: Run, groups: list[Group], config: Config) -> list:
@@ -870,15 +891,16 @@ def judge(run: Run, groups: list[Group], config: Config) -> list:
 
 
 def accuracy_at_k(is_right_PK: list) -> dict[str, float]:
-    """avg@k, its standard error over problems, pass@k and pass@k/2, from P problems' k samples."""
+    """pass@1 (the mean over k samples), its standard error over problems, pass@k and pass@k/2, from
+    P problems' k samples."""
     is_right_PK = np.array(is_right_PK)
     n, k = is_right_PK.shape
     rates = is_right_PK.mean(1)
     error = rates.std(ddof=1) / math.sqrt(n) if n > 1 else 0.0
-    found = {"": float(rates.mean()), "_stderr": float(error)}
-    for j in {k // 2, k} - {0, 1}:
+    found = {"pass@1": float(rates.mean()), "stderr": float(error)}
+    for j in sorted({k // 2, k} - {0, 1}):
         passed = [pass_at_k(k, int(n_right), j) for n_right in is_right_PK.sum(1)]
-        found[f"_pass@{j}"] = float(np.mean(passed))
+        found[f"pass@{j}"] = float(np.mean(passed))
     return found
 
 
@@ -941,14 +963,16 @@ def setup(config: Config, is_eval: bool = False) -> Run:
     place = fsdp_utils.setup_distributed()
     state = State()
     prompts = Prompts(config, state)
-    problems = load_problems(config, prompts)
-    pool.probe([(one.gold, rollout.row_of(one, config)) for one in problems[:4]])
-    plan = make_plan(config, place.world, len(problems))
+    eval_sets = load_eval_sets(config, prompts)
+    if is_eval:
+        problems, plan = [], Plan(0, 0, 0, 0)
+        examples = [problem for _, problems_of in eval_sets.values() for problem in problems_of]
+    else:
+        examples = problems = load_problems(config, prompts)
+        plan = make_plan(config, place.world, len(problems))
+        tell_overlap(problems, eval_sets)
+    pool.probe([(one.gold, rollout.row_of(one, config)) for one in examples[:4]])
     state.prompts_per_step, state.data = plan.prompts, fingerprint(problems)
-    eval_sets = {}
-    for name, spec in config.eval_datasets.items():
-        c = eval_config(config, spec)
-        eval_sets[name] = c, load_problems(c, prompts, keep_all=True)
     compute_dtype, master_dtype = dtypes(config)
     logging.disable_progress_bar()
     policy = load_policy(config)
@@ -972,6 +996,24 @@ def setup(config: Config, is_eval: bool = False) -> Run:
         startup_pass(run)
     resume(run, is_eval)
     return replace(run, engine=build_engine(run), wandb=start_wandb(run))
+
+
+def load_eval_sets(config: Config, prompts: Prompts) -> dict[str, tuple[Config, list[Problem]]]:
+    found = {}
+    for name, spec in config.eval_datasets.items():
+        c = eval_config(config, spec)
+        found[name] = c, load_problems(c, prompts, keep_all=True)
+    return found
+
+
+def tell_overlap(problems: list[Problem], eval_sets: dict) -> None:
+    """Says how many training problems also stand in an eval set: its numbers are then too good."""
+    texts = Counter(" ".join(problem.text.split()) for problem in problems)
+    for name, (_, held_out) in eval_sets.items():
+        also = {" ".join(problem.text.split()) for problem in held_out} & texts.keys()
+        if also:
+            n = sum(texts[text] for text in also)
+            say(f"data: {n} training problems also stand in the eval set {name}")
 
 
 def schedule(config: Config, optimizer: Any, steps: int) -> Callable[[int], float]:
@@ -1171,9 +1213,13 @@ def main() -> None:
             dry_run(config)
             return
         run = setup(config, args.eval)
-        if args.eval or (config.eval_strategy == "steps" and run.state.step == 0):
-            evaluate(run)
-        if not args.eval:
+        if args.eval:
+            table = evaluate(run)
+            if run.rank == 0:
+                write_table(table, run.folder / "eval.json")
+        else:
+            if config.eval_strategy == "steps" and run.state.step == 0:
+                evaluate(run)
             stopped_by = train(run, Interrupt())
             if not stopped_by:
                 finish(run)

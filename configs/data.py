@@ -15,7 +15,10 @@ import zlib
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
+
+import numpy as np
 
 from configs import UserError, need, say
 from hints import Problem, uses_hints
@@ -93,7 +96,7 @@ def flat(row: dict, levels: int = 4) -> dict:
 def check_columns(config: Any, table: list[dict]) -> None:
     """UserError with the columns there are, and the nearest, when no row has a wanted one."""
     c, columns = config, list(dict.fromkeys(column for cells in table for column in cells))
-    wanted = [c.dataset_prompt_column, c.dataset_answer_column]
+    wanted = [c.dataset_prompt_column, c.dataset_answer_column, *c.dataset_choice_columns]
     has_chats = any(isinstance(cells.get(c.dataset_prompt_column), list) for cells in table)
     if uses_hints(c) and not has_chats:  # a chat can end with the solution
         wanted.append(c.dataset_hint_column)
@@ -149,6 +152,15 @@ def read_gold(text: str) -> str:
     return gold
 
 
+def as_choice(question: str, options: list[str], seed: list[int]) -> tuple[str, str]:
+    """(the question with its options in an order of the seed's, the letter of the first one)."""
+    if "" in options:
+        raise BadRow("an option of the multiple choice is missing")
+    order = np.random.default_rng(seed).permutation(len(options)).tolist()
+    lines = [f"{letter}) {options[i]}" for letter, i in zip(ascii_uppercase, order)]
+    return "\n".join([question, "", *lines]), ascii_uppercase[order.index(0)]
+
+
 def read_problem(
     number: int, row: dict, cells: dict, config: Any
 ) -> tuple[Problem, str | None]:
@@ -166,8 +178,14 @@ def read_problem(
     solution = cell_text(cells, c.dataset_hint_column) if uses_hints(c) else ""
     solution = solution if solution.strip() else own_solution
     try:
-        gold = read_gold(cell_text(cells, c.dataset_answer_column).strip())
-        reason = parse_gold(gold) if "accuracy" in c.reward_funcs else None
+        gold, reason = read_gold(cell_text(cells, c.dataset_answer_column).strip()), None
+        if c.dataset_choice_columns:
+            columns = (c.dataset_answer_column, *c.dataset_choice_columns)
+            options = [cell_text(cells, column).strip() for column in columns]
+            text, gold = as_choice(messages[-1]["content"], options, [c.seed, number])
+            messages[-1] = {**messages[-1], "content": text}
+        elif "accuracy" in c.reward_funcs:
+            reason = parse_gold(gold)
     except BadRow as error:
         gold, reason = "", str(error)
     texts = [solution, gold, *(turn["content"] for turn in messages)]
@@ -195,6 +213,8 @@ def load_problems(config: Any, prompts: Any, keep_all: bool = False) -> list[Pro
     """Usable problems, ids = row numbers; what is dropped is counted and shown. keep_all, for an
     evaluation: no row is dropped, an answer that cannot be read counts as wrong."""
     c, name, rows = config, config.dataset_name, read_rows(config)
+    if keep_all:
+        rows = rows[: c.eval_limit]
     table = [flat(row) for row in rows]
     check_columns(c, table)
     # most prompts need not be tokenised: a token is at least a byte, and the template around the

@@ -38,7 +38,8 @@ FLASH = {"flash_attention_2": "flash-attn", "kernels-community/flash-attn2": "ke
 IN_EVALUATION = {  # the settings of an eval set; in all others it is like the run
     "dataset_name", "dataset_config", "dataset_split", "dataset_prompt_column",
     "dataset_answer_column", "dataset_hint_column", "dataset_level_column", "system_prompt",
-    "eval_samples", "eval_temperature", "eval_max_completion_length", "max_prompt_length",
+    "dataset_choice_columns", "eval_samples", "eval_temperature", "eval_max_completion_length",
+    "eval_limit", "max_prompt_length",
     "max_completion_length", "top_p", "top_k", "strict_answers", "seed"}  # fmt: skip
 INSTEAD = {"temperature": "eval_temperature", "num_generations": "eval_samples"}
 COSINE_KEYS = {"num_cycles"}
@@ -111,6 +112,7 @@ class Config:
     dataset_answer_column: str = "solution"  # the gold answer, as the reference's data names it
     dataset_hint_column: str = "solution_hint"  # the solution that hints are cut from
     dataset_level_column: str = "level"  # difficulty for the curriculum; may be missing
+    dataset_choice_columns: Tuple[str] = ()  # wrong options: a multiple choice, asked for a letter
     system_prompt: str | None = None
     curriculum: bool = False  # easy to hard by level instead of shuffled (GRPO-CL)
 
@@ -189,6 +191,7 @@ class Config:
     eval_samples: MayChange[Count] = 1  # k of avg@k
     eval_temperature: MayChange[Temperature] = 0.0
     eval_max_completion_length: MayChange[Length | None] = None  # null: max_completion_length
+    eval_limit: MayChange[Count | None] = None  # problems of each set, the first ones
 
     # output
     output_dir: MayChange[Annotated[str, MinLen(1)]] = "runs/ghpo"  # the same config resumes there
@@ -276,6 +279,8 @@ def contradictions(c: Config) -> Iterator[tuple[str, str]]:
             yield "hint_timing deferred_share", "never ask again"
     if c.temperature == 0 and c.num_generations > 1:
         yield "temperature num_generations", ALL_GREEDY
+    if not all(re.fullmatch(r"[\w.@+-]+", name) for name in c.eval_datasets):
+        yield "eval_datasets", "must have names of letters, digits and .@+-_: they name files"
     schedule, given = "lr_scheduler_type lr_scheduler_kwargs", c.lr_scheduler_kwargs.keys()
     allowed = SCHEDULE_KEYS.get(c.lr_scheduler_type, set())
     if given - allowed:

@@ -114,7 +114,7 @@ def ladder(args: argparse.Namespace) -> None:
         part = problems[first : first + LADDER_PART]
         blank = [hints.advance(hints.Group(problem), c, state, fit) for problem in part]
         groups = rollout.collect(run.engine, blank, run.pool, ask, after_stage)
-        outcomes = ghpo.write_rollouts(run, groups)
+        outcomes = ghpo.write_groups(run, groups, f"rollouts/step_{state.step + 1:06d}.jsonl")
         metrics = hints.after_step(state, outcomes, c)
         state.step += 1
         ghpo.write_metrics(run, metrics | {"seconds/ladder": time.perf_counter() - started})

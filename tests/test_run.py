@@ -347,6 +347,15 @@ def test_evaluation_is_in_the_metrics(main, tmp_path):
                 output_dir=str(tmp_path / "only"))  # fmt: skip
     lines = read_jsonl(only.folder / "eval.jsonl")
     assert only.status == 0 and len(lines) == 1 and lines[0]["eval/easy"] == 1.0
+    table = json.loads((only.folder / "eval.json").read_text())
+    assert list(table) == ["easy", "hard", "short"]
+    assert table["easy"] == {
+        "n": 3, "k": 1, "pass@1": 1.0, "stderr": 0.0, "truncated": 0.0, "strict": 1.0,
+        "mean_tokens": table["easy"]["mean_tokens"]}  # fmt: skip
+    assert table["short"]["truncated"] == 1.0 and table["short"]["mean_tokens"] == 3
+    assert re.search(r"n +k +pass@1 +stderr .*\neasy +3 +1 +1 ", only.out)
+    texts = read_jsonl(only.folder / "eval_hard.jsonl")
+    assert len(texts) == 3 and all(len(line["completions"]) == 1 for line in texts)
 
 
 @pytest.mark.parametrize("body, status, told", [
@@ -491,6 +500,123 @@ def test_evaluation_numbers_by_hand(setup, prompts):
     assert told["eval/x_stderr"] == pytest.approx((0.546875 / 12) ** 0.5)
     # one of 2: 1 - C(3,2)/C(4,2) = .5; 0; 1 - C(2,2)/6 = 5/6; 1
     assert told["eval/x_pass@2"] == pytest.approx((0.5 + 0 + 5 / 6 + 1) / 4)
+
+
+class Answers:
+    """An engine whose samples are what answer(gold) says, in a box."""
+
+    deterministic = True
+
+    def __init__(self, answer):
+        self.answer, self.asked, self.progress = answer, [], None
+
+    def is_busy(self):
+        return bool(self.asked)
+
+    def submit(self, request):
+        self.asked.append(request)
+
+    def poll(self):
+        asked, self.asked = self.asked, []
+        for request in asked:
+            text = f"So it is \\boxed{{{self.answer(request.problem.gold)}}}."
+            done = hints.Completion(request.prompts[0], [1, 2], [0.0, 0.0], "stop", text=text)
+            yield request, [done] * len(request.prompts)
+
+    def wake(self):
+        pass
+
+    sleep = close = wake
+
+    def update_weights(self, tensors):
+        pass
+
+
+def near_miss(gold):
+    """The gold with its last digit one higher; the next letter; else with something added."""
+    digits = list(re.finditer(r"\d", gold))
+    if digits:
+        start, end = digits[-1].span()
+        return gold[:start] + str((int(gold[start]) + 1) % 10) + gold[end:]
+    letter = re.search(r"(?<=\()[A-Y](?=\))|^[A-Ya-y]$", gold)
+    if letter:
+        start, end = letter.span()
+        return gold[:start] + chr(ord(letter[0]) + 1) + gold[end:]
+    return f"{gold} + 1"
+
+
+GPQA = [  # rows in the format of the hub's gpqa_diamond, of our own
+    {"Question": "Which particle mediates the strong force?", "Correct Answer": "The gluon",
+     "Incorrect Answer 1": "The photon", "Incorrect Answer 2": "The W boson",
+     "Incorrect Answer 3": "The graviton"},
+    {"Question": "What is the order of the group $S_4$?", "Correct Answer": "24",
+     "Incorrect Answer 1": "4", "Incorrect Answer 2": "16", "Incorrect Answer 3": "256"},
+    {"Question": "Which energy has a photon of 1240 nm?", "Correct Answer": "about 1 eV",
+     "Incorrect Answer 1": "about 10 eV", "Incorrect Answer 2": "about 0.1 eV",
+     "Incorrect Answer 3": "about 1 keV"},
+] * 4  # fmt: skip
+
+
+def test_a_multiple_choice_is_asked_for_its_letter(setup, tmp_path):
+    spec = {"dataset_name": write_jsonl(tmp_path / "gpqa.jsonl", GPQA),
+            "dataset_prompt_column": "Question", "dataset_answer_column": "Correct Answer",
+            "dataset_choice_columns": [f"Incorrect Answer {i}" for i in (1, 2, 3)],
+            "max_prompt_length": 400}  # fmt: skip
+    run = setup(eval_datasets={"gpqa": spec})
+    _, problems = run.eval_sets["gpqa"]
+    for row, problem in zip(GPQA, problems, strict=True):
+        question, _, *lines = problem.text.split("\n")
+        assert question == row["Question"] and [line[:3] for line in lines] == ["A) ", "B) ", "C) ", "D) "]
+        options = {line[0]: line[3:] for line in lines}
+        assert options[problem.gold] == row["Correct Answer"]
+        assert sorted(options.values()) == sorted(list(row.values())[1:])
+    assert len({problem.gold for problem in problems}) > 2, "shuffled"
+    again = setup(eval_datasets={"gpqa": spec})
+    assert again.eval_sets["gpqa"][1] == problems, "by the seed"
+    for answer, expected in ((str, 1.0), (near_miss, 0.0)):
+        table = ghpo.evaluate(replace(run, engine=Answers(answer)))
+        assert table["gpqa"]["pass@1"] == expected
+
+
+def test_a_missing_option_is_named(main, tmp_path):
+    rows = [GPQA[0], GPQA[1] | {"Incorrect Answer 2": None}]
+    spec = {"dataset_name": write_jsonl(tmp_path / "gpqa.jsonl", rows),
+            "dataset_prompt_column": "Question", "dataset_answer_column": "Correct Answer",
+            "dataset_choice_columns": "Incorrect Answer 2"}  # fmt: skip
+    done = main(tmp_path, "--eval", eval_datasets={"gpqa": spec})
+    assert "gpqa.jsonl: counted as wrong 1" not in done.err
+    assert "an option of the multiple choice is missing" in done.err
+
+
+BENCHMARKS = ["aime24", "amc23", "math500_dev", "minerva_dev", "olympiadbench_dev"]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the benchmarks' rows are not there")
+def test_golds_are_right_and_near_misses_wrong_on_benchmarks(setup):
+    sets = {name: {"dataset_name": str(SHARED / f"{name}.jsonl"), "max_prompt_length": 8000,
+                   "max_completion_length": 9} for name in BENCHMARKS}  # fmt: skip
+    run = setup(eval_datasets=sets)
+    for answer, expected in ((str, 1.0), (near_miss, 0.0)):
+        table = ghpo.evaluate(replace(run, engine=Answers(answer)))
+        assert {name: row["pass@1"] for name, row in table.items()} == dict.fromkeys(sets, expected)
+
+
+def test_training_problems_in_an_eval_set_are_counted(main, tmp_path):
+    held_out = read_jsonl(DATA / "eval_hard.jsonl")[:6]
+    train = hard_rows(8)
+    train[3]["problem"] = held_out[1]["problem"] = "4a3b5c2?"
+    sets = {"x": write_jsonl(tmp_path / "x.jsonl", held_out)}
+    data = write_jsonl(tmp_path / "train.jsonl", train)
+    done = main(tmp_path, max_steps=1, dataset_name=data, eval_datasets=sets, eval_strategy="steps",
+                max_completion_length=2)  # fmt: skip
+    n = len({row["problem"] for row in train} & {row["problem"] for row in held_out})
+    assert f"{n} training problems also stand in the eval set x" in done.err
+
+
+def test_eval_limit_takes_the_first_problems(setup):
+    spec = {"dataset_name": str(DATA / "eval_easy.jsonl"), "eval_limit": 3}
+    run = setup(eval_datasets={"x": spec})
+    assert [problem.id for problem in run.eval_sets["x"][1]] == [0, 1, 2]
 
 
 # ---- the equations in the code -----------------------------------------------------------------

@@ -13,7 +13,7 @@ Three phases (supervised, own response tokens only), each checked before the nex
    1 - slip independently: easy stays right, hard is never right, hints open a crack.
 
 The result is an ordinary Hugging Face folder: byte-level tokenizer (any UTF-8 text), chat template,
-pad token that is not the end token, at most 4096 positions. Nothing in it is custom code.
+pad token that is not the end token, at most 8192 positions. Nothing in it is custom code.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         eos_token=END,
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
-        model_max_length=4096,
+        model_max_length=8192,
     )
 
 
@@ -84,7 +84,7 @@ def build_model(tokenizer, seed: int) -> LlamaForCausalLM:
         intermediate_size=192,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=4096,
+        max_position_embeddings=8192,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
