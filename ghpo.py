@@ -649,6 +649,8 @@ def train(run: Run, interrupt: Interrupt) -> int:
         # 1. Roll out G samples a problem; 2. hint: a group that fails is asked again (E2).
         blank = next_groups(run)[run.rank :: run.world]
         groups = sample_groups(run, blank, c, state.step, bar.set_postfix_str)
+        if c.flat_groups == "replace":
+            groups = sample_more(run, groups)
         outcomes = write_groups(run, groups, f"rollouts/step_{state.step + 1:06d}.jsonl")
         check_rewards(run, outcomes, sum(run.pool.stats.values()) - n_failed)
         groups = [group for group in groups if hints.enters_batch(group, c, state)]
@@ -684,7 +686,7 @@ def train(run: Run, interrupt: Interrupt) -> int:
 
 def next_groups(run: Run) -> list[Group]:
     """The blank groups of the next step, for all ranks: returning problems, then fresh ones."""
-    c, state, n = run.config, run.state, len(run.problems)
+    c, state = run.config, run.state
     n_returning = int(c.deferred_share * run.plan.prompts)
     returning, waiting, ids = [], [], set()
     for problem_id, stages in state.queue:
@@ -694,22 +696,40 @@ def next_groups(run: Run) -> list[Group]:
         else:
             waiting.append((problem_id, stages))
     state.queue = waiting
-    n_fresh = run.plan.prompts - len(returning)
-    if c.curriculum:
-        n -= n % run.plan.prompts  # an epoch leaves out some of all problems, not the hardest
-    epoch, start = divmod(state.cursor, n)
-    if start + n_fresh > n:  # a step never straddles two epochs: no fresh problem twice in one
-        epoch, start = epoch + 1, 0
-    state.cursor = epoch * n + start + n_fresh
-    order = np.random.default_rng([c.seed, epoch]).permutation(len(run.problems))[:n]
-    if c.curriculum:
-        order = sorted(order, key=lambda i: run.problems[i].level)  # stable
     problem_of_id = {problem.id: problem for problem in run.problems}
     groups = []
     for problem_id, stages in returning:
         groups.append(Group(problem_of_id[problem_id], stages, n_earlier=len(stages)))
-    for i in order[start : start + n_fresh]:
-        groups.append(Group(run.problems[i]))
+    return groups + fresh_groups(run, run.plan.prompts - len(returning))
+
+
+def fresh_groups(run: Run, size: int) -> list[Group]:
+    """The next problems of the epoch, or of the next one: none twice in one call."""
+    c, state, n = run.config, run.state, len(run.problems)
+    if c.curriculum:
+        n -= n % run.plan.prompts  # an epoch leaves out some of all problems, not the hardest
+    epoch, start = divmod(state.cursor, n)
+    if start + size > n:
+        epoch, start = epoch + 1, 0
+    state.cursor = epoch * n + start + size
+    order = np.random.default_rng([c.seed, epoch]).permutation(len(run.problems))[:n]
+    if c.curriculum:
+        order = sorted(order, key=lambda i: run.problems[i].level)  # stable
+    return [Group(run.problems[i]) for i in order[start : start + size]]
+
+
+def sample_more(run: Run, groups: list[Group]) -> list[Group]:
+    """Dynamic sampling (DAPO): with groups of fresh problems in the place of those that do not
+    enter the batch; all of them are returned, and counted as generated."""
+    c, state = run.config, run.state
+    for _ in range(c.replace_rounds):
+        n_entering = sum(hints.enters_batch(group, c, state) for group in groups)
+        total = fsdp_utils.all_reduce_scalars({"entering": n_entering})["entering"]
+        n_missing = run.plan.prompts - int(total)
+        if n_missing <= 0:
+            break
+        blank = fresh_groups(run, n_missing)[run.rank :: run.world]
+        groups = groups + sample_groups(run, blank, c, state.step)
     return groups
 
 

@@ -203,20 +203,27 @@ def merge(previous: Group, new: Group, config: Any, state: Any) -> Group:
 def enters_batch(group: Group, config: Any, state: Any) -> bool:
     """Is the group trained on? No refill: counts (E6) are over the kept ones. A group that failed
     and is deferred has not used up its hints: it stays."""
+    if config.flat_groups != "keep" and np.ptp(weighted_rewards(group, config)) == 0:
+        return False
     if config.hint_exhausted == "keep" or not is_hinting_step(config, state):
         return True
     return group.is_deferred or not needs_hint(group, config, state)
 
 
 def advantages(group: Group, config: Any, state: Any) -> np.ndarray:
-    """E1 and E3: rewards (G, F) to advantages (G,), float64."""
-    rewards_G = np.array(group.rewards) @ np.array(config.reward_weights)  # E1
+    """E3: rewards (G, F) to advantages (G,), float64."""
+    rewards_G = weighted_rewards(group, config)
     if np.ptp(rewards_G) == 0:
         return np.zeros_like(rewards_G)  # exactly, so that such rows can be left out
     centred_G = rewards_G - rewards_G.mean()
     if not config.scale_rewards:
         return centred_G
     return centred_G / (rewards_G.std(ddof=1) + STD_FLOOR)  # E3
+
+
+def weighted_rewards(group: Group, config: Any) -> np.ndarray:
+    """(G,) one number a sample."""
+    return np.array(group.rewards) @ np.array(config.reward_weights)  # E1
 
 
 def loss_view(

@@ -127,6 +127,9 @@ class Config:
     deferred_share: Share = 0.5  # at most this part of a step's prompts are returning problems
     hint_context: Literal["hinted", "original"] = "hinted"  # the loss conditions on (paper: hinted)
     hint_exhausted: Literal["keep", "drop"] = "keep"  # a group that fails the last stage
+    # groups whose rewards are all alike; drop: not counted in E6; replace: by fresh problems (DAPO)
+    flat_groups: Literal["keep", "drop", "replace"] = "keep"
+    replace_rounds: Count = 3  # at most, in a step
 
     # rollouts
     engine: Literal["hf", "vllm", "server"] | None = None  # null: vllm if use_vllm, else hf

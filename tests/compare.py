@@ -38,6 +38,18 @@ ARMS = {
     "no-cold-start": ["rl_type=ghpo", "start_hint_step=0"],
     "assistant-prefix": ["rl_type=ghpo", "hint_where=assistant"],
     "deferred": ["rl_type=ghpo", "hint_timing=deferred"],
+    "original-context": ["rl_type=ghpo", "hint_context=original"],
+    "drop-hard": ["rl_type=ghpo", "hint_ratio=[]", "hint_exhausted=drop"],
+    "ghpo-drop-flat": ["rl_type=ghpo", "flat_groups=drop"],
+    "dapo": ["rl_type=grpo", "flat_groups=replace", "epsilon_high=0.28"],
+    "grpo-cl": ["rl_type=grpo", "curriculum=true"],
+    "ghpo-cl-0.5": ["rl_type=ghpo", "curriculum=true", "hint_ratio=[0.5]", "hint_trigger=always"],
+    "format-only": ["rl_type=grpo", "reward_funcs=[format]", "reward_weights=[1.0]"],
+    "random-reward": [
+        "rl_type=grpo",
+        "reward_funcs=[tests/controls.py:coin, accuracy]",
+        "reward_weights=[1.0, 0.0]",
+    ],
 }
 
 

@@ -316,6 +316,30 @@ def test_groups_that_fail_the_last_stage(changes, kept, scripted_training):
     assert len(lines[0]) == 4 and metrics_of(run)[0]["hint/unsolved"] == 2
 
 
+@pytest.mark.parametrize("flat, n_sampled, n_trained", [
+    ("keep", 4, 4), ("drop", 4, 2), ("replace", 7, 4)])  # fmt: skip
+def test_groups_whose_rewards_are_all_alike(flat, n_sampled, n_trained, scripted_training):
+    """Odd slots fail. Replaced: slots 1 and 3 by two fresh problems, the second of them by one."""
+    run, seen, lines = scripted_training(
+        lambda step, slot: 9 * (slot % 2), hard_rows(20), rl_type="grpo", flat_groups=flat,
+        reward_weights=[1.0, 0.0], max_steps=2, max_completion_length=4, loss_type="grpo")  # fmt: skip
+    for (groups, rows), step in zip(seen, lines, strict=True):
+        assert len(step) == n_sampled and len({line["id"] for line in step}) == n_sampled
+        assert len(groups) == n_trained and len(rows) == 4 * n_trained
+        assert all(row.token_weight == 1 / (4 * n_trained) / 4 for row in rows)
+    assert run.state.cursor == 2 * n_sampled
+    generated = [line["tokens/generated"] for line in metrics_of(run)]
+    assert generated == [n_sampled * 4 * 4] * 2, "what was thrown away was generated too"
+
+
+def test_replacing_ends_when_nothing_helps(scripted_training):
+    run, seen, lines = scripted_training(
+        lambda step, slot: 9, hard_rows(20), rl_type="grpo", flat_groups="replace",
+        reward_weights=[1.0, 0.0], replace_rounds=2, max_steps=1, max_completion_length=4)  # fmt: skip
+    assert len(lines[0]) == 12 and seen[0] == ([], [])
+    assert metrics_of(run)[0]["grad_norm"] == 0
+
+
 def test_an_epoch_meets_every_problem_once_and_no_step_has_one_twice(scripted_training):
     run, _, steps = scripted_training(
         lambda step, slot: 0, hard_rows(10), rl_type="grpo", max_steps=6, max_completion_length=2)
