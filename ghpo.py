@@ -537,16 +537,22 @@ def collate(
     return inputs, batch
 
 
+def collated(run: Run, rows: list[Row]) -> list[tuple[dict, dict]]:
+    """The micro-batches of some rows, as many on every rank."""
+    c = run.config
+    batches = micro_batches(rows, c.micro_batch_tokens, c.packing)
+    n_batches = fsdp_utils.all_reduce_scalars({"n": len(batches)}, "max")["n"]
+    while len(batches) < max(1, n_batches):
+        batches.append([Row.weightless(FILLER_IDS)])
+    return [collate(batch, c.packing, run.device, run.master_dtype) for batch in batches]
+
+
 def optimize(run: Run, rows: list[Row], lr: float) -> dict[str, float]:
     """Loss and optimizer steps on the rows of all ranks; returns metrics. Every rank runs the same
     number of micro-batches; gradients are summed, for E6 has divided by the step's counts."""
     c, policy = run.config, run.policy
     used = [row for row in rows if row.has_gradient(c)]  # the others have been counted
-    batches = micro_batches(used, c.micro_batch_tokens, c.packing)
-    n_batches = fsdp_utils.all_reduce_scalars({"n": len(batches)}, "max")["n"]
-    while len(batches) < max(1, n_batches):
-        batches.append([Row.weightless(FILLER_IDS)])
-    batches = [collate(batch, c.packing, run.device, run.master_dtype) for batch in batches]
+    batches = collated(run, used)
     ref_logp = [None] * len(batches)
     if run.reference:
         with phase("logprob"), torch.no_grad():
@@ -569,6 +575,29 @@ def optimize(run: Run, rows: list[Row], lr: float) -> dict[str, float]:
             sums.append(token_sums(loss.detach(), is_clipped, entropy, old_logp[i], batch, c))
         norm = update(run, rows)
     return token_metrics(sums) | {"grad_norm": norm, "lr": lr}
+
+
+@torch.no_grad()
+def hint_reliance(run: Run, groups: list[Group]) -> dict[str, float]:
+    """How much hinted samples owe to their hints (2604.00698): log p(y | q + h) - log p(y | q), mean
+    over their tokens. Every rank must call it."""
+    c, rows = run.config, []
+    for group in groups:
+        plain_ids, _ = run.prompts.ids(group.problem)
+        for completion in group.completions:
+            if completion.hint:
+                for context, sign in ((completion.prompt_ids, 1.0), (plain_ids, -1.0)):
+                    row = Row.weightless([*context, *completion.token_ids], len(context))
+                    row.advantage = sign  # of its log-probs in the difference
+                    rows.append(row)
+    difference, n_tokens = 0.0, 0
+    for inputs, batch in collated(run, rows):
+        logp, _ = run.policy(**inputs, temperature=c.temperature)
+        difference += float((logp * batch["advantage"]).sum())
+        n_tokens += int((batch["advantage"] > 0).sum())
+    fsdp_utils.reshard(run.policy)
+    total = fsdp_utils.all_reduce_scalars({"difference": difference, "tokens": n_tokens})
+    return {"hint/reliance": total["difference"] / total["tokens"]} if total["tokens"] else {}
 
 
 def update(run: Run, rows: list[Row]) -> float:
@@ -660,8 +689,11 @@ def train(run: Run, interrupt: Interrupt) -> int:
 
         # 4. Micro-batches and loss (E4, E5, E7); 5. optimizer step. The sampler gets the weights
         # when the next rollout begins.
+        reliance = {}
+        if c.reliance_steps and state.step % c.reliance_steps == 0:
+            reliance = hint_reliance(run, groups)
         with phase("train"):
-            metrics = optimize(run, rows, run.learning_rate(state.step))
+            metrics = optimize(run, rows, run.learning_rate(state.step)) | reliance
         metrics |= hints.after_step(state, outcomes, c)
         metrics |= costs(run, rows, metrics["tokens/generated"], time.perf_counter() - started)
         state.step += 1

@@ -206,6 +206,7 @@ class Config:
     push_to_hub: MayChange[bool] = False
     hub_model_id: MayChange[str | None] = None
     report_to: MayChange[Tuple[Literal["wandb"]]] = ()
+    reliance_steps: MayChange[Natural] = 0  # log hint/reliance every so many steps; 0: never
     gpu_tflops: MayChange[Positive | None] = None  # of a GPU in bf16 (H100: 989): then MFU is told
     logging_steps: MayChange[Count] = 1  # for the terminal; metrics.jsonl has every step
     seed: Annotated[Int, Interval(ge=0, lt=2**63)] = 42

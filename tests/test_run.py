@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from conftest import (
     BASE, DATA, ROOT, SHARED, ScriptedPool, read_jsonl, settings, write_jsonl)
@@ -330,6 +331,26 @@ def test_groups_whose_rewards_are_all_alike(flat, n_sampled, n_trained, scripted
     assert run.state.cursor == 2 * n_sampled
     generated = [line["tokens/generated"] for line in metrics_of(run)]
     assert generated == [n_sampled * 4 * 4] * 2, "what was thrown away was generated too"
+
+
+def test_how_much_hinted_samples_owe_to_their_hints(scripted_training):
+    """Against the model's own logits, one sample at a time."""
+    run, seen, lines = scripted_training(
+        lambda step, slot: slot % 2, hard_rows(), max_steps=1, max_completion_length=60,
+        learning_rate=0.0, reliance_steps=1)  # fmt: skip
+    groups, _ = seen[0]
+    model, gaps = run.policy.model, []
+    for completion in [c for group in groups for c in group.completions if c.hint]:
+        (group,) = [group for group in groups if completion in group.completions]
+        sums = []
+        for context in (completion.prompt_ids, run.prompts.ids(group.problem)[0]):
+            ids = torch.tensor([[*context, *completion.token_ids]])
+            logp = model(ids).logits[0, len(context) - 1 : -1].double().log_softmax(-1)
+            sums.append(logp.gather(-1, ids[0, len(context) :, None]).squeeze(-1))
+        gaps.append(sums[0] - sums[1])
+    expected = torch.cat(gaps).mean().item()
+    assert len(gaps) == 8 and abs(expected) > 1e-3
+    assert metrics_of(run)[0]["hint/reliance"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_replacing_ends_when_nothing_helps(scripted_training):
