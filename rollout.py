@@ -429,15 +429,17 @@ class ServerEngine(Engine):
         self._check()
         for call in [call for call in self.calls if call.ready()]:
             (out,) = call.get()["choices"]
-            versions = {span["version"] for span in out["weight_versions"] or []}
-            if versions != {self.version}:
-                raise ServerError(
-                    f"vLLM server {self.url} sampled with weights that are not this run's: was it "
-                    "restarted, or does another run use it? The same command resumes this run"
-                )
+            self._need_our_weights({span["version"] for span in out["weight_versions"] or []})
             logp = [token["logprob"] for token in out["logprobs"]["content"]]
             self.progress.update(tokens=len(logp))
             yield call, out["token_ids"], logp, out["finish_reason"]
+
+    def _need_our_weights(self, versions):
+        if versions != {self.version}:
+            raise ServerError(
+                f"vLLM server {self.url} has weights that are not this run's: was it restarted, or "
+                "does another run use it? With a server of its own the same command resumes"
+            )
 
     def _check(self):
         """ServerError when the server no longer lives, whatever the limit of the call that waits."""
@@ -475,6 +477,8 @@ class ServerEngine(Engine):
 
     def update_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         """vLLM's sequence of calls; it is told of each tensor while that is broadcast to it."""
+        if self.link and self.version:
+            self._need_our_weights({self._call("/weight_info", method="GET")["weight_version"]})
         # also a barrier: no rank is sampling any more
         self.version = gather_objects(uuid.uuid4().hex)[0]
         if self.link:
