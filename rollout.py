@@ -442,10 +442,10 @@ class ServerEngine(Engine):
             )
 
     def _check(self):
-        """ServerError when the server no longer lives, whatever the limit of the call that waits."""
+        """ServerError when the server no longer lives, however long a call may still wait."""
         if time.monotonic() > self.next_check:
             self._http("/health", None, ALIVE_SECONDS, "GET")
-            if self.probe.ready():  # waits for the engine, which may be long at one step
+            if self.probe.ready():  # the engine answers this one, between its steps
                 self.probe.get()
                 probe = ["/is_paused", None, CALL_SECONDS, "GET"]
                 self.probe = self.pool.apply_async(self._http, probe)

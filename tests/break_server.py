@@ -28,6 +28,7 @@ BASE = ROOT / "tests/tiny/base"
 KEY, LIMIT_SECONDS, START_SECONDS = "a-key-of-this-test", 30, 240
 STEPS, GROUPS, SAMPLES = 12, 8, 64  # of the run; a step's
 AGAIN = "same command resumes"
+BROKEN = f"(Read|RemoteProtocol|Connect)Error.*{AGAIN}"
 
 
 class Server:
@@ -263,14 +264,13 @@ def break_running(trial):
     process = trial.to_a_new_step()
     since = trial.in_sync(process)
     server.kill()
-    trial.judge("killed in mid-sync", process, since, f"(Read|RemoteProtocol|Connect)Error.*{AGAIN}")
+    trial.judge("killed in mid-sync", process, since, BROKEN)
     server.start()
 
     process = trial.to_a_new_step()
     since = trial.in_generation(process)
     server.kill()
-    trial.judge("killed in mid-generation", process, since,
-                f"(Read|RemoteProtocol|Connect)Error.*{AGAIN}")  # fmt: skip
+    trial.judge("killed in mid-generation", process, since, BROKEN)
     since = time.monotonic()
     trial.judge("no server", trial.start(), since, f"refused.*run.sh serve.*{AGAIN}")
     server.start()

@@ -49,8 +49,8 @@ def key(monkeypatch):
 
 WRONG = [
     [], [b""], [b"Bearer"], [b"Bearer "], [KEY.encode()], [f"Basic {KEY}".encode()],
-    [f"Bearer {KEY[:-1]}".encode()], [f"Bearer {KEY}x".encode()], [f"Bearer {KEY.upper()}".encode()],
-    ["Bearer schlüssel".encode()], [b"Bearer \xff"],
+    [f"Bearer {KEY[:-1]}".encode()], [f"Bearer {KEY}x".encode()],
+    [f"Bearer {KEY.upper()}".encode()], ["Bearer schlüssel".encode()], [b"Bearer \xff"],
 ]  # fmt: skip
 
 
@@ -113,8 +113,9 @@ def serve(tmp_path, *overrides, **environment):
     path = tmp_path / "a.yaml"
     path.write_text(yaml.safe_dump(settings()))
     mine = {name: value for name, value in os.environ.items() if name != "VLLM_API_KEY"}
-    return subprocess.run([sys.executable, "-m", "configs.plan", "serve", str(path), *overrides],
-                          cwd=ROOT, env=mine | environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "configs.plan", "serve", str(path), *overrides], cwd=ROOT,
+        env=mine | environment, capture_output=True, text=True, timeout=120)  # fmt: skip
 
 
 def test_serve_refuses_the_network_without_a_key_and_a_port_that_is_taken(tmp_path):
