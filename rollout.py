@@ -10,9 +10,11 @@ import itertools
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -22,11 +24,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from configs import UserError
-from fsdp_utils import barrier, phase, reshard, unshard
+from configs.plan import need_port
+from configs.serve_key import key_header
+from fsdp_utils import barrier, gather_objects, phase, reshard, unshard
 from hints import Completion, Group, Problem, Stage
 
 CONNECT_SECONDS, CALL_SECONDS, GENERATE_SECONDS = 5, 120, 1800  # limits of calls to a server
-POLL_SECONDS, CHECK_SECONDS = 0.02, 10  # how often a server's answers, and it itself, are looked at
+POLL_SECONDS, CHECK_SECONDS = 0.02, 5  # how often a server's answers, and it itself, are looked at
+ALIVE_SECONDS = 15  # within which a server shows that it lives, however long its engine computes
 LOWEST_LOGP, HIGHEST_LOGP = -9000, 0.001  # over HTTP a NaN is -9999
 SHOW_SECONDS = 0.5  # between two updates of the progress bar
 
@@ -379,13 +384,26 @@ class ServerEngine(Engine):
         super().__init__(tokenizer, eos_ids, max_model_len)
         host, port = config.vllm_server_host, config.vllm_server_port
         self.url, self.next_check, self.link = f"http://{host}:{port}", 0.0, None
+        self.version, self.key = None, key_header()  # version: of the weights that were sent last
         self.pool = ThreadPool(512)  # of daemons: a server that hangs does not keep the process
+        self.probe = self.pool.apply_async(bool)  # of the server's engine
         if os.environ.get("RANK", "0") == "0":
+            self._need_same_model(config.model_name_or_path)
             self.link = self._open_link(host, port)
+
+    def _need_same_model(self, name):
+        """ServerError when the server's own config lets this run fail, or go on wrongly."""
+        (served,) = self._call("/v1/models", method="GET")["data"]
+        theirs, length = served["root"], served["max_model_len"]
+        if Path(theirs).name != Path(name).name or length < self.max_model_len:
+            raise ServerError(
+                f"vLLM server {self.url} has {theirs} for sequences of {length} tokens, this run "
+                f"has {name} and {self.max_model_len}: start it with this run's config and settings"
+            )
 
     def _open_link(self, host, port):
         """The group in which this process is rank 0 and the server's workers are the others."""
-        workers = self._http("/get_world_size", method="GET")["world_size"]
+        workers = self._call("/get_world_size", method="GET")["world_size"]
         with socket.create_connection((host, port), CONNECT_SECONDS) as probe:
             address = probe.getsockname()[0]  # ours, as the server can reach it
         place = {
@@ -394,12 +412,13 @@ class ServerEngine(Engine):
             "master_port": port + 1,
             "world_size": 1 + workers,
         }
+        need_port(address, port + 1)
         if not torch.cuda.is_available():
             import configs.vllm_cpu  # noqa: F401, puts gloo in the place of NCCL
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
         link = self.pool.apply_async(trainer_init, [place])
-        self._http("/init_weight_transfer_engine", {"init_info": place})
+        self._call("/init_weight_transfer_engine", {"init_info": place})
         return link.get(CALL_SECONDS)
 
     def _start(self, prompt, fields):
@@ -411,46 +430,73 @@ class ServerEngine(Engine):
     def _ended(self):
         """What has come back, after 20 ms; raises when a call or the server has failed."""
         time.sleep(POLL_SECONDS)
-        if time.monotonic() > self.next_check:
-            self._http("/is_paused", method="GET")  # unlike /health it waits for the engine
-            self.next_check = time.monotonic() + CHECK_SECONDS
+        self._check()
         for call in [call for call in self.calls if call.ready()]:
             (out,) = call.get()["choices"]
+            self._need_our_weights({span["version"] for span in out["weight_versions"] or []})
             logp = [token["logprob"] for token in out["logprobs"]["content"]]
             self.progress.update(tokens=len(logp))
             yield call, out["token_ids"], logp, out["finish_reason"]
 
-    def _http(self, path, body=None, timeout=CALL_SECONDS, method="POST"):
+    def _need_our_weights(self, versions):
+        if versions != {self.version}:
+            raise ServerError(
+                f"vLLM server {self.url} has weights that are not this run's: was it restarted, or "
+                "does another run use it? With a server of its own the same command resumes"
+            )
+
+    def _check(self):
+        """ServerError when the server no longer lives, however long a call may still wait."""
+        if time.monotonic() > self.next_check:
+            self._http("/health", None, ALIVE_SECONDS, "GET")
+            if self.probe.ready():  # the engine answers this one, between its steps
+                self.probe.get()
+                probe = ["/is_paused", None, CALL_SECONDS, "GET"]
+                self.probe = self.pool.apply_async(self._http, probe)
+            self.next_check = time.monotonic() + CHECK_SECONDS
+
+    def _call(self, path, body=None, method="POST"):
+        """The answer of a server that is seen to live meanwhile."""
+        call = self.pool.apply_async(self._http, [path, body, CALL_SECONDS, method])
+        while not call.ready():
+            self._check()
+            call.wait(POLL_SECONDS)
+        return call.get()
+
+    def _http(self, path, body, timeout, method="POST"):
         """The server's JSON answer."""
         limits = httpx2.Timeout(timeout, connect=CONNECT_SECONDS)
         try:  # without the proxies of the environment and, since this is not https, certificates
             answer = httpx2.request(
-                method, self.url + path, json=body, timeout=limits, trust_env=False, verify=False
-            )
+                method, self.url + path, json=body, timeout=limits, headers=self.key,
+                trust_env=False, verify=False)  # fmt: skip
             if answer.is_error:
                 raise ValueError(f"{answer.status_code} {answer.text[:2000]}")
-            return answer.json()
-        except (httpx2.HTTPError, ValueError) as error:
+            return answer.json() if answer.content else None
+        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
             raise ServerError(
-                f"vLLM server {self.url}{path}: {error!r}. Is it running? "
-                "./run.sh serve CONFIG starts it"
+                f"vLLM server {self.url}{path}: {error!r}. Start it anew, ./run.sh serve CONFIG, "
+                "with the same VLLM_API_KEY as here; then the same command resumes this run"
             ) from None
 
     def update_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         """vLLM's sequence of calls; it is told of each tensor while that is broadcast to it."""
-        barrier("no rank is sampling any more")
+        if self.link and self.version:
+            self._need_our_weights({self._call("/weight_info", method="GET")["weight_version"]})
+        # also a barrier: no rank is sampling any more
+        self.version = gather_objects(uuid.uuid4().hex)[0]
         if self.link:
-            self._http("/pause?mode=wait")  # empties the prefix cache too, or answers 500
-            self._http("/start_weight_update")
+            self._call("/pause?mode=wait")  # empties the prefix cache too, or answers 500
+            self._call("/start_weight_update")
         for name, tensor in tensors:  # on every rank: each is a collective
             if self.link:
                 self.pool.apply_async(self.link.broadcast, [tensor.contiguous(), 0])
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 info = {"names": [name], "shapes": [[*tensor.shape]], "dtype_names": [dtype]}
-                self._http("/update_weights", {"update_info": info})
+                self._call("/update_weights", {"update_info": info})
         if self.link:
-            self._http("/finish_weight_update")
-            self._http("/resume")
+            self._call("/finish_weight_update", {"weight_version": self.version})
+            self._call("/resume")
         barrier("the server has the weights")
 
     def close(self):

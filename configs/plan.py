@@ -4,11 +4,13 @@
 """
 
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from configs import UserError, need, say
+from configs.serve_key import LOCAL_HOSTS, key_header
 from configs.settings import Config, eval_config, read_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,16 +93,23 @@ def longest_sequence(config: Config) -> int:
 
 def server_arguments(config: Config, n_gpus: int) -> tuple[list[str], dict[str, str]]:
     """(argv, environment) of the vLLM server; without a GPU its weights come over gloo."""
-    length = longest_sequence(config)
+    length, host, has_key = longest_sequence(config), config.vllm_server_host, bool(key_header())
+    need(has_key or host in LOCAL_HOSTS, f"config: vllm_server_host={host}: whoever reaches the "
+         "server could change its weights: set VLLM_API_KEY in the environment, here and of the "
+         "training, to a word of your own")  # fmt: skip
     argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enable-scale-out",
             "--skip-tokenizer-init"]  # fmt: skip
     environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # the calls that update weights
+    path = [str(ROOT), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path)  # where it finds configs
     options = {
         "model": config.model_name_or_path, "revision": config.model_revision,
-        "host": config.vllm_server_host, "port": config.vllm_server_port,
+        "host": host, "port": config.vllm_server_port,
         "dtype": config.torch_dtype, "max-model-len": length,
         "logprobs-mode": "processed_logprobs", "weight-transfer-config": '{"backend":"nccl"}',
     }  # fmt: skip
+    if has_key:
+        options["middleware"] = "configs.serve_key.RequireKey"
     if n_gpus > 1:
         options["data-parallel-size"] = n_gpus  # a copy of the model on each
     if n_gpus == 0:
@@ -108,9 +117,8 @@ def server_arguments(config: Config, n_gpus: int) -> tuple[list[str], dict[str, 
         argv += ["--enforce-eager", "--no-enable-chunked-prefill"]
         options |= {"worker-extension-cls": "configs.vllm_cpu.Extension",
                     "max-num-batched-tokens": max(4096, length), "kv-cache-memory-bytes": 2**30}
-        path = [str(ROOT), environment.get("PYTHONPATH", "")]
-        environment |= {"PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1",
-                        "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        environment |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
+                        "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     for name, value in options.items():
         argv += [f"--{name}", str(value)]
     return argv, environment
@@ -120,12 +128,23 @@ def main(path: str, *overrides: str) -> None:
     """Becomes the server of a config; Ctrl-C or SIGTERM stops it."""
     try:
         config = read_config(path, overrides)  # with all eval sets: --eval comes here too
+        import torch  # slow
+        argv, environment = server_arguments(config, torch.cuda.device_count())
+        need_port(config.vllm_server_host, config.vllm_server_port)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    import torch  # slow
-    argv, environment = server_arguments(config, torch.cuda.device_count())
     os.execve(argv[0], argv, environment)
+
+
+def need_port(host: str, port: int) -> None:
+    """UserError unless a server of this process could listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise UserError(f"{host}:{port} cannot be listened to: {error}. End what does, or choose "
+                        "another vllm_server_port, for server and training alike") from None
 
 
 if __name__ == "__main__":

@@ -867,6 +867,7 @@ def options_of(argv):
 
 
 def test_the_servers_command_line(monkeypatch):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
     monkeypatch.setenv("PYTHONPATH", "/elsewhere")
     config = make_config(eval_datasets={"x": {"dataset_name": "d", "max_completion_length": 900}},
                          vllm_server_port=1234, torch_dtype="bfloat16")  # fmt: skip
@@ -882,7 +883,7 @@ def test_the_servers_command_line(monkeypatch):
     argv, environment = plan.server_arguments(config, 4)
     gpu = options_of(argv)
     assert gpu["data-parallel-size"] == "4" and "worker-extension-cls" not in gpu
-    assert environment["PYTHONPATH"] == "/elsewhere"
+    assert environment["PYTHONPATH"].split(":") == [str(ROOT), "/elsewhere"]
     assert "data-parallel-size" not in options_of(plan.server_arguments(config, 1)[0])
 
 

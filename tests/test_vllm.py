@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two busy OpenMP threads are 10 x slower
 
+import httpx2
 import pytest
 import torch
 import torch.distributed as dist
@@ -35,7 +36,7 @@ from rollout import HfEngine, Request, ServerEngine, VllmEngine
 TESTS = Path(__file__).parent
 BASE = TESTS / "tiny/base"
 EOS = {1, 7}  # two, of which the model's own config names none
-LENGTH = 300
+LENGTH, KEY = 300, "a-key-of-this-test"
 
 
 NO_TEXT = SimpleNamespace(decode=lambda ids, skip_special_tokens: "", pad_token_id=0)
@@ -263,10 +264,10 @@ def print_greedy_tokens(folder):
 # ---- over HTTP -----------------------------------------------------------------------------------
 
 
-def server_engine(port):
+def server_engine(port, model=BASE, length=LENGTH):
     if not dist.is_initialized():
         fsdp_utils.setup_distributed()
-    return ServerEngine(settings("", port), NO_TEXT, EOS, LENGTH, None)
+    return ServerEngine(settings(model, port), NO_TEXT, EOS, length, None)
 
 
 def free_port():
@@ -278,7 +279,9 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """A server on the tiny model, which the last test kills: .port, .log, .kill()."""
+    """A server on the tiny model with a key, which the last test kills: .port, .log, .kill()."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("VLLM_API_KEY", KEY)
     port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
     config = Config(str(BASE), dataset_name="-", torch_dtype="float32", vllm_server_port=port,
                     max_prompt_length=LENGTH - 64, max_completion_length=64)  # fmt: skip
@@ -302,6 +305,53 @@ def server(tmp_path_factory):
         time.sleep(0.5)
     yield SimpleNamespace(port=port, log=log, kill=kill)
     kill()
+    patch.undo()
+
+
+UNLISTED = ("/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc", "/metrics/", "/", "/no")
+UPGRADE = {"connection": "upgrade", "upgrade": "websocket", "sec-websocket-version": "13",
+           "sec-websocket-key": "dGhlIHNhbXBsZSBub25jZQ=="}  # fmt: skip
+
+
+def test_every_route_asks_for_the_key(server):
+    key = {"authorization": f"Bearer {KEY}"}
+    with httpx2.Client(base_url=f"http://127.0.0.1:{server.port}", trust_env=False) as client:
+        listed = client.get("/openapi.json", headers=key).json()["paths"]
+        dev_mode = {"/collective_rpc", "/sleep", "/init_weight_transfer_engine", "/update_weights"}
+        assert dev_mode | {"/health", "/metrics", "/v1/models"} < set(listed)
+        routes = [(method, path) for path, methods in listed.items() for method in methods]
+        routes += [("get", path) for path in UNLISTED]
+        routes += [(method, path) for method in ("options", "head", "put") for path in listed]
+        for method, path in routes:
+            for wrong in ({}, {"authorization": f"Bearer {KEY}x"}, {"authorization": KEY}, UPGRADE):
+                status = client.request(method, path, headers=wrong).status_code
+                assert status == 401, (method, path, wrong)
+        assert client.get("/health", headers=key).status_code == 200
+    assert KEY not in server.log.read_text()
+
+
+def test_a_server_of_another_run_is_refused(server):
+    for model, length, told in (("elsewhere/other", LENGTH, "base .*this run has elsewhere/other"),
+                                (BASE, LENGTH + 1, f" {LENGTH} tokens, .* {LENGTH + 1}: start it")):
+        with pytest.raises(RuntimeError, match=told):
+            server_engine(server.port, model, length)
+    mine = server_engine(server.port, f"elsewhere/{BASE.name}")
+    weights = LlamaForCausalLM(AutoConfig.from_pretrained(BASE)).state_dict()
+    weights.pop("lm_head.weight")  # tied
+    mine.update_weights(weights.items())
+    assert len(sample(mine, [ask(0)])) == 3
+    mine._http("/update_weight_version", {"new_version": "of another run"}, 60)
+    with pytest.raises(RuntimeError, match="not this run's"):
+        sample(mine, [ask(0)])
+    with pytest.raises(RuntimeError, match="not this run's"):
+        mine.update_weights(weights.items())
+    mine.close()
+
+
+def test_the_port_of_the_weights_may_be_taken(server):
+    with socket.create_server(("127.0.0.1", server.port + 1)):
+        with pytest.raises(ValueError, match=f"{server.port + 1} cannot be listened to"):
+            server_engine(server.port)
 
 
 def test_server_follows_weights(server, tmp_path):
