@@ -60,8 +60,8 @@ CHECK_LIMITS = {"bfloat16": (0.02, 0.2)}  # mean and largest |dlogp|; of other t
 EXACT = (1e-4, 1e-4)
 CHARS_PER_TOKEN = 8  # a guess: hints of more characters are tried in parts
 MAX_NONFINITE = 10  # updates in a row that nonfinite: skip leaves out
-MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT,
-            errno.ENOTDIR, errno.EISDIR, errno.EEXIST}  # by the user: disk, rights, folders
+MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+            errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}  # by the user: disk, rights
 FILLER_IDS = [0, 0]  # of a row that runs and weighs nothing
 PADDED_SHARE, PADDED_TOKENS = 0.97, 512  # a micro-batch has so little padding, or so few tokens
 MAX_WORKERS = 8  # verifiers of a process
@@ -864,8 +864,9 @@ def export(run, folder, **hub):
         for name, buffer in model.named_buffers():
             if name in saved:  # as the bias of some MoE routers
                 weights[name] = buffer.cpu()
-        model.save_pretrained(folder, state_dict=weights, **hub)
-        run.prompts.tokenizer.save_pretrained(folder, **hub)
+        with as_user_error(f"{folder} cannot be written (is the disk full?)"):
+            model.save_pretrained(folder, state_dict=weights, **hub)
+            run.prompts.tokenizer.save_pretrained(folder, **hub)
         path = Path(folder) / "config.json"  # in which transformers has put the masters' dtype
         exported = json.loads(path.read_text()) | {"dtype": run.config.torch_dtype}
         path.write_text(json.dumps(exported, indent=2) + "\n")
@@ -1066,9 +1067,10 @@ def resume(run: Run, is_eval: bool) -> None:
     metrics = run.folder / "metrics.jsonl"
     if run.rank == 0 and metrics.is_file() and not is_eval:  # later lines will be computed again
         with open(metrics, "r+b") as file, open(f"{metrics}.stale", "ab") as stale:
-            kept = file.read(run.state.metrics_bytes)
+            kept = file.read(run.state.metrics_bytes).rfind(b"\n") + 1  # a crash may cut a line
+            file.seek(kept)
             stale.write(file.read())
-            file.truncate(len(kept))
+            file.truncate(kept)
 
 
 def dry_run(config: Config) -> None:
@@ -1124,6 +1126,8 @@ def main() -> None:
         place = fsdp_utils.current_phase()
         print(f"error: in phase '{place}': {error}", file=sys.stderr, flush=True)
         os._exit(2)
+    except KeyboardInterrupt:  # before there was a step to finish
+        stopped_by = signal.SIGINT
     if stopped_by:
         os._exit(128 + stopped_by)
 

@@ -4,6 +4,7 @@ Called by ghpo.py. What the libraries refuse is one line that names the model, a
 writes beside the weights is written once at the start, lest the first checkpoint fails on it.
 """
 
+import pickle
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from configs.plan import longest_sequence
 EXAMPLE_TEMPLATE = (  # as YAML
     r'"{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"')
 LIBRARY_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError,
-                  RuntimeError, SafetensorError, TemplateError)
+                  RuntimeError, SafetensorError, TemplateError, pickle.UnpicklingError)
 
 
 @contextmanager
