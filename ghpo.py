@@ -150,7 +150,10 @@ class Prompts:
     def __init__(self, config: Config, state: State | None = None):
         self.config, self.state = config, state or State()
         self.tokenizer = load_tokenizer(config)
-        self.special = [token for token in self.tokenizer.all_special_tokens
+        # those of a role, say, are in no attribute of the tokenizer
+        added = [token.content for token in self.tokenizer.added_tokens_decoder.values()
+                 if token.special]
+        self.special = [token for token in dict.fromkeys([*self.tokenizer.all_special_tokens, *added])
                         if not re.fullmatch("</?(think|answer)>", token)]
         # the date that a template shows must not change the prompts when a run is resumed
         self.template_values = {"strftime_now": PROMPT_DATE.strftime}

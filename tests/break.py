@@ -718,9 +718,9 @@ TRIALS += [
     stopped("ctrl_c_as_a_command", signal.SIGINT, 130, as_command=True),
     Trial(9, "ctrl_c_at_the_start", setting(), status=130, is_new=True,
           during=once("../log", to_program(signal.SIGINT))),
-    Trial(9, "ctrl_c_twice", reward(SOME + "time.sleep(9)", "max_steps=99", "verifier_timeout=10"),
-          ("once more ends at once",), 130, is_new=True, seconds=25,
-          during=once("rollouts", to_program(signal.SIGINT, signal.SIGINT))),
+    Trial(9, "ctrl_c_twice", reward("if response not in ('', gold): open('begun', 'w'); time.sleep(9)",
+          "verifier_timeout=10"), ("once more ends at once",), 130, is_new=True, seconds=30,
+          during=once("../begun", to_program(signal.SIGINT, signal.SIGINT))),
     Trial(9, "sighup", setting("max_steps=99"), status=129,
           during=once("rollouts/step_000003.jsonl", to_program(signal.SIGHUP))),
     Trial(9, "killed_in_a_write", setting("max_steps=99"), status=137,
@@ -835,8 +835,8 @@ TRIALS += [
     hostile("yaml_as_a_setting", setting(f"seed={YAML}"), "^error: config: seed"),
     hostile("output_dir_is_a_command", setting(f"output_dir=run/$(touch {OWNED})", "max_steps=1"),
             DONE, 0),
-    no_model("code_of_the_tokenizer", own_code("tokenizer_config.json", auto_map={
-        "AutoTokenizer": [EVIL, EVIL]}), "custom code", kind=10),
+    no_model("code_of_the_tokenizer", own_code("tokenizer_config.json", tokenizer_class="Evil",
+             auto_map={"AutoTokenizer": [EVIL, EVIL]}), "custom code", kind=10),
     no_model("code_of_the_model", own_code("config.json", model_type="evil", auto_map={
         "AutoConfig": EVIL, "AutoModelForCausalLM": EVIL}), kind=10),
     no_model("pickled_weights", model(pickled_weights), kind=10),
