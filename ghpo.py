@@ -150,11 +150,9 @@ class Prompts:
     def __init__(self, config: Config, state: State | None = None):
         self.config, self.state = config, state or State()
         self.tokenizer = load_tokenizer(config)
-        # those of a role, say, are in no attribute of the tokenizer
-        added = [token.content for token in self.tokenizer.added_tokens_decoder.values()
-                 if token.special]
-        self.special = [token for token in dict.fromkeys([*self.tokenizer.all_special_tokens, *added])
-                        if not re.fullmatch("</?(think|answer)>", token)]
+        added = self.tokenizer.added_tokens_decoder.values()  # those of roles too
+        self.special = [str(token) for token in added
+                        if token.special and not re.fullmatch("</?(think|answer)>", str(token))]
         # the date that a template shows must not change the prompts when a run is resumed
         self.template_values = {"strftime_now": PROMPT_DATE.strftime}
         self.template_values |= config.chat_template_kwargs
