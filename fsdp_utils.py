@@ -221,7 +221,7 @@ def save_checkpoint(
             temporary.mkdir(parents=True)
         barrier("the folder is there")
         reshard(model)
-        with as_user_error(f"{temporary} cannot be written (is the disk full?)"):
+        with as_one_line(f"{temporary} cannot be written (is the disk full?)"):
             dcp.save(tensors_of(model, optimizer), checkpoint_id=temporary)
         if export:
             export(temporary)
@@ -266,7 +266,7 @@ def load_newest(folder: Path, model, optimizer) -> tuple[Path, dict] | None:
 
 
 @contextmanager
-def as_user_error(what: str):
+def as_one_line(what: str):
     """A failure inside DCP, which all ranks get, becomes one line that begins with `what`."""
     try:
         yield
@@ -278,7 +278,7 @@ def as_user_error(what: str):
 def load_checkpoint(path: Path, model, optimizer) -> dict:
     """Fill weights and optimizer in place; return the saved state."""
     tensors = tensors_of(model, optimizer)
-    with as_user_error(f"{path} cannot be loaded"):
+    with as_one_line(f"{path} cannot be loaded"):
         dcp.load(tensors, storage_reader=SafeReader(path))
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     _, moments = get_state_dict(model, optimizer, options=options)

@@ -865,7 +865,7 @@ def export(run, folder, **hub):
         for name, buffer in model.named_buffers():
             if name in saved:  # as the bias of some MoE routers
                 weights[name] = buffer.cpu()
-        with as_user_error(f"{folder} cannot be written (is the disk full?)"):
+        with as_user_error(f"{folder} cannot be written"):
             model.save_pretrained(folder, state_dict=weights, **hub)
             run.prompts.tokenizer.save_pretrained(folder, **hub)
         path = Path(folder) / "config.json"  # in which transformers has put the masters' dtype

@@ -39,8 +39,26 @@ SETTINGS = [  # 4 problems by 4 samples a step, 3 steps; paths are relative to t
     "max_completion_length=64", "temperature=2", "start_hint_step=0", "learning_rate=1e-3",
     "lr_scheduler_type=constant", "warmup_steps=0", "save_steps=1", "save_total_limit=null",
     "eval_strategy=no", "report_to=[]"]
-# What the trials of each kind saw at commit fcd61fb.
-SEEN_BEFORE = {}
+SEEN_BEFORE = {  # at commit fcd61fb, by `--root` (TB: a traceback, status 1)
+    "checkpoint-000002-keep": "resumed from as the newest; TB",
+    "checkpoint-notes.txt": "taken for a checkpoint; TB", "checkpoint-best": "resumed from; TB",
+    "zeros_in_a_shard": "resumed without a word, to other numbers",
+    "empty_state": "TB", "truncated_shard": "TB",
+    "stops_itself": "hangs (60 s), 2 processes left", "forks_and_answers": "16 processes left",
+    "26_kB": "no step in 30 s", "900_kB": "no step in 30 s",
+    "raises": "status 0", "none": "status 0", "kills_its_worker": "status 0",
+    "one_of_two_raises": "ONE",
+    "data_reversed": "resumed, status 0", "metrics_gone_and_rate_changed": "resumed, status 0",
+    "max_steps_raised": "refused, status 2",
+    "top_p=-0.1": "TB", "learning_rate=-1": "TB",
+    "hint_threshold=2": "trains, status 0", "temperature=1e30": "trains, status 0",
+    "null_content": "TB", "half_a_surrogate": "TB", "fifo": "hangs (60 s)",
+    "nan_answer": "trained on the answer nan",
+    "output_dir_is_a_file": "TB", "ctrl_c": "TB", "truncated_weights": "TB",
+    "missing_tensor": "trained with a random one, status 0",
+    "payload_in_the_index": "PAYLOAD1", "payload_as_bytes": "PAYLOAD2",
+    "reward_exits_at_import": "ends, status 0",
+    "special_tokens": "80 bytes of them are 8 control tokens"}
 
 # ---- what was there before and after -----------------------------------------------------------
 
@@ -159,13 +177,15 @@ def prepare(root, folder):
     return whole, killed
 
 
-def faults_of(trial, place, whole):
-    """What was promised of a trial that ended in time and is not so."""
+def faults_of(trial, place, status, whole):
+    """What was promised and is not so."""
     run, log, faults = place / "run", (place / "log").read_text(errors="replace"), []
     if "Traceback" in log:
         faults.append("traceback")
     if list(place.rglob(OWNED)):
         faults.append("owned")
+    if status != trial.status:
+        return faults
     faults += [f"untold:{one!r}" for one in trial.told if not re.search(one, log, re.M)]
     faults += [f"gone:{name}" for name in trial.there if not (run / name).exists()]
     for path in [*run.glob("metrics.jsonl"), *run.glob("rollouts/*.jsonl")]:
@@ -199,11 +219,7 @@ def attempt(trial, root, folder, whole, killed, intact):
     seconds = time.monotonic() - began
     n_left = left_behind(place)
     n_lost = lost(before, inventory(place), intact, trial.rotated)
-    observed = ["late" if status is None else str(status)]
-    if status == trial.status:
-        observed += faults_of(trial, place, whole)
-    elif "Traceback" in (place / "log").read_text(errors="replace"):
-        observed.append("traceback")
+    observed = ["late" if status is None else str(status), *faults_of(trial, place, status, whole)]
     observed += [f"{name}:{n}" for name, n in [("left", n_left), ("lost", n_lost)] if n]
     is_ok = observed == [str(trial.status)]
     verdict = "ok" if is_ok else "BROKEN"

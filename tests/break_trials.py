@@ -98,17 +98,18 @@ def both(run, *acts):
 @act
 def edit(run, name, work):
     """A file's new text is work(its text)."""
-    path = run / name
+    path = Path(os.path.normpath(run / name))  # a new run has no folder yet
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(work(path.read_text() if path.exists() else ""))
 
 
 @act
 def gone(run, name):
-    if (run / name).is_dir():
-        shutil.rmtree(run / name)
+    path = Path(os.path.normpath(run / name))
+    if path.is_dir():
+        shutil.rmtree(path)
     else:
-        (run / name).unlink()
+        path.unlink()
 
 
 @act
@@ -684,7 +685,7 @@ class Payload:
     """Unpickled, it writes the file OWNED."""
 
     def __init__(self, folder):
-        self.path = str(folder / OWNED)
+        self.path = str(folder.parent / OWNED)
 
     def __reduce__(self):
         return open, (self.path, "w")
