@@ -47,7 +47,7 @@ SEEN_BEFORE = {  # at commit fcd61fb, by `--root` (TB: a traceback, status 1)
     "stops_itself": "hangs (60 s), 2 processes left", "forks_and_answers": "16 processes left",
     "26_kB": "no step in 30 s", "900_kB": "no step in 30 s",
     "raises": "status 0", "none": "status 0", "kills_its_worker": "status 0",
-    "one_of_two_raises": "ONE",
+    "one_of_two_raises": "accuracy is 0 where the other reward raised",
     "data_reversed": "resumed, status 0", "metrics_gone_and_rate_changed": "resumed, status 0",
     "max_steps_raised": "refused, status 2",
     "top_p=-0.1": "TB", "learning_rate=-1": "TB",
@@ -56,7 +56,9 @@ SEEN_BEFORE = {  # at commit fcd61fb, by `--root` (TB: a traceback, status 1)
     "nan_answer": "trained on the answer nan",
     "output_dir_is_a_file": "TB", "ctrl_c": "TB", "truncated_weights": "TB",
     "missing_tensor": "trained with a random one, status 0",
-    "payload_in_the_index": "PAYLOAD1", "payload_as_bytes": "PAYLOAD2",
+    "payload_in_the_index": "its code is run", "payload_as_bytes": "its code is run",
+    "payload_as_state": "TB", "pickled_weights": "TB", "disk_full_in_a_checkpoint": "TB",
+    "linked_checkpoint": "TB, the link is renamed",
     "reward_exits_at_import": "ends, status 0",
     "special_tokens": "80 bytes of them are 8 control tokens"}
 
