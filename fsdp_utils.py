@@ -33,10 +33,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from configs import need, say
+from configs import UserError, need, say
 
-COMPLETE = re.compile(r"checkpoint-\d{6,}")  # names that are ours; all others are left alone
-UNFINISHED = re.compile(r"checkpoint-\d{6,}\.tmp")
+COMPLETE = re.compile("checkpoint-([0-9]{6}|[1-9][0-9]{6,})")  # our names; others are left alone
+UNFINISHED = re.compile(rf"{COMPLETE.pattern}\.tmp")
 SHARD = re.compile(r"__(\d+)_\d+\.distcp")
 CHECKSUMS, METADATA = "checksums.json", ".metadata"
 DCP_METADATA = "torch.distributed.checkpoint.metadata"
@@ -252,7 +252,8 @@ def save_checkpoint(
             temporary.mkdir(parents=True)
         barrier("the folder is there")
         reshard(model)
-        dcp.save(tensors_of(model, optimizer), checkpoint_id=temporary)
+        with as_one_line(f"{temporary} cannot be written (is the disk full?)"):
+            dcp.save(tensors_of(model, optimizer), checkpoint_id=temporary)
         if export:
             export(temporary)
         if rank == 0:
@@ -270,9 +271,10 @@ def save_checkpoint(
             temporary.rename(final)
             if keep:
                 for old in checkpoints(folder)[:-keep]:
-                    doomed = old.with_suffix(".tmp")  # half a deletion is no checkpoint
-                    old.rename(doomed)
-                    shutil.rmtree(doomed)
+                    if not old.is_symlink():  # else the user keeps it elsewhere
+                        doomed = old.with_suffix(".tmp")  # half a deletion is no checkpoint
+                        old.rename(doomed)
+                        shutil.rmtree(doomed)
         barrier("the checkpoint is complete")
 
 
@@ -306,10 +308,21 @@ def load_newest(
     return None
 
 
+@contextmanager
+def as_one_line(what: str) -> Iterator[None]:
+    """A failure inside DCP, which all ranks get, becomes one line that begins with `what`."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        reasons = {repr(failure) for failure, _ in error.failures.values()}
+        raise UserError(f"{what}: {' '.join(' '.join(reasons).split())[:400]}") from None
+
+
 def load_checkpoint(path: Path, model: Module, optimizer: Optimizer) -> dict:
     """Fill weights and optimizer in place; return the saved state."""
     tensors = tensors_of(model, optimizer)
-    dcp.load(tensors, storage_reader=SafeReader(path))
+    with as_one_line(f"{path} cannot be loaded"):
+        dcp.load(tensors, storage_reader=SafeReader(path))
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     _, present = get_state_dict(model, optimizer, options=options)  # rates, betas: not in the file
     set_state_dict(
@@ -355,9 +368,9 @@ def checksum(path: Path) -> str:
 def faults_of(path: Path) -> list[str]:
     """What is wrong with this rank's share of a checkpoint's files, and with its index."""
     try:
-        sums = json.loads((path / CHECKSUMS).read_text())
-    except (FileNotFoundError, ValueError) as error:
-        return [str(error)]
+        sums = {**json.loads((path / CHECKSUMS).read_text())}
+    except (FileNotFoundError, ValueError, TypeError, RecursionError) as error:
+        return [f"{CHECKSUMS}: {error}"]
     share = sorted(sums)[dist.get_rank() :: dist.get_world_size()]
     faults = []
     for name in {*share, METADATA}:
@@ -369,6 +382,7 @@ def faults_of(path: Path) -> list[str]:
         return sorted(faults)
     try:
         SafeReader(path).read_metadata()  # not before it is known to be what was written
+        json.loads((path / "state.json").read_text())
     except (pickle.UnpicklingError, AttributeError, TypeError, ValueError, LookupError) as error:
         return [str(error)]
     return []

@@ -64,8 +64,8 @@ CHECK_LIMITS = {"bfloat16": (0.02, 0.2)}  # mean and largest |dlogp|; of other t
 EXACT = (1e-4, 1e-4)
 CHARS_PER_TOKEN = 8  # longer hints are not tried: to tokenise a whole book takes seconds
 MAX_NONFINITE = 10  # updates in a row that nonfinite: skip leaves out
-MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT,
-            errno.ENOTDIR, errno.EISDIR, errno.EEXIST}  # by the user: disk, rights, folders
+MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+            errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}  # by the user: disk, rights
 FILLER_IDS = [0, 0]  # of a row that runs and weighs nothing
 PADDED_SHARE, PADDED_TOKENS = 0.97, 512  # a micro-batch has so little padding, or so few tokens
 MAX_WORKERS = 8  # verifiers of a process
@@ -157,8 +157,9 @@ class Prompts:
     def __init__(self, config: Config, state: State | None = None):
         self.config, self.state = config, state or State()
         self.tokenizer = load_tokenizer(config)
-        self.special = [token for token in self.tokenizer.all_special_tokens
-                        if not re.fullmatch("</?(think|answer)>", token)]
+        added = self.tokenizer.added_tokens_decoder.values()  # those of roles too
+        self.special = [str(token) for token in added
+                        if token.special and not re.fullmatch("</?(think|answer)>", str(token))]
         # the date that a template shows must not change the prompts when a run is resumed
         self.template_values = {"strftime_now": PROMPT_DATE.strftime}
         self.template_values |= config.chat_template_kwargs
@@ -998,8 +999,9 @@ def export(run: Run, folder: Path) -> None:
         for name, buffer in model.named_buffers():
             if name in saved:  # as the bias of some MoE routers
                 weights[name] = buffer.cpu()
-        model.save_pretrained(folder, state_dict=weights)
-        run.prompts.tokenizer.save_pretrained(folder)
+        with as_user_error(f"{folder} cannot be written"):
+            model.save_pretrained(folder, state_dict=weights)
+            run.prompts.tokenizer.save_pretrained(folder)
         path = folder / "config.json"  # in which transformers has put the masters' dtype
         exported = json.loads(path.read_text()) | {"dtype": run.config.torch_dtype}
         path.write_text(json.dumps(exported, indent=2) + "\n")
@@ -1224,9 +1226,10 @@ def resume(run: Run, is_eval: bool) -> None:
     run.state.steps = run.plan.steps
     if run.rank == 0 and run.log.is_file() and not is_eval:  # later lines will be computed again
         with open(run.log, "r+b") as file, open(f"{run.log}.stale", "ab") as stale:
-            kept = file.read(run.state.metrics_bytes)
+            kept = file.read(run.state.metrics_bytes).rfind(b"\n") + 1  # a crash may cut a line
+            file.seek(kept)
             stale.write(file.read())
-            file.truncate(len(kept))
+            file.truncate(kept)
 
 
 def dry_run(config: Config) -> None:
@@ -1289,6 +1292,8 @@ def main() -> None:
         place = fsdp_utils.current_phase()
         print(f"error: in phase '{place}': {error}", file=sys.stderr, flush=True)
         os._exit(2)
+    except KeyboardInterrupt:  # before there was a step to finish
+        stopped_by = signal.SIGINT
     if stopped_by:
         os._exit(128 + stopped_by)
 

@@ -1158,7 +1158,7 @@ class Worker:
             if part == b"":
                 return b""
             reply += part or b""
-        return reply
+        return reply if reply.startswith(b"{") else b""  # else a reward wrote into the pipe
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):

@@ -20,7 +20,8 @@ def changed_settings(config: Config, path: Path) -> list[str]:
 
     path: the folder's config.yaml. What that lacks had its default: it is newer than the run.
     """
-    if not path.is_file() or not path.with_name("metrics.jsonl").is_file():
+    begun = [*path.parent.glob("metrics.jsonl"), *path.parent.glob("checkpoint-*")]
+    if not path.is_file() or not begun:
         return []
     mine = yaml.safe_load(as_yaml(config))
     theirs = yaml.safe_load(yaml.safe_dump(DEFAULTS))

@@ -12,8 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig,
     PreTrainedModel, PreTrainedTokenizerBase)
@@ -25,8 +23,6 @@ from configs.settings import Config
 
 EXAMPLE_TEMPLATE = (  # as YAML
     r'"{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"')
-LIBRARY_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError,
-                  RuntimeError, SafetensorError, TemplateError)
 
 
 @contextmanager
@@ -36,7 +32,7 @@ def as_user_error(what: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except LIBRARY_ERRORS as error:
+    except Exception as error:  # whatever they raise: tokenizers has but Exception for a full disk
         raise UserError(f"{what}: {' '.join(str(error).split())[:400]}") from None
 
 
