@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -67,6 +68,8 @@ def setup_distributed(timeout_s: int = 600, wait_s: int = 3600) -> SimpleNamespa
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
+    else:
+        refuse_unseen_gpu()
     _now["timeout"] = timedelta(seconds=timeout_s)
     store = None if "RANK" in os.environ else dist.HashStore()  # one process needs no port
     dist.init_process_group(
@@ -83,6 +86,19 @@ def setup_distributed(timeout_s: int = 600, wait_s: int = 3600) -> SimpleNamespa
 
     sys.excepthook = report
     return SimpleNamespace(rank=rank, world=world, device=device)
+
+
+def refuse_unseen_gpu() -> None:
+    """UserError where nvidia-smi sees a GPU that torch does not: the run would be on the CPU."""
+    tool, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not tool or visible in ("", "-1"):
+        return
+    query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    seen = subprocess.run(query, capture_output=True, text=True)
+    need(seen.returncode or "," not in seen.stdout, f"torch {torch.__version__} (CUDA "
+         f"{torch.version.cuda}) does not see the GPU {seen.stdout.splitlines()[:1]} (name, driver)."
+         " CUDA 13 needs driver 580 or newer. A .venv made without a GPU: ./run.sh mends it. To "
+         "use the CPU: CUDA_VISIBLE_DEVICES= (empty)")
 
 
 @contextmanager
