@@ -16,7 +16,7 @@ case "$*" in
     "-m pip list "*) cat "$LOG.torch" ;;
 esac
 """
-CARDS = "GPU 0: NVIDIA X (UUID: GPU-1)\n  MIG 1g Device 0: (UUID: MIG-1)\nGPU 1: NVIDIA X (UUID: GPU-2)\n"
+CARDS = "GPU 0: X (UUID: GPU-1)\n  MIG 1g Device 0: (UUID: MIG-1)\nGPU 1: X (UUID: GPU-2)\n"
 
 
 class Machine:
@@ -116,8 +116,9 @@ def test_a_gpu_that_torch_does_not_see_ends_the_run(machine, monkeypatch):
     monkeypatch.setenv("PATH", f"{machine.bin}:/usr/bin:/bin")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     fsdp_utils.refuse_unseen_gpu()  # there is no nvidia-smi
-    machine.gpus("NVIDIA X, 535.1\n", status=9)  # its driver is not loaded
-    fsdp_utils.refuse_unseen_gpu()
+    for listing, status in (("NVIDIA X, 535.1", 9), ("No devices were found", 0)):
+        machine.gpus(listing, status)
+        fsdp_utils.refuse_unseen_gpu()
     machine.gpus("NVIDIA X, 535.1\n")
     with pytest.raises(UserError, match="NVIDIA X, 535.1.*CUDA 13.*driver 580.*run.sh"):
         fsdp_utils.setup_distributed()
