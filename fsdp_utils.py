@@ -95,9 +95,9 @@ def refuse_unseen_gpu() -> None:
         return
     query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
     seen = subprocess.run(query, capture_output=True, text=True)
-    need(seen.returncode or "," not in seen.stdout, f"torch {torch.__version__} does not see the GPU"
-         f" {seen.stdout.splitlines()[:1]} (name, driver). CUDA 13 needs driver 580 or newer. A "
-         ".venv made without a GPU: ./run.sh mends it. To use the CPU: CUDA_VISIBLE_DEVICES= (empty)")
+    need(seen.returncode or "," not in seen.stdout, f"torch {torch.__version__} does not see the "
+         f"GPU {seen.stdout.splitlines()[:1]} (name, driver). CUDA 13 needs driver 580 or newer. A "
+         ".venv made without a GPU: ./run.sh mends it. To use the CPU: CUDA_VISIBLE_DEVICES=''")
 
 
 @contextmanager

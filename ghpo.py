@@ -61,6 +61,8 @@ USER_PROBE = {"role": "user", "content": "What is 1 + 2?"}
 CHECK_LENGTHS = [48, 48, 29]  # tokens of the sequences that check_policy compares
 CHECK_LIMITS = {"bfloat16": (0.02, 0.2)}  # mean and largest |dlogp|; of other types EXACT
 EXACT = (1e-4, 1e-4)
+# logits at a time, 0.5 GiB on a GPU: the head's gradient is added up in bfloat16, chunk by chunk
+CHUNK_NUMBERS = {"cpu": 2**25, "cuda": 2**27}
 CHARS_PER_TOKEN = 8  # longer hints are not tried: to tokenise a whole book takes seconds
 MAX_NONFINITE = 10  # updates in a row that nonfinite: skip leaves out
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT,
@@ -449,12 +451,14 @@ class Policy(torch.nn.Module):
         positions: torch.Tensor | None = None,
         predict: torch.Tensor | None = None,
         target: torch.Tensor | None = None,
+        segments: dict | None = None,
         temperature: float = 1.0,
         generate: dict | None = None,
         whole: dict | None = None,
     ) -> Any:
         """logp and entropy (M,) of the tokens target (M,) predicted at flat positions predict (M,)
         of ids (B, T), padded on the right or packed with positions restarted, at a temperature.
+        segments: of packed rows, what flash attention would else work out in every layer.
         generate: arguments of the model's generate, which runs instead. whole: arguments of the
         whole causal LM, whose logits (B, T, V) are returned instead."""
         if generate:
@@ -463,10 +467,11 @@ class Policy(torch.nn.Module):
             return self.model(**whole).logits
         # No mask: causal attention never looks right. No cache: only then do restarted positions
         # keep packed rows apart.
-        out = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+        out = self.model.base_model(
+            input_ids=ids, position_ids=positions, use_cache=False, **segments or {})
         hidden_MH = out.last_hidden_state.flatten(0, 1)[predict]
         # One chunk of (tokens, V) logits exists at a time, forward and backward.
-        chunk = max(64, 2**25 // self.model.config.vocab_size)
+        chunk = max(64, CHUNK_NUMBERS[ids.device.type] // self.model.config.vocab_size)
         parts = [checkpoint(self._score, h, t, temperature, use_reentrant=False)
                  for h, t in zip(hidden_MH.split(chunk), target.split(chunk))]
         return tuple(torch.cat(part) for part in zip(*parts))
@@ -525,6 +530,10 @@ def collate(
     target = np.concatenate(targets)
     inputs = {"ids": ids, "positions": positions, "predict": target - 1, "target": ids.flat[target]}
     inputs = {key: torch.from_numpy(value).to(device) for key, value in inputs.items()}
+    if is_packed:
+        ends = torch.tensor([*starts, shape[1]], dtype=torch.int32, device=device)
+        inputs["segments"] = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends,
+                              "max_length_q": max(lengths), "max_length_k": max(lengths)}
     batch = {"row": torch.from_numpy(np.concatenate(row_numbers)).to(device)}
     for key in ("behaviour_logp", "policy_weight", "sft_weight", "is_comparable"):
         values = np.concatenate([getattr(row, key) for row in rows])

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel, PreTrainedTokenizerBase)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import configs.varlen  # noqa: F401, makes transformers know it
 from configs import UserError, need, say
 from configs.plan import longest_sequence
 from configs.settings import Config
@@ -86,7 +87,10 @@ def load_model(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     if off:
         say(f"{name}: trained without its {', '.join(off)}")
     attention = config.attn_implementation
-    if attention == "sdpa" and not sdpa_computes(model_config, text_config):
+    computes = sdpa_computes(model_config, text_config)
+    need(computes or attention != "varlen", f"{name}: attn_implementation=varlen cannot compute its"
+         " attention: set eager, or install flash-attn")
+    if attention == "sdpa" and not computes:
         say(f"{name}: attn_implementation: sdpa cannot compute its attention, using eager")
         attention = "eager"
     longest = longest_sequence(config)

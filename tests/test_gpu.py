@@ -2,11 +2,17 @@
 
 import shutil
 import subprocess
+from dataclasses import replace
 
+import families
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, make_config
 
+import configs.settings
+import configs.varlen
 import fsdp_utils
+import ghpo
 from configs import UserError
 
 PYTHON = """#!/bin/sh
@@ -16,6 +22,7 @@ case "$*" in
     "-m pip list "*) cat "$LOG.torch" ;;
 esac
 """
+KERNEL = "kernels-community/flash-attn3"
 CARDS = "GPU 0: X (UUID: GPU-1)\n  MIG 1g Device 0: (UUID: MIG-1)\nGPU 1: X (UUID: GPU-2)\n"
 
 
@@ -125,3 +132,136 @@ def test_a_gpu_that_torch_does_not_see_ends_the_run(machine, monkeypatch):
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         fsdp_utils.refuse_unseen_gpu()
+
+
+def slow_varlen(query, key, value, ends, ends_k, longest, longest_k, *, scale, window_size,
+                enable_gqa):  # fmt: skip
+    """What torch's varlen_attn documents, segment by segment, in plain matrix products."""
+    assert enable_gqa and ends is ends_k and ends.dtype == torch.int32
+    assert int(ends.diff().max()) == longest == longest_k and int(ends[-1]) == len(query)
+    before, after = window_size
+    parts = []
+    for start, end in zip(ends[:-1].tolist(), ends[1:].tolist()):
+        q, k, v = (states[start:end].transpose(0, 1) for states in (query, key, value))
+        k, v = (states.repeat_interleave(len(q) // len(k), 0) for states in (k, v))
+        place = torch.arange(end - start)
+        distance = place[:, None] - place
+        hidden = distance < -after
+        if before >= 0:
+            hidden |= distance > before
+        scores = (q @ k.mT * scale).masked_fill(hidden, -torch.inf)
+        parts.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.fixture
+def varlen(monkeypatch):
+    """The calls of torch's kernel, which runs on a GPU only."""
+    calls = []
+
+    def kernel(*args, **options):
+        calls.append(options["window_size"])
+        return slow_varlen(*args, **options)
+
+    monkeypatch.setattr(configs.varlen, "varlen_attn", kernel)
+    return calls
+
+
+def varlen_config(family, folder, **changes):
+    path = families.save_family(family, folder / family)
+    return replace(make_config(model_name_or_path=path, **changes), attn_implementation="varlen",
+                   packing=True, gradient_checkpointing=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("family, windows", [
+    ("qwen2", {(-1, 0)}), ("mistral", {(15, 0)}), ("gemma3", {(15, 0)}), ("granite", {(-1, 0)})])
+def test_rows_packed_for_varlen_score_as_alone(family, windows, varlen, tmp_path, alone):
+    config = varlen_config(family, tmp_path, torch_dtype="float64")
+    policy, sequences = ghpo.load_policy(config), families.sequences()
+    rows = [ghpo.Row.weightless(ids.tolist()) for ids in sequences]
+    inputs, _ = ghpo.collate(rows, True, torch.device("cpu"), torch.float64)
+    logp, _ = policy(**inputs, temperature=0.7)
+    assert set(varlen) == windows and len(varlen) == 2  # of two layers
+    plain = families.build(family).double().eval()
+    assert torch.allclose(logp, families.plain_logp(plain, sequences, 0.7), rtol=0, atol=1e-5)
+    (logp * families.weights(len(logp))).sum().backward()
+    found, expected = families.whole_gradients(policy), families.plain_gradients(family, sequences)
+    assert families.relative_error(found, expected) < families.TOLERANCES["float64"]
+    with pytest.raises(RuntimeError):  # sdpa would need a mask
+        policy(**inputs | {"segments": None}, temperature=0.7)
+
+
+def test_what_is_not_packed_is_sdpas(varlen, tmp_path, alone):
+    policy = ghpo.load_policy(varlen_config("mistral", tmp_path)).eval()
+    plain = families.build("mistral").eval()
+    ids = torch.stack([ids[:30] for ids in families.sequences()])
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0  # padded on the left, as for sampling
+    arguments = {"inputs": ids, "attention_mask": mask, "max_new_tokens": 20, "do_sample": False}
+    assert torch.equal(policy(generate=arguments), plain.generate(**arguments))
+    rows = [ghpo.Row.weightless(ids.tolist()) for ids in families.sequences()]
+    inputs, _ = ghpo.collate(rows, False, torch.device("cpu"), torch.float32)
+    logp, _ = policy(**inputs)
+    expected = families.plain_logp(plain, families.sequences(), 1.0)
+    assert torch.allclose(logp, expected, atol=1e-4) and not varlen
+
+
+@pytest.mark.parametrize("asked, installed, has_gpu, dtype, taken", [
+    ("flash_attention_2", {"flash-attn"}, True, "bfloat16", "flash_attention_2"),
+    ("flash_attention_2", {"flash-attn-4"}, True, "bfloat16", "varlen"),
+    ("flash_attention_2", set(), False, "bfloat16", "sdpa"),
+    ("flash_attention_2", set(), True, "float32", "sdpa"),
+    (KERNEL, {"kernels"}, True, "bfloat16", KERNEL),
+    ("varlen", set(), True, "bfloat16", "varlen"),
+    ("varlen", set(), False, "float32", "sdpa"),
+    ("varlen", set(), True, "float32", None),
+    ("flash_attention_2", {"flash-attn"}, True, "float64", None),
+])  # fmt: skip
+def test_which_attention_is_taken(asked, installed, has_gpu, dtype, taken, monkeypatch, capsys):
+    def version(package):
+        if package in installed | {"torch"}:
+            return "1.0"
+        raise configs.settings.importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(configs.settings.importlib.metadata, "version", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    if taken is None:
+        with pytest.raises(UserError, match=f"{asked} and torch_dtype={dtype} disagree"):
+            make_config(attn_implementation=asked, torch_dtype=dtype)
+        return
+    config = make_config(attn_implementation=asked, torch_dtype=dtype)
+    assert (config.attn_implementation, config.packing) == (taken, taken != "sdpa")
+    assert ("using" in capsys.readouterr().err) == (taken != asked)
+
+
+def test_varlen_refuses_an_attention_that_it_would_change(tmp_path, alone):
+    with pytest.raises(UserError, match="varlen cannot compute its attention"):
+        ghpo.load_policy(varlen_config("gemma2", tmp_path))
+
+
+def test_torchs_kernel_takes_these_arguments():
+    """On no device: shapes and signature alone."""
+    query, key = (torch.empty(1, heads, 50, 8, device="meta") for heads in (4, 2))
+    lengths = {"cu_seq_lens_q": torch.empty(3, device="meta"), "max_length_q": 30}
+    out, _ = configs.varlen.attention(None, query, key, key, None, 0.1, 16, **lengths)
+    assert out.shape == (1, 50, 4, 8)
+
+
+def head_gradient(numbers, monkeypatch):
+    """Of a tied embedding in bfloat16, by a head that takes so many logits at a time."""
+    monkeypatch.setitem(ghpo.CHUNK_NUMBERS, "cpu", numbers)
+    policy = ghpo.Policy(families.build("qwen2").bfloat16())
+    rows = [ghpo.Row.weightless((ids.tolist() * 40)[:500]) for ids in families.sequences()] * 3
+    inputs, _ = ghpo.collate(rows, False, torch.device("cpu"), torch.float32)
+    logp, _ = policy(**inputs)
+    logp.sum().backward()
+    return policy.model.lm_head.weight.grad.double()
+
+
+def test_larger_chunks_keep_the_heads_gradient(monkeypatch):
+    """Each chunk is added to the sum in bfloat16, which rounds it."""
+    whole = head_gradient(2**40, monkeypatch)
+    calls = [head_gradient(n * 272, monkeypatch) for n in (64, 256)]
+    errors = [float((grad - whole).norm() / whole.norm()) for grad in calls]
+    assert errors[1] < 0.8 * errors[0]
+    assert ghpo.CHUNK_NUMBERS["cuda"] == 4 * 2**25
