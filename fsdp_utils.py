@@ -159,7 +159,8 @@ def shard(
     replicate: int = 1,
     cpu_offload: bool = False,
 ) -> Module:
-    """Shard each block and the root in place; `dtype` is the compute type, masters stay fp32.
+    """Shard each block and the root in place; `dtype` is the compute type, masters become fp32,
+    block by block: ranks that load a model as it is stored do not all hold it in fp32.
     sharding: zero3 frees a block after its forward, zero2 keeps it, ddp copies everything on
     every rank. replicate > 1 is HSDP: that many replicas of world / replicate neighbouring ranks.
     One process without mixed precision or offload stays unwrapped: hooks would only cost time.
@@ -170,7 +171,8 @@ def shard(
         raise ValueError(f"sharding {sharding!r} with {world} ranks in {replicate} replicas: need "
                          "zero3, zero2 or ddp, and ranks divisible by replicas")
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    master = torch.promote_types(next(module.parameters()).dtype, torch.float32)
+    stored = next(module.parameters()).dtype
+    master = torch.promote_types(torch.promote_types(stored, torch.float32), dtype or stored)
     if world == 1 and dtype in (None, master) and not cpu_offload:
         return module.to(kind, master)
     mesh = DeviceMesh.from_group(dist.group.WORLD, kind)

@@ -948,6 +948,8 @@ def setup(config: Config, is_eval: bool = False) -> Run:
     n_workers = max(1, min(MAX_WORKERS, cores))
     pool = VerifierPool(config.reward_funcs, n_workers, config.verifier_timeout)
     place = fsdp_utils.setup_distributed()
+    if config.cpu_offload:
+        torch.set_num_threads(max(1, cores))  # of Adam, which runs there; run.sh allows it one
     state = State()
     prompts = Prompts(config, state)
     problems = load_problems(config, prompts)
@@ -1020,7 +1022,8 @@ def start_wandb(run: Run) -> Any:
 def load_policy(config: Config) -> Policy:
     """The causal LM, its weights float32 (or float64), sharded."""
     compute_dtype, master_dtype = dtypes(config)
-    model = load_model(config, master_dtype)
+    as_stored = compute_dtype == torch.bfloat16  # else its buffers are rounded as well
+    model = load_model(config, "auto" if as_stored else master_dtype)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()  # it is loaded in eval mode, in which nothing would be checkpointed
@@ -1089,8 +1092,10 @@ def startup_pass(run: Run) -> None:
     rows = [row] * max(1, c.micro_batch_tokens // width)
     for _ in range(START_STEPS):
         optimize(run, rows + rows, 0.0)
-    run.optimizer.state.clear()
-    torch.cuda.empty_cache()  # for the engine, which is built later
+    for moments in run.optimizer.state.values():
+        for moment in moments.values():
+            moment.zero_()  # as new; they stay, for the engine measures what memory is free
+    torch.cuda.empty_cache()
     say(f"start-up pass: {len(rows)} rows of {width} tokens and Adam's moments fit")
 
 

@@ -73,9 +73,9 @@ def prove_export(name: str, *parts: Any) -> None:
             part.save_pretrained(folder)
 
 
-def load_model(config: Config, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal LM without dropout; UserError when a folder is incomplete, or holds no text model
-    alone. Everything that an export writes beside the weights has been written once."""
+def load_model(config: Config, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The causal LM (dtype auto: as it is stored) without dropout; UserError when a folder is
+    incomplete, or holds no text model alone. What an export writes has been written once."""
     name = f"model_name_or_path={config.model_name_or_path}"
     where = {"revision": config.model_revision, "trust_remote_code": False}
     with as_user_error(name):

@@ -265,3 +265,57 @@ def test_larger_chunks_keep_the_heads_gradient(monkeypatch):
     errors = [float((grad - whole).norm() / whole.norm()) for grad in calls]
     assert errors[1] < 0.8 * errors[0]
     assert ghpo.CHUNK_NUMBERS["cuda"] == 4 * 2**25
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_a_model_is_loaded_as_it_is_stored(stored, monkeypatch, tmp_path, alone):
+    model = families.build("qwen2").to(stored)
+    path, loaded, shard = families.save(model, tmp_path / "model"), [], fsdp_utils.shard
+
+    def watched(policy, *rest):
+        loaded.extend(p.dtype for p in policy.parameters())
+        return shard(policy, *rest)
+
+    monkeypatch.setattr(fsdp_utils, "shard", watched)
+    policy = ghpo.load_policy(make_config(model_name_or_path=path, torch_dtype="bfloat16"))
+    assert set(loaded) == {stored}
+    masters, weights = policy.model.named_parameters(), dict(model.named_parameters())
+    masters = {name: p.full_tensor() for name, p in masters}
+    assert masters.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert masters[name].dtype == torch.float32 and torch.equal(masters[name], weight.float())
+
+
+def test_a_model_in_bfloat16_is_raised_to_what_it_computes_in(tmp_path, alone):
+    path = families.save(families.build("gemma3").bfloat16(), tmp_path / "model")
+    for dtype in ("float32", "float64"):
+        policy = ghpo.load_policy(make_config(model_name_or_path=path, torch_dtype=dtype))
+        assert {str(p.dtype) for p in policy.parameters()} == {f"torch.{dtype}"}
+        scale = policy.model.get_input_embeddings().embed_scale
+        assert abs(float(scale) - 32**0.5) < 1e-6  # bfloat16 would round it
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def test_adams_moments_stay_after_the_start_up_pass(setup):
+    """vLLM measures the free memory: what is freed before would be missing later."""
+    run = setup(startup_pass=True, torch_dtype="bfloat16")
+    state = run.optimizer.state
+    assert len(state) == len(list(run.policy.parameters()))
+    for parameter, moments in state.items():
+        assert moments.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert moments["exp_avg"].shape == parameter.shape
+        assert not any(torch.count_nonzero(whole(m)) for m in moments.values())
+
+
+def test_offloaded_weights_are_updated_by_all_cores(setup, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(ghpo.os, "cpu_count", lambda: 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    setup()
+    assert asked == []
+    setup(cpu_offload=True)
+    assert asked == [2]
