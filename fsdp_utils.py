@@ -241,6 +241,12 @@ def full_tensors(
         yield name, tensor
 
 
+def saved_buffers(model: Module) -> dict[str, torch.Tensor]:
+    """What a model's file holds and full_tensors does not, as the bias of some MoE routers."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
+
+
 def clip_grad_norm(params: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
     """Clip in place by the norm over all ranks and return that norm; max_norm 0 only measures."""
     norm = torch.nn.utils.clip_grad_norm_(list(params), max_norm or float("inf"))

@@ -451,10 +451,10 @@ class Policy(torch.nn.Module):
         positions: torch.Tensor | None = None,
         predict: torch.Tensor | None = None,
         target: torch.Tensor | None = None,
-        segments: dict | None = None,
         temperature: float = 1.0,
         generate: dict | None = None,
         whole: dict | None = None,
+        segments: dict | None = None,
     ) -> Any:
         """logp and entropy (M,) of the tokens target (M,) predicted at flat positions predict (M,)
         of ids (B, T), padded on the right or packed with positions restarted, at a temperature.
@@ -929,10 +929,8 @@ def export(run: Run, folder: Path) -> None:
         if run.rank == 0:
             weights[name] = tensor.cpu()
     if run.rank == 0:
-        saved = model.state_dict().keys()
-        for name, buffer in model.named_buffers():
-            if name in saved:  # as the bias of some MoE routers
-                weights[name] = buffer.cpu()
+        for name, buffer in fsdp_utils.saved_buffers(model).items():
+            weights[name] = buffer.cpu()
         model.save_pretrained(folder, state_dict=weights)
         run.prompts.tokenizer.save_pretrained(folder)
         path = folder / "config.json"  # in which transformers has put the masters' dtype

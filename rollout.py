@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from configs import UserError
-from fsdp_utils import barrier, phase, reshard, unshard
+from fsdp_utils import barrier, phase, reshard, saved_buffers, unshard
 from hints import Completion, Group, Problem, Stage
 
 CONNECT_SECONDS, CALL_SECONDS, GENERATE_SECONDS = 5, 120, 1800  # limits of calls to a server
@@ -332,6 +332,8 @@ class VllmEngine(Engine):
             options = cpu_options(max_model_len)
         if "RANK" in os.environ:  # torchrun: a plain LLM would take cuda:0 on every rank
             options["distributed_executor_backend"] = "external_launcher"
+        if policy and not saved_buffers(policy.model):  # the first update_weights brings them all
+            options["load_format"] = "dummy"
         self.llm = LLM(
             config.model_name_or_path,
             revision=config.model_revision,
