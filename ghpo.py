@@ -61,8 +61,7 @@ USER_PROBE = {"role": "user", "content": "What is 1 + 2?"}
 CHECK_LENGTHS = [48, 48, 29]  # tokens of the sequences that check_policy compares
 CHECK_LIMITS = {"bfloat16": (0.02, 0.2)}  # mean and largest |dlogp|; of other types EXACT
 EXACT = (1e-4, 1e-4)
-# logits at a time, 0.5 GiB on a GPU: the head's gradient is added up in bfloat16, chunk by chunk
-CHUNK_NUMBERS = {"cpu": 2**25, "cuda": 2**27}
+HEAD_CHUNKS = 16  # of a micro-batch at most: in bfloat16 each rounds the sum of the head's gradient
 CHARS_PER_TOKEN = 8  # longer hints are not tried: to tokenise a whole book takes seconds
 MAX_NONFINITE = 10  # updates in a row that nonfinite: skip leaves out
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT,
@@ -471,7 +470,8 @@ class Policy(torch.nn.Module):
             input_ids=ids, position_ids=positions, use_cache=False, **segments or {})
         hidden_MH = out.last_hidden_state.flatten(0, 1)[predict]
         # One chunk of (tokens, V) logits exists at a time, forward and backward.
-        chunk = max(64, CHUNK_NUMBERS[ids.device.type] // self.model.config.vocab_size)
+        n_rows = 2**25 // self.model.config.vocab_size
+        chunk = max(64, n_rows, math.ceil(len(target) / HEAD_CHUNKS))
         parts = [checkpoint(self._score, h, t, temperature, use_reentrant=False)
                  for h, t in zip(hidden_MH.split(chunk), target.split(chunk))]
         return tuple(torch.cat(part) for part in zip(*parts))

@@ -247,24 +247,34 @@ def test_torchs_kernel_takes_these_arguments():
     assert out.shape == (1, 50, 4, 8)
 
 
-def head_gradient(numbers, monkeypatch):
-    """Of a tied embedding in bfloat16, by a head that takes so many logits at a time."""
-    monkeypatch.setitem(ghpo.CHUNK_NUMBERS, "cpu", numbers)
-    policy = ghpo.Policy(families.build("qwen2").bfloat16())
+def head_gradient(chunks, monkeypatch):
+    """Of a tied embedding in bfloat16, by a head that takes 4491 tokens in so many chunks."""
+    monkeypatch.setattr(ghpo, "HEAD_CHUNKS", chunks)
+    policy, calls, score = ghpo.Policy(families.build("qwen2").bfloat16()), [], ghpo.Policy._score
+
+    def watched(self, hidden, *rest):
+        calls.append(len(hidden))
+        return score(self, hidden, *rest)
+
+    monkeypatch.setattr(ghpo.Policy, "_score", watched)
+    policy.model.config.vocab_size = 2**26  # as large as it takes for chunks of 64 tokens
     rows = [ghpo.Row.weightless((ids.tolist() * 40)[:500]) for ids in families.sequences()] * 3
     inputs, _ = ghpo.collate(rows, False, torch.device("cpu"), torch.float32)
     logp, _ = policy(**inputs)
     logp.sum().backward()
-    return policy.model.lm_head.weight.grad.double()
+    monkeypatch.setattr(ghpo.Policy, "_score", score)
+    assert sum(calls) == 2 * 4491  # again in the backward
+    return len(calls) // 2, policy.model.lm_head.weight.grad.double()
 
 
-def test_larger_chunks_keep_the_heads_gradient(monkeypatch):
+def test_few_chunks_keep_the_heads_gradient(monkeypatch):
     """Each chunk is added to the sum in bfloat16, which rounds it."""
-    whole = head_gradient(2**40, monkeypatch)
-    calls = [head_gradient(n * 272, monkeypatch) for n in (64, 256)]
-    errors = [float((grad - whole).norm() / whole.norm()) for grad in calls]
-    assert errors[1] < 0.8 * errors[0]
-    assert ghpo.CHUNK_NUMBERS["cuda"] == 4 * 2**25
+    few = ghpo.HEAD_CHUNKS
+    (n_one, whole), (n_few, taken), (n_many, many) = (
+        head_gradient(n, monkeypatch) for n in (1, few, 1000))
+    assert (n_one, n_few, n_many) == (1, 16, 71)
+    errors = [float((grad - whole).norm() / whole.norm()) for grad in (taken, many)]
+    assert errors[0] < 0.6 * errors[1]
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
