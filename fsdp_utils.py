@@ -91,7 +91,7 @@ def setup_distributed(timeout_s: int = 600, wait_s: int = 3600) -> SimpleNamespa
 def refuse_unseen_gpu() -> None:
     """UserError where nvidia-smi sees a GPU that torch does not: the run would be on the CPU."""
     tool, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not tool or visible in ("", "-1"):
+    if not tool or visible in ("", "-1", "NoDevFiles"):  # the last is Slurm's word
         return
     query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
     seen = subprocess.run(query, capture_output=True, text=True)

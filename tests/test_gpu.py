@@ -1,10 +1,14 @@
 """What the program does on a machine with a GPU, as far as a CPU can tell: fakes and stubs."""
 
+import os
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import families
+import gpu_varlen
 import pytest
 import torch
 from conftest import ROOT, make_config
@@ -14,6 +18,7 @@ import configs.varlen
 import fsdp_utils
 import ghpo
 from configs import UserError
+from configs.settings import parse_overrides, read_config
 
 PYTHON = """#!/bin/sh
 echo "$(basename "$0") $*" | grep -v ' -c' >> "$LOG"
@@ -329,3 +334,62 @@ def test_offloaded_weights_are_updated_by_all_cores(setup, monkeypatch):
     assert asked == []
     setup(cpu_offload=True)
     assert asked == [2]
+
+
+def test_the_comparison_of_a_gpu_sees_a_kernel_that_is_wrong(varlen, monkeypatch, capsys):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(gpu_varlen, "LENGTHS", [130, 20, 2])
+    assert gpu_varlen.main(cpu, torch.bfloat16) and len(varlen) == 2 * 3
+    assert capsys.readouterr().out.endswith("varlen is right\n")
+    assert gpu_varlen.main(cpu, torch.float32)
+
+    def one_too_far(*args, window_size, **options):
+        return slow_varlen(*args, window_size=(window_size[0] + (window_size[0] > 0), 0), **options)
+
+    monkeypatch.setattr(configs.varlen, "varlen_attn", one_too_far)
+    assert not gpu_varlen.main(cpu, torch.float32)
+    assert "varlen is WRONG" in capsys.readouterr().out
+
+
+def day_one(path, *arguments, **environment):
+    return subprocess.run(
+        [ROOT / "tests" / "gpu_day_one.sh", *arguments], capture_output=True, text=True,
+        env=os.environ | {"PATH": str(path)} | environment)  # fmt: skip
+
+
+def test_the_first_day_can_begin():
+    """Without a GPU: every command is there, its files and settings are, and time suffices."""
+    done = day_one(f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    assert done.returncode == 0 and done.stdout.endswith("\nno GPU: skipped\n"), done.stderr
+    seconds = 0
+    for line in done.stdout.split(" GPU\t"):
+        if " s\t" not in line:
+            continue
+        limit, name, expected, command = line.split("\t")
+        assert expected.startswith("must print: ")
+        words = command.split()
+        for word in words:
+            assert not word.endswith((".py", ".yaml")) or (ROOT / word).is_file(), word
+        if "ghpo.py" in words:
+            config = words.index("--config") + 1
+            settings = [word for word in words[config + 1 :] if "=" in word]
+            assert read_config(ROOT / words[config], settings).max_steps < 20
+            assert parse_overrides(settings)
+        seconds += int(limit.split()[0])
+    assert seconds <= 25 * 60 + 240 + 420  # the last two need a second card
+
+
+def test_a_first_day_is_reported(machine, tmp_path):
+    machine.gpus("GPU 0: X (UUID: GPU-1)\n")
+    words = "compute capability 9, varlen is right, tokens_trained_per_s, done: x"
+    machine.program("python", f"#!/bin/sh\necho {words}; echo resuming x/checkpoint-000008\n")
+    path = f"{machine.bin}:/usr/bin:/bin"
+    done = day_one(path, CUDA_VISIBLE_DEVICES="0", TMPDIR=str(tmp_path))
+    told = done.stdout.splitlines()
+    assert len(told) == 12 and sum(": ok, " in line for line in told) == 8
+    assert "Python.h, for Triton: FAILED" in told[0]  # this Python has no folder for it
+    assert [line.endswith("needs 2 GPUs") for line in told[-3:-1]] == [True, True]
+    assert told[-1].startswith("1 of 11 checks failed") and done.returncode == 1
+    machine.program("python", "#!/bin/sh\necho done: x; exit 1\n")
+    done = day_one(path, CUDA_VISIBLE_DEVICES="0", TMPDIR=str(tmp_path))
+    assert "9 of 11 checks failed" in done.stdout
