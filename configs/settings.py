@@ -33,8 +33,9 @@ RESUMABLE = "may differ when a run is resumed"
 ALL_GREEDY = "are several greedy samples, all the same"
 NEAREST = 0.8  # similarity from which an unknown key is taken for a misspelt one
 SHOWN = 90  # characters of a value in a message
-FLASH = {"flash_attention_2": "flash-attn", "kernels-community/flash-attn2": "kernels",
-         "kernels-community/flash-attn3": "kernels"}  # what each of them needs installed
+FLASH = {  # what each of them needs installed
+    "varlen": "torch", "flash_attention_2": "flash-attn", "kernels-community/flash-attn2":
+    "kernels", "kernels-community/flash-attn3": "kernels"}  # fmt: skip
 IN_EVALUATION = {  # the settings of an eval set; in all others it is like the run
     "dataset_name", "dataset_config", "dataset_split", "dataset_prompt_column",
     "dataset_answer_column", "dataset_hint_column", "dataset_level_column", "system_prompt",
@@ -83,7 +84,7 @@ Share = Annotated[Real, Interval(ge=0, le=1)]
 Part = Annotated[Real, Interval(gt=0, le=1)]
 Temperature = Annotated[Real, Interval(ge=0, le=10)]
 Port = Annotated[Int, Interval(ge=1, lt=65535)]
-Attention = Literal["sdpa", "eager", "flash_attention_2", "kernels-community/flash-attn2",
+Attention = Literal["sdpa", "eager", "varlen", "flash_attention_2", "kernels-community/flash-attn2",
                     "kernels-community/flash-attn3"]  # fmt: skip
 Schedule = Literal[
     "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt",
@@ -100,7 +101,7 @@ class Config:
     model_revision: str = "main"
     torch_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of computing
     bf16: MayChange[bool | None] = None  # the reference's flag: must agree with torch_dtype
-    attn_implementation: MayChange[Attention] = "sdpa"  # flash: sdpa where it is missing
+    attn_implementation: MayChange[Attention] = "sdpa"  # varlen: the flash attention of torch
     chat_template: str | None = None  # Jinja text or its file; null: the tokenizer's
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # enable_thinking ...
 
@@ -428,10 +429,23 @@ def with_what_is_installed(config: Config) -> Config:
         say("config: report_to: wandb is not installed; metrics.jsonl has everything")
         report_to = ()
     if attention in FLASH and not is_installed(FLASH[attention]):
-        say(f"config: attn_implementation: {FLASH[attention]} is not installed, using sdpa")
+        instead = "varlen" if config.torch_dtype == "bfloat16" and sees_gpu() else "sdpa"
+        say(f"config: attn_implementation: {FLASH[attention]} is not installed, using {instead}")
+        attention = instead
+    if attention == "varlen" and not sees_gpu():
+        say("config: attn_implementation: varlen needs a GPU, using sdpa")
         attention = "sdpa"
+    need(attention not in FLASH or config.torch_dtype == "bfloat16", "config: attn_implementation="
+         f"{attention} and torch_dtype={config.torch_dtype} disagree: flash attention computes in "
+         "bfloat16, take sdpa")
     packing = attention in FLASH if config.packing is None else config.packing
     return replace(config, report_to=report_to, attn_implementation=attention, packing=packing)
+
+
+def sees_gpu() -> bool:
+    import torch  # slow
+
+    return torch.cuda.is_available()
 
 
 def is_installed(package: str) -> bool:

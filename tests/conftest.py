@@ -3,6 +3,7 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two threads on two busy cores are far slower
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU is meant, on a machine with a GPU too
 
 import json
 import math

@@ -125,7 +125,7 @@ REFUSED = [
     ("mismatch_limit", "off", "mismatch_limit='off' must be 'auto' or must be a valid number"),
     ("mismatch_limit", 0, "mismatch_limit=0 must be 'auto' or must be greater than 0"),
     ("attn_implementation", "foo", "attn_implementation='foo' must be 'sdpa', 'eager', "
-     "'flash_attention_2', 'kernels-community/flash-attn2' or 'kernels-community/flash-attn3'"),
+     "'varlen', 'flash_attention_2', 'kernels-community/flash-attn2' or 'kernels-community/flash-attn3'"),
     ("loss_type", "ppo", "loss_type='ppo' must be 'bnpo', 'dapo', 'grpo' or 'dr_grpo'"),
     ("engine", "sglang", "engine='sglang' must be 'hf', 'vllm' or 'server'"),
     ("eval_datasets", "x.jsonl", "eval_datasets='x.jsonl' must be a valid dictionary"),

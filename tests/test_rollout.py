@@ -15,7 +15,7 @@ from conftest import (
 import ghpo
 import hints
 import rollout
-from rollout import Completion, Group
+from rollout import Completion, Group, Progress, SeededDraws, draw
 
 QUESTIONS = ["4a3b5c2?", "1a1b4?", "6a3b3c1d8e9f9g2h7?", "0a9?", "2a2b2c3d2e3f0g8h2?"]
 
@@ -152,6 +152,58 @@ def test_samples_follow_the_distribution(engine, prompt_ids):
     p = (full_logits(engine, done[0])[0] / 4.0).softmax(-1).double().numpy()
     assert (np.abs(counts - n * p) <= 5 * np.sqrt(n * p * (1 - p)) + 1).all()
     assert (p > 0.01).sum() >= 3 and (counts > 0).sum() > 30
+
+
+def drawn(logits_BV, seeds, **how):
+    """(tokens, log-probs) of one draw a row."""
+    draws = SeededDraws(sampling(length=1, **how), seeds, [EOS], Progress())
+    shown_BV = draws(torch.zeros(len(seeds), 1, dtype=torch.long), logits_BV)
+    return shown_BV.argmax(-1), draws.logp[0], draws.uniform_BT
+
+
+@pytest.mark.parametrize("size", [300, 512, 3000, 151_936])
+def test_a_draw_inverts_the_distribution_function(size):
+    """Against the plain way: a cumulative sum over the whole vocabulary, in float64."""
+    n = 64 if size > 10_000 else 2000
+    logits_BV = 3 * torch.randn(n, size, generator=torch.Generator().manual_seed(size))
+    tokens, logp, uniform_B1 = drawn(logits_BV, range(n))
+    expected_BV = logits_BV.double().log_softmax(-1)
+    cdf_BV = expected_BV.exp().cumsum(-1)
+    plain = (cdf_BV <= uniform_B1 * cdf_BV[:, -1:]).sum(-1)
+    assert int((tokens != plain).sum()) <= n // 500  # at the edge of a token
+    expected = expected_BV.gather(-1, tokens[:, None]).squeeze(1)
+    assert float((logp - expected).abs().max()) < 1e-5
+
+
+def test_draws_are_distributed_as_the_model_says():
+    """Chi-square over 1200 tokens, in three blocks, of 60,000 draws."""
+    logits_V = torch.randn(1200, generator=torch.Generator().manual_seed(0))
+    n, counts = 2000, torch.zeros(1200)
+    for start in range(0, 60_000, n):
+        tokens, _, _ = drawn(logits_V.expand(n, -1), range(start, start + n), temperature=0.8)
+        counts += torch.bincount(tokens, minlength=1200)
+    expected = 60_000 * (logits_V / 0.8).double().softmax(-1)
+    is_rare = expected < 5
+    seen = torch.cat([counts[~is_rare], counts[is_rare].sum()[None]]).double()
+    expected = torch.cat([expected[~is_rare], expected[is_rare].sum()[None]])
+    chi2, freedom = float(((seen - expected) ** 2 / expected).sum()), len(seen) - 1
+    assert freedom > 1000 and abs(chi2 - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
+def test_a_token_without_weight_is_never_drawn(uniform):
+    """Whole blocks and the edges of blocks have none."""
+    rng = torch.Generator().manual_seed(1)
+    shape = (200, 5, 8)
+    weights = torch.rand(shape, generator=rng) * 10.0 ** torch.randint(-9, 9, shape, generator=rng)
+    weights[torch.rand(shape, generator=rng) < 0.6] = 0
+    weights[:, 0] = weights[:, -1] = 0
+    weights[:, 2, 3] = 1.0
+    cdf = weights.sum(-1).double().cumsum(-1)
+    levels = torch.full((200, 1), uniform, dtype=torch.float64)
+    for extra in (levels, (cdf[:, 1:2] / cdf[:, -1:]).clamp(max=1 - 2**-53)):  # the end of a block
+        places = draw(weights, cdf, extra)
+        assert (weights.flatten(1).gather(1, places) > 0).all()
 
 
 @pytest.mark.parametrize("top_p, top_k", [(1.0, 1), (1.0, 3), (0.8, 0), (0.5, 4)])

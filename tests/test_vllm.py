@@ -128,8 +128,8 @@ def optimizer_steps(model, found, steps):
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def colocated(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    random_model(folder, request.param == "tied")
-    engine = VllmEngine(settings(folder), NO_TEXT, EOS, LENGTH, None)
+    model = random_model(folder, request.param == "tied")
+    engine = VllmEngine(settings(folder), NO_TEXT, EOS, LENGTH, Policy(model))
     yield engine, folder
     engine.close()
 
@@ -141,6 +141,18 @@ def pair(colocated):
     model = AutoModelForCausalLM.from_pretrained(folder)
     engine.update_weights(model.named_parameters())
     return engine, model
+
+
+def test_weights_come_with_the_first_update_alone(colocated):
+    """They are not read: the first test of an engine that has none yet."""
+    engine, folder = colocated
+    assert engine.llm.llm_engine.vllm_config.load_config.load_format == "dummy"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = sample(engine, [ask(0, 0.0)])
+    assert worst_difference(model, before, 1.0) > 0.1
+    engine.update_weights(model.named_parameters())
+    assert_greedy_equals_hf(engine, model)
+    assert worst_difference(model, sample(engine, [ask(0)])) < 1e-3
 
 
 def test_greedy_equals_hf_engine(pair):
