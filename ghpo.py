@@ -589,8 +589,8 @@ def optimize(run: Run, rows: list[Row], lr: float) -> dict[str, float]:
 
 @torch.no_grad()
 def hint_reliance(run: Run, groups: list[Group]) -> dict[str, float]:
-    """How much hinted samples owe to their hints (2604.00698): log p(y | q + h) - log p(y | q), mean
-    over their tokens. Every rank must call it."""
+    """How much hinted samples owe to their hints (2604.00698): log p(y | q + h) - log p(y | q), the
+    mean over their tokens. Every rank must call it."""
     c, rows = run.config, []
     for group in groups:
         plain_ids, _ = run.prompts.ids(group.problem)

@@ -371,6 +371,10 @@ class VllmEngine(Engine):
 
         def load(model):
             loaded = model.load_weights(tensors)
+            if not self.has_gpu:
+                from configs.vllm_cpu import pack
+
+                pack(model)
             return {name for name, _ in model.named_parameters()} - loaded
 
         torch.cuda.empty_cache()
