@@ -422,8 +422,9 @@ TRIALS += [
     worthless("raises_in_training", BUT_GOLD + "1 / 0", NO_TEXT + "ZeroDivisionError"),
     worthless("sometimes_1e308", SOME + "return 1e308", "1e\\+308", DONE, status=0),
     Trial(5, "one_of_two_raises", reward(
-        "if gold in response != gold: 1 / 0", "reward_funcs=[accuracy,own.py:mine]", "reward_weights=[1,1]",
-        "hint_trigger=accuracy"), ("ZeroDivisionError", DONE), is_new=True, check=accuracy_counts),
+        "if gold in response != gold: 1 / 0", "reward_funcs=[accuracy,own.py:mine]",
+        "reward_weights=[1,1]", "hint_trigger=accuracy"), ("ZeroDivisionError", DONE),
+        is_new=True, check=accuracy_counts),
     worthless("no_step_is_finite", "", "^error: gradient norm is .* times in a row", settings=[
         "reward_weights=[1e308]", "nonfinite=skip", "max_steps=30"]),
 ]
