@@ -13,6 +13,8 @@ where all is written; key=value settings go through to the program. The README h
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import sys
@@ -98,7 +100,11 @@ def ladder(args: argparse.Namespace) -> None:
         f"dataset_name={args.out / 'data/ladder.jsonl'}", f"output_dir={args.out / 'ladder'}",
         f"gradient_accumulation_steps={LADDER_PART}", "max_completion_length=512", "max_steps=1",
     ])  # fmt: skip
+    run.engine.wake()
+    run.engine.update_weights(fsdp_utils.full_tensors(run.policy.model, run.compute_dtype))
     run = replace(run, policy=None, optimizer=None)  # the engine has the weights: 2 GB less
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     c, state, fit = run.config, run.state, run.prompts.fit
 
     def ask(group: hints.Group, slot: int) -> rollout.Request:
