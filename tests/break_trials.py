@@ -271,7 +271,7 @@ def failures(timeouts, crashes):
     """Have some texts failed so, and so only?"""
     def check(run):
         told = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-        found = told["verifier/timeouts"], told["verifier/crashes"]
+        found = told["verifier/timeouts"], told["verifier/errors"]
         if (found[0] > 0, found[1] > 0) != (timeouts, crashes):
             return f"timeouts,crashes:{found}"
 

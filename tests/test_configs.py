@@ -646,7 +646,15 @@ def test_the_tables_of_other_trainers_name_no_setting_of_ours():
 
 
 CONFIGS = [p for p in sorted((ROOT / "configs").glob("*.yaml"))
-           if p.name not in ("foreign.yaml", "verifier.yaml")]  # fmt: skip
+           if p.name not in ("foreign.yaml", "verifier.yaml", "benchmarks.yaml")]  # fmt: skip
+
+
+def test_the_benchmarks_are_six():
+    config = load_config(ROOT / "configs/benchmarks.yaml", [], True)
+    columns = {name: eval_config(config, spec).dataset_choice_columns
+               for name, spec in config.eval_datasets.items()}  # fmt: skip
+    assert len(columns) == 6 and len(columns["gpqa_diamond"]) == 3
+    assert sum(map(len, columns.values())) == 3
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -906,11 +914,11 @@ def test_the_server_is_long_enough_for_the_evaluation_to_come(tmp_path, monkeypa
 
 
 def test_positions_are_counted_for_evaluation_too():
-    sets = {"x": {"dataset_name": "d", "max_completion_length": 5000}}
+    sets = {"x": {"dataset_name": "d", "max_completion_length": 9000}}
     limit = json.loads((BASE / "config.json").read_text())["max_position_embeddings"]
-    assert 128 + 64 <= limit < 5128
+    assert 128 + 64 <= limit < 9128
     load_model(make_config(), torch.float32)
-    with pytest.raises(UserError, match=f"= 5128 tokens .*eval set.*{limit} positions"):
+    with pytest.raises(UserError, match=f"= 9128 tokens .*eval set.*{limit} positions"):
         load_model(make_config(eval_datasets=sets), torch.float32)
 
 
