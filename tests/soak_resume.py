@@ -129,7 +129,8 @@ def kill_once(folder, world, timing, during_write, rng):
             wait({pid: rank for pid, rank in list(pids.items())[1:]})
             return None
         if began is None and during_write:
-            began = time.monotonic() if is_writing(folder, launched) else None
+            is_third = len(complete(folder)) > 1  # so that one of two can be damaged
+            began = time.monotonic() if is_third and is_writing(folder, launched) else None
         elif began is None and metrics.exists() and metrics.stat().st_mtime_ns != before:
             seen, before = seen + 1, metrics.stat().st_mtime_ns
             began = time.monotonic() if seen > target else None
@@ -143,12 +144,16 @@ def kill_once(folder, world, timing, during_write, rng):
     return hit
 
 
+def complete(folder):
+    return sorted(Path(folder).glob("checkpoint-??????"))
+
+
 def damage(folder, rng):
     """Damages one file of the newest checkpoint, if another one is left; returns what was done."""
-    complete = sorted(Path(folder).glob("checkpoint-??????"))
-    if len(complete) < 2:
+    *others, newest = complete(folder) or [None]
+    if not others:
         return None
-    files = sorted(path for path in complete[-1].rglob("*") if path.is_file())
+    files = sorted(path for path in newest.rglob("*") if path.is_file())
     path, kind = rng.choice(files), rng.choice(["cut", "zeros", "flipped", "deleted"])
     content = bytearray(path.read_bytes())
     middle = rng.randrange(len(content))
