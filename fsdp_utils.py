@@ -293,12 +293,16 @@ def save_checkpoint(
             to_disk([temporary / CHECKSUMS, *folders, temporary])
             temporary.rename(final)
             if keep:
-                for old in checkpoints(folder)[:-keep]:
-                    if not old.is_symlink():  # else the user keeps it elsewhere
-                        doomed = old.with_suffix(".tmp")  # half a deletion is no checkpoint
-                        old.rename(doomed)
-                        shutil.rmtree(doomed)
+                delete(checkpoints(folder)[:-keep])
         barrier("the checkpoint is complete")
+
+
+def delete(old_ones: list[Path]) -> None:
+    for old in old_ones:
+        if not old.is_symlink():  # else the user keeps it elsewhere
+            doomed = old.with_suffix(".tmp")  # half a deletion is no checkpoint
+            old.rename(doomed)
+            shutil.rmtree(doomed)
 
 
 def to_disk(paths: list[Path]) -> None:

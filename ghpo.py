@@ -590,8 +590,10 @@ def optimize(run: Run, rows: list[Row], lr: float) -> dict[str, float]:
 @torch.no_grad()
 def hint_reliance(run: Run, groups: list[Group]) -> dict[str, float]:
     """How much hinted samples owe to their hints (2604.00698): log p(y | q + h) - log p(y | q), the
-    mean over their tokens. Every rank must call it."""
+    mean over their tokens, every reliance_steps steps. Every rank must call it."""
     c, rows = run.config, []
+    if c.reliance_steps == 0 or run.state.step % c.reliance_steps:
+        return {}
     for group in groups:
         plain_ids, _ = run.prompts.ids(group.problem)
         for completion in group.completions:
@@ -688,8 +690,7 @@ def train(run: Run, interrupt: Interrupt) -> int:
         # 1. Roll out G samples a problem; 2. hint: a group that fails is asked again (E2).
         blank = next_groups(run)[run.rank :: run.world]
         groups = sample_groups(run, blank, c, state.step, bar.set_postfix_str)
-        if c.flat_groups == "replace":
-            groups = sample_more(run, groups)
+        groups = sample_more(run, groups)
         outcomes = write_groups(run, groups, f"rollouts/step_{state.step + 1:06d}.jsonl")
         check_rewards(run, outcomes, sum(run.pool.stats.values()) - n_failed)
         groups = [group for group in groups if hints.enters_batch(group, c, state)]
@@ -699,11 +700,9 @@ def train(run: Run, interrupt: Interrupt) -> int:
 
         # 4. Micro-batches and loss (E4, E5, E7); 5. optimizer step. The sampler gets the weights
         # when the next rollout begins.
-        reliance = {}
-        if c.reliance_steps and state.step % c.reliance_steps == 0:
-            reliance = hint_reliance(run, groups)
+        metrics = hint_reliance(run, groups)
         with phase("train"):
-            metrics = optimize(run, rows, run.learning_rate(state.step)) | reliance
+            metrics |= optimize(run, rows, run.learning_rate(state.step))
         metrics |= hints.after_step(state, outcomes, c)
         metrics |= costs(run, rows, metrics["tokens/generated"], time.perf_counter() - started)
         state.step += 1
@@ -714,16 +713,20 @@ def train(run: Run, interrupt: Interrupt) -> int:
         is_last = state.step == plan.steps
         if c.eval_strategy == "steps" and (is_last or state.step % c.eval_steps == 0):
             evaluate(run)
-        minutes = (time.monotonic() - saved_at) / 60
-        asked = {"signal": interrupt.received, "minutes": minutes}
-        asked = fsdp_utils.all_reduce_scalars(asked, "max")  # ranks agree
-        stopped_by = int(asked["signal"])
-        is_due = c.save_minutes is not None and asked["minutes"] >= c.save_minutes
+        stopped_by, minutes = signal_and_minutes(interrupt, saved_at)
+        is_due = c.save_minutes is not None and minutes >= c.save_minutes
         if is_due or is_last or stopped_by or state.step % plan.save_every == 0:
             save(run)
             saved_at = time.monotonic()
     bar.close()
     return stopped_by
+
+
+def signal_and_minutes(interrupt: Interrupt, saved_at: float) -> tuple[int, float]:
+    """(the signal that asks for the end, minutes since the last checkpoint): the ranks agree."""
+    mine = {"signal": interrupt.received, "minutes": (time.monotonic() - saved_at) / 60}
+    largest = fsdp_utils.all_reduce_scalars(mine, "max")
+    return int(largest["signal"]), largest["minutes"]
 
 
 def next_groups(run: Run) -> list[Group]:
@@ -761,9 +764,11 @@ def fresh_groups(run: Run, size: int) -> list[Group]:
 
 
 def sample_more(run: Run, groups: list[Group]) -> list[Group]:
-    """Dynamic sampling (DAPO): with groups of fresh problems in the place of those that do not
-    enter the batch; all of them are returned, and counted as generated."""
+    """Dynamic sampling (DAPO), if flat_groups is replace: with groups of fresh problems in the place
+    of those that do not enter the batch; all of them are returned, and counted as generated."""
     c, state = run.config, run.state
+    if c.flat_groups != "replace":
+        return groups
     for _ in range(c.replace_rounds):
         n_entering = sum(hints.enters_batch(group, c, state) for group in groups)
         total = fsdp_utils.all_reduce_scalars({"entering": n_entering})["entering"]
