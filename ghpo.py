@@ -764,7 +764,7 @@ def fresh_groups(run: Run, size: int) -> list[Group]:
 
 
 def sample_more(run: Run, groups: list[Group]) -> list[Group]:
-    """Dynamic sampling (DAPO), if flat_groups is replace: with groups of fresh problems in the place
+    """Dynamic sampling (DAPO) if flat_groups is replace: with groups of fresh problems in the place
     of those that do not enter the batch; all of them are returned, and counted as generated."""
     c, state = run.config, run.state
     if c.flat_groups != "replace":
