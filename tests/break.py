@@ -108,6 +108,7 @@ def start(root, place, settings, trial):
     status = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
         log = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for number, file in enumerate([os.open(os.devnull, os.O_RDONLY), log, log]):
             os.dup2(file, number)

@@ -518,7 +518,7 @@ TRIALS += [
     out_of_range("reward_funcs=[format,format]", "reward_funcs=.*twice"),
     out_of_range("reward_funcs=[acuracy,format]", "^error: config: .*'acuracy': none"),
     out_of_range("temperature=0", "temperature=0.* and num_generations=4"),
-    out_of_range("max_completion_length=5000", "^error: .*max_completion_length.*positions"),
+    out_of_range("max_completion_length=9000", "^error: .*max_completion_length.*positions"),
     out_of_range("num_generations=5", "^error: config: .*16 is not divisible by num_generations 5"),
     out_of_range("learning_rat=1", "unknown key 'learning_rat', not learning_rate"),
     out_of_range("use_vllm=true engine=hf", "engine='hf' and use_vllm=True"),
