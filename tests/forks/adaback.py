@@ -1,5 +1,5 @@
-"""AdaBack (2506.18110): each problem has an interval of ratios, remembered across steps; a ratio is drawn
-in it, and the interval ends there when the group does well, begins there when it does not."""
+"""AdaBack (2506.18110): each problem has an interval of ratios, remembered across steps; a ratio is
+drawn in it, and the interval ends there when the group does well, begins there when it does not."""
 
 import sys
 from pathlib import Path
@@ -26,8 +26,11 @@ def remember(state, outcomes, config):
     for outcome in outcomes:
         (stage,) = outcome.stages
         low, high = state.method.get(str(outcome.problem_id), [0.0, 1.0])
-        is_good = stage.pass_rate >= AIM
-        state.method[str(outcome.problem_id)] = [low, stage.ratio] if is_good else [stage.ratio, high]
+        if stage.pass_rate >= AIM:
+            high = stage.ratio
+        else:
+            low = stage.ratio
+        state.method[str(outcome.problem_id)] = [low, high]
     return after_step(state, outcomes, config)
 
 

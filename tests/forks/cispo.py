@@ -1,4 +1,4 @@
-"""CISPO (2506.13585): the ratio is a clipped weight without a gradient, so that no token is left out."""
+"""CISPO (2506.13585): the ratio is a clipped weight without a gradient: no token is left out."""
 
 import sys
 from pathlib import Path

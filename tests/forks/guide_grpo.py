@@ -1,5 +1,5 @@
-"""Guide-GRPO (2506.13923): a failed group is asked once more with a hint, both kinds of samples stay
-under one baseline, and the loss sees the plain prompt, weighted by E7."""
+"""Guide-GRPO (2506.13923): a failed group is asked once more with a hint, both kinds of samples
+stay under one baseline, and the loss sees the plain prompt, weighted by E7."""
 
 import sys
 from dataclasses import replace

@@ -1,5 +1,5 @@
-"""POPE (2601.18779): problems that once failed without a hint form the hard set; from then on half of
-their samples are hinted, the others plain, each kind with its own baseline."""
+"""POPE (2601.18779): problems that once failed without a hint form the hard set; from then on half
+of their samples are hinted, the others plain, each kind with its own baseline."""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""UFT and Prefix-RFT (2505.16984, 2507.01679): every sample continues a prefix of the solution, whose
-length goes to 0 in the run; the prefix is learnt by likelihood, the sample by reward."""
+"""UFT and Prefix-RFT (2505.16984, 2507.01679): every sample continues a prefix of the solution,
+whose length goes to 0 in the run; the prefix is learnt by likelihood, the sample by reward."""
 
 import sys
 from pathlib import Path
