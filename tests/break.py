@@ -108,7 +108,8 @@ def start(root, place, settings, trial):
     status = 1
     try:
         os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & ignores
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this one
         log = os.open(place / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for number, file in enumerate([os.open(os.devnull, os.O_RDONLY), log, log]):
             os.dup2(file, number)
