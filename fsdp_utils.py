@@ -229,8 +229,9 @@ def _fsdp_parts(module):
 def full_tensors(
     module: Module, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, whole tensor) one at a time, same order on all ranks, tied weights once. Every
-    rank must take all of them: each is a collective. dtype casts before the gather."""
+    """Yield (name, whole tensor) one at a time, same order on all ranks, tied weights once, saved
+    buffers last. Every rank must take all of them: each is a collective. dtype casts the weights
+    before the gather."""
     is_sharded = bool(_fsdp_parts(module))
     for name, p in module.named_parameters():
         if is_sharded and not isinstance(p, DTensor):
@@ -239,10 +240,11 @@ def full_tensors(
         if is_sharded:
             tensor = tensor.to(p.device_mesh.device_type).full_tensor()
         yield name, tensor
+    yield from saved_buffers(module).items()
 
 
 def saved_buffers(model: Module) -> dict[str, torch.Tensor]:
-    """What a model's file holds and full_tensors does not, as the bias of some MoE routers."""
+    """The buffers that a model's file holds, as the bias of some MoE routers."""
     saved = model.state_dict().keys()
     return {name: buffer for name, buffer in model.named_buffers() if name in saved}
 

@@ -1009,8 +1009,6 @@ def export(run: Run, folder: Path) -> None:
         if run.rank == 0:
             weights[name] = tensor.cpu()
     if run.rank == 0:
-        for name, buffer in fsdp_utils.saved_buffers(model).items():
-            weights[name] = buffer.cpu()
         with as_user_error(f"{folder} cannot be written"):
             model.save_pretrained(folder, state_dict=weights)
             run.prompts.tokenizer.save_pretrained(folder)
