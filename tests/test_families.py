@@ -265,7 +265,7 @@ def test_buffers_that_belong_to_the_weights_are_exported(folders, alone, tmp_pat
     run.policy.model.register_buffer("bias", torch.arange(3.0))
     run.policy.model.register_buffer("scratch", torch.arange(3.0), persistent=False)
     run.prompts = ghpo.Prompts(run.config)
-    streamed = dict(fsdp_utils.full_tensors(run.policy.model, torch.bfloat16))
+    streamed = dict(ghpo.fsdp_utils.full_tensors(run.policy.model, torch.bfloat16))
     assert streamed["bias"].dtype == torch.float32 and "scratch" not in streamed  # vLLM's, too
     ghpo.export(run, tmp_path / "out")
     saved = load_file(tmp_path / "out" / "model.safetensors")
