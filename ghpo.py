@@ -1234,7 +1234,8 @@ def resume(run: Run, is_eval: bool) -> None:
             f"{path} had {before} prompts a step, not {now}: change gradient_accumulation_steps",
         )
         c, planned = run.config, run.state.steps
-        if planned not in (0, run.plan.steps) and not c.lr_scheduler_type.startswith("constant"):
+        is_other = not is_eval and planned not in (0, run.plan.steps)
+        if is_other and not c.lr_scheduler_type.startswith("constant"):
             say(f"max_steps was {planned} and is {run.plan.steps}: the {c.lr_scheduler_type} rate "
                 "goes on by the new one")
         say(f"resuming {path}")
