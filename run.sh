@@ -12,6 +12,7 @@ usage() {
 ./run.sh train CONFIG [k=v]   torchrun ghpo.py --config CONFIG k=v ...
 ./run.sh eval CONFIG [k=v]    un-hinted evaluation only
 ./run.sh serve CONFIG [k=v]   the vLLM server that engine=server talks to
+./run.sh show RUN [STEP]      RUN/show.html: groups, hints, texts and rewards of a run
 ./run.sh compare              GHPO against GRPO on the tiny task, 3 seeds each
 
 NPROC=n    processes of train (default: one a GPU of CUDA_VISIBLE_DEVICES, else of all; 1 without)
@@ -143,6 +144,10 @@ case "$command" in
         setup
         export CUDA_VISIBLE_DEVICES=
         exec python tests/compare.py compare "$@"
+        ;;
+    show)
+        setup
+        exec python tests/show.py "$@"
         ;;
     test)
         setup
