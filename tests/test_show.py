@@ -16,10 +16,14 @@ def stage(ratio, passes, is_skipped=False):
 
 
 def group(number, stages, finish_reason="stop", form=1.0, text="a"):
-    sample = {"text": text, "accuracy": stages[-1]["passes"][0], "format": form, "tokens": 3,
-              "finish_reason": finish_reason, "hint_ratio": 0.0}  # fmt: skip
-    return {"id": number, "problem": "p", "prompt": "q", "hint": "", "hint_ratio": 0.0, "gold": "1",
-            "stages": stages, "completions": [sample, sample]}  # fmt: skip
+    sample = {
+        "text": text, "accuracy": stages[-1]["passes"][0], "format": form, "tokens": 3,
+        "finish_reason": finish_reason, "hint_ratio": 0.0,
+    }  # fmt: skip
+    return {
+        "id": number, "problem": "p", "prompt": "q", "hint": "", "hint_ratio": 0.0, "gold": "1",
+        "stages": stages, "completions": [sample, sample],
+    }  # fmt: skip
 
 
 @pytest.fixture
@@ -27,7 +31,8 @@ def data(tmp_path):
     (tmp_path / "rollouts").mkdir()
     write_jsonl(tmp_path / "metrics.jsonl", [
         {"step": 0, "eval/x": 0.5},
-        {"step": 1, "loss": 0.0, "accuracy_without_hint": 0.25, "hard_fraction": 0.5, "truncated": 0},
+        {"step": 1, "loss": 0.0, "accuracy_without_hint": 0.25, "hard_fraction": 0.5,
+         "truncated": 0},
     ])  # fmt: skip
     write_jsonl(tmp_path / "rollouts/step_000001.jsonl", [
         group(1, [stage(0, [1, 0])]),
