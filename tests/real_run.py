@@ -368,7 +368,7 @@ def after(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from vllm import LLM
     from vllm.sampling_params import SamplingParams
-    from vllm_ext import cpu_options
+    from configs.vllm_cpu import cpu_options
 
     folder = args.out / "run"
     config = load_config(folder / "config.yaml")
