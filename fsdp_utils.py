@@ -3,6 +3,7 @@
 Works in one plain process or under torchrun. Every sharding is fully_shard on a (replicate, shard)
 mesh, and gradients are SUMMED over ranks: the loss divides by global counts. Fork point: `shard`.
 """
+
 import faulthandler
 import hashlib
 import json
@@ -25,11 +26,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_state_dict, set_state_dict)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
-    CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard)
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -46,9 +51,19 @@ METADATA_CLASSES = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *((DCP_METADATA, name) for name in (
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta",
-        "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING")),
+    *(
+        (DCP_METADATA, name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
 }
 
 _now = {"phase": "start", "timeout": timedelta(seconds=600), "patient": None}
@@ -73,7 +88,8 @@ def setup_distributed(timeout_s: int = 600, wait_s: int = 3600) -> SimpleNamespa
     _now["timeout"] = timedelta(seconds=timeout_s)
     store = None if "RANK" in os.environ else dist.HashStore()  # one process needs no port
     dist.init_process_group(
-        backend, timeout=_now["timeout"], store=store, rank=rank, world_size=world)
+        backend, timeout=_now["timeout"], store=store, rank=rank, world_size=world
+    )
     _now["patient"] = dist.new_group(backend="gloo", timeout=timedelta(seconds=wait_s))
     faulthandler.enable()  # NCCL's watchdog aborts the process: show where it stood
 
@@ -95,9 +111,12 @@ def refuse_unseen_gpu() -> None:
         return
     query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader"]
     seen = subprocess.run(query, capture_output=True, text=True)
-    need(seen.returncode or "," not in seen.stdout, f"torch {torch.__version__} does not see the "
-         f"GPU {seen.stdout.splitlines()[:1]} (name, driver). CUDA 13 needs driver 580 or newer. A "
-         ".venv made without a GPU: ./run.sh mends it. To use the CPU: CUDA_VISIBLE_DEVICES=''")
+    need(
+        seen.returncode or "," not in seen.stdout,
+        f"torch {torch.__version__} does not see the "
+        f"GPU {seen.stdout.splitlines()[:1]} (name, driver). CUDA 13 needs driver 580 or newer. A "
+        ".venv made without a GPU: ./run.sh mends it. To use the CPU: CUDA_VISIBLE_DEVICES=''",
+    )
 
 
 @contextmanager
@@ -168,8 +187,10 @@ def shard(
     world = dist.get_world_size()
     replicate = world if sharding == "ddp" else replicate
     if sharding not in ("zero3", "zero2", "ddp") or world % replicate:
-        raise ValueError(f"sharding {sharding!r} with {world} ranks in {replicate} replicas: need "
-                         "zero3, zero2 or ddp, and ranks divisible by replicas")
+        raise ValueError(
+            f"sharding {sharding!r} with {world} ranks in {replicate} replicas: need "
+            "zero3, zero2 or ddp, and ranks divisible by replicas"
+        )
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     stored = next(module.parameters()).dtype
     master = torch.promote_types(torch.promote_types(stored, torch.float32), dtype or stored)
@@ -180,7 +201,8 @@ def shard(
         ranks = torch.arange(world).view(replicate, -1)  # a row a replica, a column a shard
         groups = [group_of_this_rank(ranks.T), group_of_this_rank(ranks)]
         mesh = DeviceMesh.from_group(
-            groups, kind, mesh=ranks, mesh_dim_names=("replicate", "shard"))
+            groups, kind, mesh=ranks, mesh_dim_names=("replicate", "shard")
+        )
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # the loss's fp32 inputs stay fp32
     if dtype not in (None, master):
         policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
@@ -188,8 +210,13 @@ def shard(
     for part in [*blocks, module]:
         # the root keeps its weights up to the backward, which starts with them
         part.frees_after_forward = sharding == "zero3" and part is not module
-        fully_shard(part.to(master), mesh=mesh, reshard_after_forward=part.frees_after_forward,
-                    mp_policy=policy, offload_policy=offload)
+        fully_shard(
+            part.to(master),
+            mesh=mesh,
+            reshard_after_forward=part.frees_after_forward,
+            mp_policy=policy,
+            offload_policy=offload,
+        )
         part.set_gradient_divide_factor(1.0)
         # trap: FSDP2 would scale within the reduction, which gloo cannot
         part.set_force_sum_reduction_for_comms(True)
@@ -315,9 +342,7 @@ def to_disk(paths: list[Path]) -> None:
         os.close(file)
 
 
-def load_newest(
-    folder: Path, model: Module, optimizer: Optimizer
-) -> tuple[Path, dict] | None:
+def load_newest(folder: Path, model: Module, optimizer: Optimizer) -> tuple[Path, dict] | None:
     """Fill weights and optimizer in place from the newest good checkpoint, on any number of ranks:
     (its path, the saved state), or None where there is none. One that is damaged or incomplete is
     told and renamed *.damaged; UserError when no other is left."""
@@ -332,8 +357,11 @@ def load_newest(
         if dist.get_rank() == 0:
             path.rename(next_free(path.with_name(f"{path.name}.damaged")))
         barrier("it is set aside")
-    need(not found, f"output_dir={folder} has no good checkpoint left: put one back, or choose "
-         "another output_dir to begin anew")
+    need(
+        not found,
+        f"output_dir={folder} has no good checkpoint left: put one back, or choose "
+        "another output_dir to begin anew",
+    )
     return None
 
 
@@ -355,8 +383,12 @@ def load_checkpoint(path: Path, model: Module, optimizer: Optimizer) -> dict:
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     _, present = get_state_dict(model, optimizer, options=options)  # rates, betas: not in the file
     set_state_dict(
-        model, optimizer, model_state_dict=tensors["model"],
-        optim_state_dict=present | tensors["optimizer"], options=options)
+        model,
+        optimizer,
+        model_state_dict=tensors["model"],
+        optim_state_dict=present | tensors["optimizer"],
+        options=options,
+    )
     return json.loads((Path(path) / "state.json").read_text())
 
 

@@ -65,13 +65,24 @@ EXACT = (1e-4, 1e-4)
 HEAD_CHUNKS = 16  # of a micro-batch at most: in bfloat16 each rounds the sum of the head's gradient
 CHARS_PER_TOKEN = 8  # longer hints are not tried: to tokenise a whole book takes seconds
 MAX_NONFINITE = 10  # updates in a row that nonfinite: skip leaves out
-MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
-            errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}  # by the user: disk, rights
+MENDABLE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+}  # by the user: disk, rights
 FILLER_IDS = [0, 0]  # of a row that runs and weighs nothing
 PADDED_SHARE, PADDED_TOKENS = 0.97, 512  # a micro-batch has so little padding, or so few tokens
 MAX_WORKERS = 8  # verifiers of a process
 SHOWN = re.compile(
-    r"accuracy_|hard_|reward/|grad_norm|mismatch_k3|eval/(?!.*(?:stderr|tokens|truncated|_n|_k)$)")
+    r"accuracy_|hard_|reward/|grad_norm|mismatch_k3|eval/(?!.*(?:stderr|tokens|truncated|_n|_k)$)"
+)
 
 
 @dataclass
@@ -159,8 +170,11 @@ class Prompts:
         self.config, self.state = config, state or State()
         self.tokenizer = load_tokenizer(config)
         added = self.tokenizer.added_tokens_decoder.values()  # those of roles too
-        self.special = [str(token) for token in added
-                        if token.special and not re.fullmatch("</?(think|answer)>", str(token))]
+        self.special = [
+            str(token)
+            for token in added
+            if token.special and not re.fullmatch("</?(think|answer)>", str(token))
+        ]
         # the date that a template shows must not change the prompts when a run is resumed
         self.template_values = {"strftime_now": PROMPT_DATE.strftime}
         self.template_values |= config.chat_template_kwargs
@@ -189,7 +203,8 @@ class Prompts:
     def _rendered(self, messages, what):
         with as_user_error(f"{what}: chat template"):
             return self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, **self.template_values)
+                messages, add_generation_prompt=True, tokenize=False, **self.template_values
+            )
 
     def _knows_the_system_role(self):
         """Gemma's template raises, others leave the system turn out."""
@@ -210,8 +225,9 @@ class Prompts:
         ids = []
         for i, piece in enumerate(MARK.split(text)):
             if i % 2:
-                ids += self.tokenizer(self.special[int(piece)], add_special_tokens=False,
-                                      split_special_tokens=True).input_ids
+                ids += self.tokenizer(
+                    self.special[int(piece)], add_special_tokens=False, split_special_tokens=True
+                ).input_ids
             else:
                 ids += self.tokenizer(piece, add_special_tokens=False).input_ids
         return ids
@@ -295,9 +311,7 @@ def make_rows(groups: list[Group], prompts: "Prompts", config: Config, state: St
     return rows
 
 
-def make_group_rows(
-    group: Group, prompts: "Prompts", config: Config, state: State
-) -> list[Row]:
+def make_group_rows(group: Group, prompts: "Prompts", config: Config, state: State) -> list[Row]:
     """The rows of one group, still without E6."""
     plain_ids, _ = prompts.ids(group.problem)
     rows = []
@@ -309,16 +323,18 @@ def make_group_rows(
         n_prompt = len(view.targets) - length  # targets that were part of the prompt
         is_as_sampled = input_ids == [*completion.prompt_ids, *completion.token_ids]
         is_masked = config.mask_truncated_completions and completion.finish_reason == "length"
-        rows.append(Row(
-            input_ids=input_ids,
-            n_context=len(view.context),
-            behaviour_logp=[0.0] * n_prompt + completion.behaviour_logp,
-            policy_weight=view.policy_weight,
-            sft_weight=view.sft_weight,
-            is_comparable=[False] * n_prompt + [is_as_sampled] * length,
-            advantage=float(advantage),
-            n_tokens=0 if is_masked else length,
-        ))
+        rows.append(
+            Row(
+                input_ids=input_ids,
+                n_context=len(view.context),
+                behaviour_logp=[0.0] * n_prompt + completion.behaviour_logp,
+                policy_weight=view.policy_weight,
+                sft_weight=view.sft_weight,
+                is_comparable=[False] * n_prompt + [is_as_sampled] * length,
+                advantage=float(advantage),
+                n_tokens=0 if is_masked else length,
+            )
+        )
     return rows
 
 
@@ -470,13 +486,16 @@ class Policy(torch.nn.Module):
         # No mask: causal attention never looks right. No cache: only then do restarted positions
         # keep packed rows apart.
         out = self.model.base_model(
-            input_ids=ids, position_ids=positions, use_cache=False, **segments or {})
+            input_ids=ids, position_ids=positions, use_cache=False, **segments or {}
+        )
         hidden_MH = out.last_hidden_state.flatten(0, 1)[predict]
         # One chunk of (tokens, V) logits exists at a time, forward and backward.
         n_rows = 2**25 // self.model.config.vocab_size
         chunk = max(64, n_rows, math.ceil(len(target) / HEAD_CHUNKS))
-        parts = [checkpoint(self._score, h, t, temperature, use_reentrant=False)
-                 for h, t in zip(hidden_MH.split(chunk), target.split(chunk))]
+        parts = [
+            checkpoint(self._score, h, t, temperature, use_reentrant=False)
+            for h, t in zip(hidden_MH.split(chunk), target.split(chunk))
+        ]
         return tuple(torch.cat(part) for part in zip(*parts))
 
     def _score(self, hidden, target, temperature):
@@ -535,8 +554,12 @@ def collate(
     inputs = {key: torch.from_numpy(value).to(device) for key, value in inputs.items()}
     if is_packed:
         ends = torch.tensor([*starts, shape[1]], dtype=torch.int32, device=device)
-        inputs["segments"] = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends,
-                              "max_length_q": max(lengths), "max_length_k": max(lengths)}
+        inputs["segments"] = {
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
+        }
     batch = {"row": torch.from_numpy(np.concatenate(row_numbers)).to(device)}
     for key in ("behaviour_logp", "policy_weight", "sft_weight", "is_comparable"):
         values = np.concatenate([getattr(row, key) for row in rows])
@@ -901,8 +924,10 @@ def watch_collapse(run: Run, metrics: dict) -> None:
     for key in others:
         if late[key] >= early[key] + COLLAPSE_RISE:
             told = ", ".join(f"{k} {early[k]:.3g} -> {late[k]:.3g}" for k in [key, *keys[:2]])
-            say(f"collapse? In {COLLAPSE_STEPS} steps {told}: lower the weight of that reward in "
-                "reward_weights, or the learning rate")
+            say(
+                f"collapse? In {COLLAPSE_STEPS} steps {told}: lower the weight of that reward in "
+                "reward_weights, or the learning rate"
+            )
 
 
 def evaluate(run: Run) -> dict[str, dict]:
@@ -996,8 +1021,14 @@ def write_metrics(run: Run, metrics: dict) -> None:
 def save(run: Run) -> None:
     """A checkpoint of the state as it is, with an export in it."""
     fsdp_utils.save_checkpoint(
-        run.folder, run.state.step, run.policy, run.optimizer, asdict(run.state),
-        run.config.save_total_limit or 0, lambda folder: export(run, folder / "model"))
+        run.folder,
+        run.state.step,
+        run.policy,
+        run.optimizer,
+        asdict(run.state),
+        run.config.save_total_limit or 0,
+        lambda folder: export(run, folder / "model"),
+    )
 
 
 def export(run: Run, folder: Path) -> None:
@@ -1046,17 +1077,34 @@ def setup(config: Config, is_eval: bool = False) -> Run:
     if config.beta:
         reference = load_policy(config).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay,
-        betas=(config.adam_beta1, config.adam_beta2), fused=place.device.type == "cuda")
+        policy.parameters(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
+        fused=place.device.type == "cuda",
+    )
     folder = Path(config.output_dir)
     open_folder(config, folder, place.rank, is_eval)
     run = Run(
-        config=config, state=state, rank=place.rank, world=place.world, device=place.device,
-        folder=folder, log=folder / ("eval.jsonl" if is_eval else "metrics.jsonl"),
-        prompts=prompts, problems=problems, plan=plan, eval_sets=eval_sets,
-        policy=policy, reference=reference, optimizer=optimizer,
+        config=config,
+        state=state,
+        rank=place.rank,
+        world=place.world,
+        device=place.device,
+        folder=folder,
+        log=folder / ("eval.jsonl" if is_eval else "metrics.jsonl"),
+        prompts=prompts,
+        problems=problems,
+        plan=plan,
+        eval_sets=eval_sets,
+        policy=policy,
+        reference=reference,
+        optimizer=optimizer,
         learning_rate=schedule(config, optimizer, plan.steps),
-        master_dtype=master_dtype, compute_dtype=compute_dtype, pool=pool)
+        master_dtype=master_dtype,
+        compute_dtype=compute_dtype,
+        pool=pool,
+    )
     check_policy(run)
     if not is_eval and wants_startup_pass(config):
         startup_pass(run)
@@ -1125,8 +1173,13 @@ def load_policy(config: Config) -> Policy:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()  # it is loaded in eval mode, in which nothing would be checkpointed
     return fsdp_utils.shard(
-        Policy(model), blocks_of(model), config.sharding, compute_dtype, config.replicas,
-        config.cpu_offload)
+        Policy(model),
+        blocks_of(model),
+        config.sharding,
+        compute_dtype,
+        config.replicas,
+        config.cpu_offload,
+    )
 
 
 def dtypes(config: Config) -> tuple[torch.dtype, torch.dtype]:
@@ -1147,12 +1200,17 @@ def check_policy(run: Run) -> None:
         if c.packing and not is_right:
             alone, _ = policy_error(run, False)
             if alone <= limits[0]:
-                raise UserError(f"{name}: rows that are packed see each other, log-probs are off "
-                                f"by {largest:.2g}: set packing=false")
+                raise UserError(
+                    f"{name}: rows that are packed see each other, log-probs are off "
+                    f"by {largest:.2g}: set packing=false"
+                )
     fsdp_utils.reshard(run.policy)
-    need(is_right, f"{name}: log-probs of the training pass are not the model's: off by {mean:.2g} "
-         f"in the mean, {largest:.2g} at most (allowed: {limits[0]:g}, {limits[1]:g}). Try "
-         "attn_implementation=eager or torch_dtype=float32, else take another model")
+    need(
+        is_right,
+        f"{name}: log-probs of the training pass are not the model's: off by {mean:.2g} "
+        f"in the mean, {largest:.2g} at most (allowed: {limits[0]:g}, {limits[1]:g}). Try "
+        "attn_implementation=eager or torch_dtype=float32, else take another model",
+    )
 
 
 def policy_error(run: Run, is_packed: bool) -> tuple[float, float]:
@@ -1236,8 +1294,10 @@ def resume(run: Run, is_eval: bool) -> None:
         c, planned = run.config, run.state.steps
         is_other = not is_eval and planned not in (0, run.plan.steps)
         if is_other and not c.lr_scheduler_type.startswith("constant"):
-            say(f"max_steps was {planned} and is {run.plan.steps}: the {c.lr_scheduler_type} rate "
-                "goes on by the new one")
+            say(
+                f"max_steps was {planned} and is {run.plan.steps}: the {c.lr_scheduler_type} rate "
+                "goes on by the new one"
+            )
         say(f"resuming {path}")
     run.state.steps = run.plan.steps
     if run.rank == 0 and run.log.is_file() and not is_eval:  # later lines will be computed again
@@ -1271,8 +1331,10 @@ def dry_run(config: Config) -> None:
 def main() -> None:
     """The command line; what the user can mend ends the program with one message, status 2."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], allow_abbrev=False,
-        epilog="then settings: key=value, --key value, --key=value")
+        description=__doc__.split("\n")[0],
+        allow_abbrev=False,
+        epilog="then settings: key=value, --key value, --key=value",
+    )
     parser.add_argument("--config", required=True)
     parser.add_argument("--dry_run", action="store_true", help="show what would run, and stop")
     parser.add_argument("--eval", action="store_true", help="evaluate the model, and stop")

@@ -276,7 +276,8 @@ def advance(group: Group, config: Any, state: Any, fit: Callable) -> Group:
             return replace(group, next_stage=stage, is_deferred=is_deferred)
         # a skipped stage keeps hints and passes of the one before, whose verdict still holds
         skipped = replace(
-            stages[-1], ratios=wanted, lengths=[], is_trimmed=stage.is_trimmed, is_skipped=True)
+            stages[-1], ratios=wanted, lengths=[], is_trimmed=stage.is_trimmed, is_skipped=True
+        )
         stages = [*stages, skipped]
     if not group.completions:  # it returned and its ladder is used up: asked without a hint
         size = config.num_generations

@@ -10,6 +10,7 @@ ever handed to eval or sympify; sizes are checked before any arithmetic; in doub
 More notation goes into configs/verifier.yaml, another reward into REWARDS, or into the config as
 "path/to/file.py:function": f(response, gold) -> float, with the names of further columns if wanted.
 """
+
 import contextlib
 import faulthandler
 import functools
@@ -37,7 +38,6 @@ import yaml
 from mpmath.ctx_mp import MPContext
 
 from configs import UserError
-
 
 NOTATION = yaml.safe_load((Path(__file__).parent / "configs/verifier.yaml").read_text("utf-8"))
 MAX_CHARS, MAX_ITEMS = 3000, 60  # of an answer that is read
@@ -98,7 +98,7 @@ def answer_blocks(text: str) -> list[str]:
         if end or piece is pieces[-1] and len(body) <= MAX_OPEN_BLOCK:
             tail = re.sub(PATTERNS["stray"].pattern + r"\Z", "", body[-MAX_OPEN_BLOCK:])
             body = body[:-MAX_OPEN_BLOCK] + tail
-            blocks.append(body[PATTERNS["stray"].match(body).end():])
+            blocks.append(body[PATTERNS["stray"].match(body).end() :])
     return blocks
 
 
@@ -113,14 +113,14 @@ def from_sentence(text: str) -> str:
     numbers = list(PATTERNS["number"].finditer(text))
     if calculation or len(words) < 3 or len(numbers) != 1:
         return text
-    rest = text[numbers[0].end():]
+    rest = text[numbers[0].end() :]
     return numbers[0][0] + re.match(r"\s*(?:\\text\w*\s*\{[^{}]*\}|[A-Za-z/]+)?", rest)[0]
 
 
 def announced(text: str) -> str | None:
     """What follows the last "the answer is" or its like, up to the end of the clause."""
     *before, last = PATTERNS["phrase"].split(text)
-    line = last[PATTERNS["before"].match(last).end():][:MAX_CHARS].partition("\n")[0]
+    line = last[PATTERNS["before"].match(last).end() :][:MAX_CHARS].partition("\n")[0]
     clause = PATTERNS["after"].split(line + " ")[0].strip(" *,")
     return from_sentence(clause) if before else None
 
@@ -165,6 +165,7 @@ def gold_answer(text: str) -> str:
 
 
 # ---- from text to a tree ----
+
 
 def by_word(table: dict) -> dict:
     """{word: sign} of a table {sign: "word word .."}."""
@@ -214,8 +215,11 @@ UNIT, PRODUCT, ARGUMENT, POWER, DEGREE = 13, 15, 16, 17, 18
 ZERO, ONE, TEN = [("num", Fraction(n)) for n in (0, 1, 10)]
 FACTORS = {"%": ("num", Fraction(1, 100)), "°": ("°",)}  # units that are numbers
 NO_UNITS = {*NOTATION["not_units"], *NUMBERS, *MULTIPLIERS}
-SIZES = {unit: (measure, ("num", Fraction(size)))  # of units that measure the same
-         for measure, sizes in NOTATION["measures"].items() for unit, size in sizes.items()}
+SIZES = {
+    unit: (measure, ("num", Fraction(size)))  # of units that measure the same
+    for measure, sizes in NOTATION["measures"].items()
+    for unit, size in sizes.items()
+}
 
 
 class Reader:
@@ -318,7 +322,7 @@ class Reader:
             return ("word", unit_name(" ".join(words)))
         numbers = list(itertools.takewhile((NUMBERS | MULTIPLIERS).__contains__, words))
         value = ("num", spelled(numbers))
-        rest = words[len(numbers):]
+        rest = words[len(numbers) :]
         return self.measured(value, " ".join(rest)) if rest else value
 
     def measured(self, value: tuple, words: str) -> tuple:
@@ -360,7 +364,7 @@ def spelled(words: list[str]) -> Fraction:
     """The value of "two thousand three hundred forty five", of "one third"."""
     largest = max(words, key=lambda word: MULTIPLIERS.get(word, 0), default="")
     if largest in MULTIPLIERS:
-        start, rest = words[:words.index(largest)], words[words.index(largest) + 1:]
+        start, rest = words[: words.index(largest)], words[words.index(largest) + 1 :]
         after = spelled(rest) if rest else 0
         if after < MULTIPLIERS[largest]:
             return spelled(start) * MULTIPLIERS[largest] + after
@@ -540,6 +544,7 @@ QUANTITIES = {"quotient", "ratio", *FUNCTIONS}  # cos A = 1/2 is an answer of 1/
 @dataclass(frozen=True)
 class Equation:
     """name = value, as of x = 5; `whole` is left side - right side, for lines and conics."""
+
     name: tuple | None
     value: tuple | None
     whole: tuple | None
@@ -683,6 +688,7 @@ def settle_relation(parts: list):
 
 # ---- when two answers are the same ----
 
+
 def same(answer, gold) -> bool:
     """Do two settled trees mean the same?"""
     if answer == gold:
@@ -785,14 +791,19 @@ def with_names_of(gold: tuple, answer: tuple) -> tuple:
         return answer
     name, other = *ours, *theirs
     is_period = {name, other} <= INTEGER_NAMES and ("π",) in walk(gold)
-    is_constant = other == "C" and name in CONSTANT_NAMES and gold[0] == answer[0] == "sum" and (
-        ("var", other) in gold and ("var", name) in answer)
+    is_constant = (
+        other == "C"
+        and name in CONSTANT_NAMES
+        and gold[0] == answer[0] == "sum"
+        and (("var", other) in gold and ("var", name) in answer)
+    )
     if is_period or is_constant:
         return substituted(answer, {name: ("var", other)})
     return answer
 
 
 # ---- regions of the real line ----
+
 
 def same_region(answer: tuple, gold: tuple) -> bool:
     """Do they agree at all their ends, between them and beyond?"""
@@ -805,7 +816,7 @@ def same_region(answer: tuple, gold: tuple) -> bool:
     between = [(low + high) / 2 for low, high in itertools.pairwise(marks)]
     outside = [marks[0] - 1, marks[-1] + 1] if marks else [MP.zero]
     points = [*marks, *between, *outside]
-    inside = [(holds(answer, x=x), holds(gold, x=x)) for x in points[:3 * MAX_ITEMS]]
+    inside = [(holds(answer, x=x), holds(gold, x=x)) for x in points[: 3 * MAX_ITEMS]]
     is_empty = not any(in_b for _, in_b in inside)
     return len(marks) <= MAX_ITEMS and not is_empty and all(in_a == in_b for in_a, in_b in inside)
 
@@ -880,6 +891,7 @@ def compares(a, sign: str, b) -> bool:
 
 # ---- an answer must be as worked out as the gold ----
 
+
 def is_number(tree, with_pi: bool = False) -> bool:
     """A numeral, fraction, mixed number or a times a power of ten, with sign, unit or percent."""
     if not isinstance(tree, tuple):
@@ -893,8 +905,9 @@ def is_number(tree, with_pi: bool = False) -> bool:
         return parts[0] == TEN and is_number(parts[1])
     if kind == "sum" and len(parts) == 2:  # 3 + 1/8
         return parts[0][0] == "num" and parts[1][0] == "quotient" and is_number(parts[1])
-    is_scientific = kind == "product" and len(parts) == 2 and (
-        parts[1] == TEN or parts[1][0] == "power")
+    is_scientific = (
+        kind == "product" and len(parts) == 2 and (parts[1] == TEN or parts[1][0] == "power")
+    )
     is_of_pi = kind == "product" and with_pi
     if kind in ("quotient", "mixed") or is_scientific or is_of_pi:
         return all(is_number(part, with_pi) for part in parts)
@@ -906,8 +919,10 @@ def is_solved(region: tuple) -> bool:
     kind, *parts = region
     if kind == "relation":
         sides = [side for side in parts[::2] if variables(side)]
-        return all(side[0] in ("var", "fabs") or side[0] == "negative" and side[1][0] == "var"
-                   for side in sides)
+        return all(
+            side[0] in ("var", "fabs") or side[0] == "negative" and side[1][0] == "var"
+            for side in sides
+        )
     return all(is_solved(part) for part in parts if isinstance(part, tuple))
 
 
@@ -948,8 +963,9 @@ def is_copied(answer: str, gold: str, problem: str) -> bool:
     """Does the answer stand in the problem's text as it is, and the gold not?"""
     answer, gold = (re.escape(squeezed(text).strip("$")) for text in (answer, gold))
     problem = squeezed(problem)
-    stands = [re.search(rf"(?<![A-Za-z0-9\\]){text}(?![A-Za-z0-9])", problem)
-              for text in (answer, gold)]
+    stands = [
+        re.search(rf"(?<![A-Za-z0-9\\]){text}(?![A-Za-z0-9])", problem) for text in (answer, gold)
+    ]
     return bool(stands[0]) and not stands[1]
 
 
@@ -961,8 +977,10 @@ def squeezed(text: str) -> str:
 
 # ---- the rewards ----
 
+
 class Reading(NamedTuple):
     """What an answer may stand for: words, a settled tree, and the letter of "(B) 17"."""
+
     text: str
     tree: object
     choice: str | None
@@ -1026,8 +1044,9 @@ def is_right(answer: str, gold: str, problem: str | None, strict: bool) -> bool:
     return not has_copied and (not is_short or is_worked_out(ours.tree, theirs.tree))
 
 
-def accuracy_reward(response: str, gold: str, problem: str | None = None,
-                    strict_answers: bool = True) -> float:
+def accuracy_reward(
+    response: str, gold: str, problem: str | None = None, strict_answers: bool = True
+) -> float:
     """1.0 when the answer in `response` (see extract_answer) has the value of `gold`, else 0.0.
 
     A list or set needs all elements of the gold and no others: naming candidates earns nothing.
@@ -1050,8 +1069,10 @@ def format_reward(response: str, gold: str = "") -> float:
 
 
 REWARDS = {"accuracy": accuracy_reward, "format": format_reward}
-ADAPTER = ("def mine(response, gold, **row): "
-           "return theirs(completions=[response], prompts=[row['problem']], **row)[0]")
+ADAPTER = (
+    "def mine(response, gold, **row): "
+    "return theirs(completions=[response], prompts=[row['problem']], **row)[0]"
+)
 MAX_REWARD = 1e9  # larger ones would not stay finite in sums
 
 
@@ -1077,6 +1098,7 @@ def wanted(reward) -> set[str] | None:
 
 
 # ---- workers: one line of JSON in, one out ----
+
 
 def score(reward, text: str, gold: str, row: dict) -> tuple[float, str | None]:
     """The reward of one text, or 0.0 and what went wrong."""
@@ -1151,7 +1173,7 @@ class Worker:
                 return None if self.process.poll() is None else b""
             try:
                 if stdin in ready:
-                    request = request[os.write(stdin, request):]
+                    request = request[os.write(stdin, request) :]
                 part = os.read(stdout, 1 << 16) if stdout in ready else None
             except OSError:
                 return b""
@@ -1209,14 +1231,19 @@ class VerifierPool:
     def probe(self, examples: list[tuple[str, dict]]) -> None:
         """Try the rewards on the (gold, row) of up to four problems, with the gold and with nothing
         as response; UserError names one that fails every time."""
-        calls = [self.threads.submit(self._ask, text, self._group(gold, row))
-                 for gold, row in examples[:4] for text in (gold, "")]
+        calls = [
+            self.threads.submit(self._ask, text, self._group(gold, row))
+            for gold, row in examples[:4]
+            for text in (gold, "")
+        ]
         replies = [call.result() for call in calls]
         for index, name in enumerate(self.names):
             errors = [reply["errors"][index] for reply in replies]
             if errors and all(errors):
-                raise UserError(f"reward {name!r} failed in all {len(errors)} trials: {errors[0]}; "
-                                "f(response, gold) -> float is wanted, or columns by their names")
+                raise UserError(
+                    f"reward {name!r} failed in all {len(errors)} trials: {errors[0]}; "
+                    "f(response, gold) -> float is wanted, or columns by their names"
+                )
         self.stats, self.error = dict.fromkeys(self.stats, 0), None
 
     def close(self) -> None:

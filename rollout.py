@@ -448,9 +448,7 @@ class ServerEngine(Engine):
 
     def _start(self, prompt, fields):
         body = {"token_ids": prompt, "sampling_params": fields}
-        return self.pool.apply_async(
-            self._http, ["/inference/v1/generate", body, GENERATE_SECONDS]
-        )
+        return self.pool.apply_async(self._http, ["/inference/v1/generate", body, GENERATE_SECONDS])
 
     def _ended(self):
         """What has come back, after 20 ms; raises when a call or the server has failed."""

@@ -38,6 +38,7 @@ def read_rows(config: Any) -> list[dict]:
         return read_text_rows(path, kind)
     try:
         import datasets
+
         if (path / "state.json").is_file():  # by save_to_disk
             data = datasets.load_from_disk(name)
         elif kind == "parquet" and not path.is_dir():
@@ -47,9 +48,11 @@ def read_rows(config: Any) -> list[dict]:
         return data.to_list()
     except Exception as error:  # whatever the library makes of a file or of the hub's answer
         reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"dataset_name={name}: {reason} (dataset_name is a hub name, with "
-                        "dataset_config and dataset_split, a folder, or a .jsonl, .json, .csv, "
-                        ".tsv or .parquet file)") from error
+        raise UserError(
+            f"dataset_name={name}: {reason} (dataset_name is a hub name, with "
+            "dataset_config and dataset_split, a folder, or a .jsonl, .json, .csv, "
+            ".tsv or .parquet file)"
+        ) from error
 
 
 def read_text_rows(path: Path, kind: str) -> list[dict]:
@@ -79,8 +82,10 @@ def read_text_rows(path: Path, kind: str) -> list[dict]:
                 rows.append({**json.loads(line)})
         return rows
     except UNREADABLE as error:
-        raise UserError(f"dataset_name={path}{place}: {error} (rows are UTF-8: a JSON "
-                        "object a line, an array of objects, or a table with a header)") from None
+        raise UserError(
+            f"dataset_name={path}{place}: {error} (rows are UTF-8: a JSON "
+            "object a line, an array of objects, or a table with a header)"
+        ) from None
 
 
 def flat(row: dict, levels: int = 4) -> dict:
@@ -105,8 +110,11 @@ def check_columns(config: Any, table: list[dict]) -> None:
     missing, near = [column for column in wanted if column not in columns], []
     for column in missing:
         near += difflib.get_close_matches(column, columns, n=1, cutoff=0.4)
-    need(not table or not missing, f"{c.dataset_name}: no column {missing} in {columns}, nearest "
-         f"{near}: set dataset_prompt_column and so on (eval_datasets: in a set's own settings)")
+    need(
+        not table or not missing,
+        f"{c.dataset_name}: no column {missing} in {columns}, nearest "
+        f"{near}: set dataset_prompt_column and so on (eval_datasets: in a set's own settings)",
+    )
 
 
 class BadRow(Exception):
@@ -161,9 +169,7 @@ def as_choice(question: str, options: list[str], seed: list[int]) -> tuple[str, 
     return "\n".join([question, "", *lines]), ascii_uppercase[order.index(0)]
 
 
-def read_problem(
-    number: int, row: dict, cells: dict, config: Any
-) -> tuple[Problem, str | None]:
+def read_problem(number: int, row: dict, cells: dict, config: Any) -> tuple[Problem, str | None]:
     """(Problem, why its gold is of no use or None) of a row; BadRow when it cannot be asked."""
     c, own_solution = config, ""
     if isinstance(cells.get(c.dataset_prompt_column), list):

@@ -26,7 +26,7 @@ def translate(
     layers, ignored = without_idle_mode(layers)
     ours, mistakes = {}, []
     for number, layer in enumerate(layers):
-        later = {our_name(key) for other in layers[number + 1:] for key in other}
+        later = {our_name(key) for other in layers[number + 1 :] for key in other}
         kept = {key: value for key, value in layer.items() if our_name(key) not in later}
         found, wrong, idle = translate_layer(kept, our_keys)
         ours |= found
@@ -35,8 +35,10 @@ def translate(
     steps = ours.pop("steps_per_generation", None)
     accumulation = ours.get("gradient_accumulation_steps", 1)
     if steps is not None and str(steps) != str(accumulation):
-        mistakes.append(f"steps_per_generation={steps!r} and gradient_accumulation_steps="
-                        f"{accumulation!r} must be the same: a step samples what it trains on")
+        mistakes.append(
+            f"steps_per_generation={steps!r} and gradient_accumulation_steps="
+            f"{accumulation!r} must be the same: a step samples what it trains on"
+        )
     if ignored:
         say(f"config: without meaning here, ignored: {', '.join(ignored)}")
     return ours, mistakes

@@ -13,8 +13,14 @@ from typing import Any
 
 import torch
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig,
-    PreTrainedModel, PreTrainedTokenizerBase)
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import configs.varlen  # noqa: F401, makes transformers know it
@@ -23,7 +29,8 @@ from configs.plan import longest_sequence
 from configs.settings import Config
 
 EXAMPLE_TEMPLATE = (  # as YAML
-    r'"{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"')
+    r'"{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"'
+)
 
 
 @contextmanager
@@ -42,18 +49,24 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     name = f"model_name_or_path={config.model_name_or_path}"
     with as_user_error(f"{name}: tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
-            config.model_name_or_path, revision=config.model_revision, trust_remote_code=False)
+            config.model_name_or_path, revision=config.model_revision, trust_remote_code=False
+        )
         spelt = tokenizer.decode(tokenizer("12").input_ids)
-    need("12" in spelt.replace(" ", ""), f"{name}: its tokenizer reads 12 as {spelt!r}: are files "
-         "missing?")
+    need(
+        "12" in spelt.replace(" ", ""),
+        f"{name}: its tokenizer reads 12 as {spelt!r}: are files missing?",
+    )
     template = config.chat_template
     if template and "{" not in template:  # all Jinja has a brace
         with as_user_error(f"chat_template={template}"):
             template = Path(template).read_text(encoding="utf-8")
     if template:
         tokenizer.chat_template = template
-    need(tokenizer.chat_template, f"{name}: its tokenizer has no chat template: set one, Jinja or "
-         f"a file, for example chat_template: {EXAMPLE_TEMPLATE}")
+    need(
+        tokenizer.chat_template,
+        f"{name}: its tokenizer has no chat template: set one, Jinja or "
+        f"a file, for example chat_template: {EXAMPLE_TEMPLATE}",
+    )
     need(tokenizer.eos_token is not None, f"{name}: its tokenizer names no eos_token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -84,22 +97,36 @@ def load_model(config: Config, dtype: torch.dtype | str) -> PreTrainedModel:
         say(f"{name}: trained without its {', '.join(off)}")
     attention = config.attn_implementation
     computes = sdpa_computes(model_config, text_config)
-    need(computes or attention != "varlen", f"{name}: attn_implementation=varlen cannot compute its"
-         " attention: set eager, or install flash-attn")
+    need(
+        computes or attention != "varlen",
+        f"{name}: attn_implementation=varlen cannot compute its"
+        " attention: set eager, or install flash-attn",
+    )
     if attention == "sdpa" and not computes:
         say(f"{name}: attn_implementation: sdpa cannot compute its attention, using eager")
         attention = "eager"
     longest = longest_sequence(config)
     limit = getattr(text_config, "max_position_embeddings", longest)
-    need(longest <= limit, f"{name}: max_prompt_length + max_completion_length = {longest} tokens "
-         f"(of training or of an eval set), but it has {limit} positions: lower one of them")
+    need(
+        longest <= limit,
+        f"{name}: max_prompt_length + max_completion_length = {longest} tokens "
+        f"(of training or of an eval set), but it has {limit} positions: lower one of them",
+    )
     with as_user_error(name):
         model, report = AutoModelForCausalLM.from_pretrained(
-            config.model_name_or_path, config=model_config, dtype=dtype,
-            attn_implementation=attention, output_loading_info=True, **where)
+            config.model_name_or_path,
+            config=model_config,
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+            **where,
+        )
     missing = sorted(report["missing_keys"])
-    need(not missing, f"{name}: its files lack {len(missing)} of the model's tensors, which would "
-         f"be random: get the whole model ({', '.join(missing[:2])} ...)")
+    need(
+        not missing,
+        f"{name}: its files lack {len(missing)} of the model's tensors, which would "
+        f"be random: get the whole model ({', '.join(missing[:2])} ...)",
+    )
     allow_sampling(name, model.generation_config)
     prove_export(name, model.config, model.generation_config)
     return model
@@ -115,8 +142,10 @@ def check_wrapper(name: str, model_config: PretrainedConfig) -> None:
     text_type = text_config.model_type
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     text_model = names.get(text_type) or names.get(text_type.split("_")[0]) or "one for text alone"
-    raise UserError(f"{name}: {model_config.model_type} wraps a text model ({text_type}) and is "
-                    f"not trained here: name a text model, {text_model}")
+    raise UserError(
+        f"{name}: {model_config.model_type} wraps a text model ({text_type}) and is "
+        f"not trained here: name a text model, {text_model}"
+    )
 
 
 def sdpa_computes(model_config: PretrainedConfig, text_config: PretrainedConfig) -> bool:
@@ -128,8 +157,11 @@ def sdpa_computes(model_config: PretrainedConfig, text_config: PretrainedConfig)
 
 def turn_off_dropout(model_config: PretrainedConfig) -> list[str]:
     """Sets what is random in training to 0; the names of what was not."""
-    names = [name for name, value in vars(model_config).items()
-             if re.search("drop|jitter", name) and isinstance(value, float) and value > 0]
+    names = [
+        name
+        for name, value in vars(model_config).items()
+        if re.search("drop|jitter", name) and isinstance(value, float) and value > 0
+    ]
     for name in names:
         setattr(model_config, name, 0.0)
     return names
@@ -148,8 +180,11 @@ def allow_sampling(name: str, generation: Any) -> None:
 def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The layers, which FSDP shards one by one; what holds the embedding belongs to the root."""
     names, embedding = model._no_split_modules or [], model.get_input_embeddings()
-    return [part for part in model.modules()
-            if type(part).__name__ in names and embedding not in part.modules()]
+    return [
+        part
+        for part in model.modules()
+        if type(part).__name__ in names and embedding not in part.modules()
+    ]
 
 
 def sizes(config: Config) -> tuple[int, int]:
@@ -157,7 +192,8 @@ def sizes(config: Config) -> tuple[int, int]:
     only the configuration is read."""
     with as_user_error(f"model_name_or_path={config.model_name_or_path}"):
         shape = AutoConfig.from_pretrained(
-            config.model_name_or_path, revision=config.model_revision)
+            config.model_name_or_path, revision=config.model_revision
+        )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shape)
     n_params = sum(p.numel() for p in model.parameters())

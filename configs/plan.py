@@ -1,6 +1,6 @@
 """What a config amounts to: steps, memory, and the vLLM server of `engine: server`.
 
-    python -m configs.plan serve CONFIG [key=value ...]        what `./run.sh serve CONFIG` runs
+python -m configs.plan serve CONFIG [key=value ...]        what `./run.sh serve CONFIG` runs
 """
 
 import os
@@ -30,13 +30,19 @@ class Plan:
 def make_plan(config: Config, world: int, n_problems: int, is_dry: bool = False) -> Plan:
     """Batch arithmetic, told: prompts = ranks * per_device * accumulation / G. is_dry: nothing will
     be sharded, so replicas may be meant for more ranks than there are."""
-    need(is_dry or fits_replicas(config, world), f"config: replicas={config.replicas} does not "
-         f"divide {world} ranks (--nproc_per_node times --nnodes)")
+    need(
+        is_dry or fits_replicas(config, world),
+        f"config: replicas={config.replicas} does not "
+        f"divide {world} ranks (--nproc_per_node times --nnodes)",
+    )
     batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     G, rows = config.num_generations, batch * accumulation
     need(G > 1, "config: num_generations=1: advantages compare a group's samples, it takes 2")
-    need(rows % G == 0, f"config: per_device_train_batch_size {batch} * gradient_accumulation_steps"
-         f" {accumulation} = {rows} is not divisible by num_generations {G}")
+    need(
+        rows % G == 0,
+        f"config: per_device_train_batch_size {batch} * gradient_accumulation_steps"
+        f" {accumulation} = {rows} is not divisible by num_generations {G}",
+    )
     prompts = world * rows // G
     per_epoch = n_problems // prompts
     need(per_epoch, f"{config.dataset_name}: {n_problems} usable problems, a step takes {prompts}")
@@ -48,8 +54,10 @@ def make_plan(config: Config, world: int, n_problems: int, is_dry: bool = False)
         save_every = config.save_steps
     if config.save_strategy == "epoch":
         save_every = per_epoch
-    say(f"batch: {world} ranks * {batch} per device * {accumulation} accumulation / {G} generations"
-        f" = {prompts} prompts a step; {per_epoch} steps an epoch; {steps} steps")
+    say(
+        f"batch: {world} ranks * {batch} per device * {accumulation} accumulation / {G} generations"
+        f" = {prompts} prompts a step; {per_epoch} steps an epoch; {steps} steps"
+    )
     return Plan(prompts, per_epoch, steps, save_every)
 
 
@@ -72,8 +80,10 @@ def bytes_per_gpu(config: Config, world: int, n_params: int, gathered: int) -> d
     """
     replicas = world if config.sharding == "ddp" else min(config.replicas, world)
     if not fits_replicas(config, world):
-        say(f"memory: replicas={config.replicas} does not divide {world} ranks: shown for "
-            f"replicas={replicas} and {world // replicas} ranks in each")
+        say(
+            f"memory: replicas={config.replicas} does not divide {world} ranks: shown for "
+            f"replicas={replicas} and {world // replicas} ranks in each"
+        )
     shards = world // replicas
     copied = gathered if config.sharding == "zero3" else n_params
     if world == 1 and config.torch_dtype == "float32":  # it computes with the masters themselves
@@ -115,10 +125,16 @@ def server_arguments(config: Config, n_gpus: int) -> tuple[list[str], dict[str, 
     if n_gpus == 0:
         # trap: seeded requests crash in a chunked prefill on CPU
         argv += ["--enforce-eager", "--no-enable-chunked-prefill"]
-        options |= {"worker-extension-cls": "configs.vllm_cpu.Extension",
-                    "max-num-batched-tokens": max(4096, length), "kv-cache-memory-bytes": 2**30}
-        environment |= {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1",
-                        "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        options |= {
+            "worker-extension-cls": "configs.vllm_cpu.Extension",
+            "max-num-batched-tokens": max(4096, length),
+            "kv-cache-memory-bytes": 2**30,
+        }
+        environment |= {
+            "OMP_NUM_THREADS": "1",
+            "TORCHDYNAMO_DISABLE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
     for name, value in options.items():
         argv += [f"--{name}", str(value)]
     return argv, environment
@@ -129,6 +145,7 @@ def main(path: str, *overrides: str) -> None:
     try:
         config = read_config(path, overrides)  # with all eval sets: --eval comes here too
         import torch  # slow
+
         argv, environment = server_arguments(config, torch.cuda.device_count())
         need_port(config.vllm_server_host, config.vllm_server_port)
     except UserError as error:
@@ -143,8 +160,10 @@ def need_port(host: str, port: int) -> None:
     try:
         socket.create_server((host, port), family=family).close()
     except OSError as error:
-        raise UserError(f"{host}:{port} cannot be listened to: {error}. End what does, or choose "
-                        "another vllm_server_port, for server and training alike") from None
+        raise UserError(
+            f"{host}:{port} cannot be listened to: {error}. End what does, or choose "
+            "another vllm_server_port, for server and training alike"
+        ) from None
 
 
 if __name__ == "__main__":

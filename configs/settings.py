@@ -420,8 +420,12 @@ def eval_config(config: Config, spec: str | dict) -> Config:
         values["max_completion_length"] = values["eval_max_completion_length"]
     c = Config(**values | {"rl_type": "grpo", "curriculum": False})
     if c.eval_temperature == 0 and c.eval_samples > 1:
-        raise SettingsError([f"{shown('eval_temperature', c.eval_temperature)} and "
-                             f"{shown('eval_samples', c.eval_samples)} {ALL_GREEDY}"])
+        raise SettingsError(
+            [
+                f"{shown('eval_temperature', c.eval_temperature)} and "
+                f"{shown('eval_samples', c.eval_samples)} {ALL_GREEDY}"
+            ]
+        )
     return replace(c, num_generations=c.eval_samples, temperature=c.eval_temperature)
 
 
@@ -438,9 +442,12 @@ def with_what_is_installed(config: Config) -> Config:
     if attention == "varlen" and not sees_gpu():
         say("config: attn_implementation: varlen needs a GPU, using sdpa")
         attention = "sdpa"
-    need(attention not in FLASH or config.torch_dtype == "bfloat16", "config: attn_implementation="
-         f"{attention} and torch_dtype={config.torch_dtype} disagree: flash attention computes in "
-         "bfloat16, take sdpa")
+    need(
+        attention not in FLASH or config.torch_dtype == "bfloat16",
+        "config: attn_implementation="
+        f"{attention} and torch_dtype={config.torch_dtype} disagree: flash attention computes in "
+        "bfloat16, take sdpa",
+    )
     packing = attention in FLASH if config.packing is None else config.packing
     return replace(config, report_to=report_to, attn_implementation=attention, packing=packing)
 

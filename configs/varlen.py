@@ -28,7 +28,8 @@ def attention(
     ends = more.get("cu_seq_lens_q")
     if ends is None:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **more)
+            module, query, key, value, attention_mask, scaling=scaling, **more
+        )
     longest = more["max_length_q"]
     before = sliding_window - 1 if sliding_window else -1  # tokens that a token sees, -1: all
     packed = [states[0].transpose(0, 1) for states in (query, key, value)]
@@ -44,7 +45,8 @@ def mask(
     if attention_mask is None and not allow_is_causal_skip:
         return torch.empty(0, 0, 0, 0)
     return sdpa_mask(
-        attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip, **more)
+        attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip, **more
+    )
 
 
 AttentionInterface.register("varlen", attention)

@@ -21,8 +21,12 @@ def cpu_options(max_model_len: int) -> dict:
     """Arguments of vllm.LLM inside a training process."""
     torch._dynamo.config.disable = True  # else log-probs need a C++ compiler
     # trap: a request with a seed crashes in a chunked prefill on CPU
-    return {"enable_chunked_prefill": False, "enforce_eager": True,
-            "max_num_batched_tokens": max(4096, max_model_len), "kv_cache_memory_bytes": 2**30}
+    return {
+        "enable_chunked_prefill": False,
+        "enforce_eager": True,
+        "max_num_batched_tokens": max(4096, max_model_len),
+        "kv_cache_memory_bytes": 2**30,
+    }
 
 
 def pack(model: torch.nn.Module) -> None:

@@ -29,26 +29,38 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.bench_train import TINY, parity  # noqa: E402  (sets the number of threads)
-
 import torch  # noqa: E402
+
+from tests.bench_train import TINY, parity  # noqa: E402  (sets the number of threads)
 
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 SAMPLES, LONGEST_PROMPT, WARM_UP = 8, 512, 2
 IS_GPU = torch.cuda.is_available()
 IS_FLASH = IS_GPU and importlib.util.find_spec("flash_attn") is not None
 
+
 def write_model_and_data(folder, toy):
     """A random model with the tiny tokenizer, and problems of 50-400 bytes; its parameter count."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-             "num_attention_heads", "num_key_value_heads")
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
     shape = dict(zip(names, (1024, 64, 128, 2, 4, 2) if toy else (151936, 1536, 8960, 28, 12, 2)))
     tokenizer = AutoTokenizer.from_pretrained(TINY / "base")
-    config = Qwen2Config(**shape, tie_word_embeddings=True, max_position_embeddings=32768,
-                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config = Qwen2Config(
+        **shape,
+        tie_word_embeddings=True,
+        max_position_embeddings=32768,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     model = Qwen2ForCausalLM(config).to(torch.bfloat16)  # not on the GPU: others measure there
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -58,10 +70,12 @@ def write_model_and_data(folder, toy):
     (folder / "data.jsonl").write_text("".join(lines))
     return model.num_parameters()
 
+
 def now():
     if IS_GPU:
         torch.cuda.synchronize()
     return time.perf_counter()
+
 
 def memory():
     """GiB in use, and the most since the last call."""
@@ -71,31 +85,55 @@ def memory():
     torch.cuda.reset_peak_memory_stats()
     return {"peak_gib": peak / 2**30, "used_gib": (whole - free) / 2**30}
 
+
 def run_ours(args):
     """Steps of ghpo's own loop."""
     import configs.settings
     import ghpo
 
     reward = f"{sys.modules[parity.__module__].__file__}:parity"
-    run = ghpo.setup(configs.settings.make_config({
-        "model_name_or_path": f"{args.folder}/model", "dataset_name": f"{args.folder}/data.jsonl",
-        "rl_type": "grpo", "engine": args.engine, "output_dir": f"{args.folder}/{args.side}",
-        "attn_implementation": args.attention, "torch_dtype": "bfloat16",
-        "packing": args.side == "packed", "reward_funcs": [reward], "hint_trigger": reward,
-        "reward_weights": [1.0], "num_generations": SAMPLES, "loss_type": "dapo",
-        "per_device_train_batch_size": args.rows, "max_prompt_length": LONGEST_PROMPT,
-        "max_completion_length": args.length, "micro_batch_tokens": args.budget,
-        "gradient_checkpointing": not args.toy, "sharding": args.sharding, "save_strategy": "no",
-        "max_steps": args.steps + WARM_UP, "vllm_gpu_memory_utilization": 0.35}))
+    run = ghpo.setup(
+        configs.settings.make_config(
+            {
+                "model_name_or_path": f"{args.folder}/model",
+                "dataset_name": f"{args.folder}/data.jsonl",
+                "rl_type": "grpo",
+                "engine": args.engine,
+                "output_dir": f"{args.folder}/{args.side}",
+                "attn_implementation": args.attention,
+                "torch_dtype": "bfloat16",
+                "packing": args.side == "packed",
+                "reward_funcs": [reward],
+                "hint_trigger": reward,
+                "reward_weights": [1.0],
+                "num_generations": SAMPLES,
+                "loss_type": "dapo",
+                "per_device_train_batch_size": args.rows,
+                "max_prompt_length": LONGEST_PROMPT,
+                "max_completion_length": args.length,
+                "micro_batch_tokens": args.budget,
+                "gradient_checkpointing": not args.toy,
+                "sharding": args.sharding,
+                "save_strategy": "no",
+                "max_steps": args.steps + WARM_UP,
+                "vllm_gpu_memory_utilization": 0.35,
+            }
+        )
+    )
     steps, ended, optimize = [], [0.0], ghpo.optimize
 
     def watched(run, rows, *rest):
         began, _ = now(), memory()
         metrics = optimize(run, rows, *rest)
-        steps.append({"generate": began - ended[-1], "train": now() - began,
-                      "generated": sum(len(row.input_ids) - row.n_context for row in rows),
-                      "trained": sum(len(row.input_ids) for row in rows if row.advantage),
-                      **memory()})
+        steps.append(
+            {
+                "generate": began - ended[-1],
+                "train": now() - began,
+                "generated": sum(len(row.input_ids) - row.n_context for row in rows),
+                "trained": sum(len(row.input_ids) for row in rows if row.advantage),
+                **memory(),
+            }
+        )
         ended.append(now())
         return metrics
 
@@ -103,6 +141,7 @@ def run_ours(args):
     ghpo.train(run, ghpo.Interrupt())
     run.engine.close()
     return steps
+
 
 def run_trl(args):
     """The same by TRL's GRPOTrainer: float32 weights, bfloat16 compute, a vLLM that sleeps."""
@@ -123,24 +162,45 @@ def run_trl(args):
                 steps[-1] |= {"train": began - self.ended, **memory()}
             prompt_ids, completion_ids, *rest = super()._generate(prompts)
             made = sum(map(len, completion_ids))
-            steps.append({"generate": now() - began, "generated": made,
-                          "trained": made + sum(map(len, prompt_ids))})
+            steps.append(
+                {
+                    "generate": now() - began,
+                    "generated": made,
+                    "trained": made + sum(map(len, prompt_ids)),
+                }
+            )
             self.ended, _ = now(), memory()
             return prompt_ids, completion_ids, *rest
 
     width = LONGEST_PROMPT + args.length
     batch = 1 << max(1, args.budget // width).bit_length() - 1  # a power of two, as args.rows is
     config = trl.GRPOConfig(
-        output_dir=f"{args.folder}/trl", use_cpu=not IS_GPU, bf16=True,
+        output_dir=f"{args.folder}/trl",
+        use_cpu=not IS_GPU,
+        bf16=True,
         model_init_kwargs={"dtype": "float32", "attn_implementation": args.attention},
-        per_device_train_batch_size=batch, gradient_accumulation_steps=args.rows // batch,
-        num_generations=SAMPLES, max_completion_length=args.length, temperature=1.0, beta=0.0,
-        loss_type="dapo", max_steps=args.steps + WARM_UP + 1, gradient_checkpointing=not args.toy,
-        use_vllm=args.engine == "vllm", vllm_mode="colocate", vllm_enable_sleep_mode=True,
-        vllm_gpu_memory_utilization=0.35, vllm_max_model_length=width, logging_strategy="no",
-        save_strategy="no", report_to=[], disable_tqdm=True)
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=args.rows // batch,
+        num_generations=SAMPLES,
+        max_completion_length=args.length,
+        temperature=1.0,
+        beta=0.0,
+        loss_type="dapo",
+        max_steps=args.steps + WARM_UP + 1,
+        gradient_checkpointing=not args.toy,
+        use_vllm=args.engine == "vllm",
+        vllm_mode="colocate",
+        vllm_enable_sleep_mode=True,
+        vllm_gpu_memory_utilization=0.35,
+        vllm_max_model_length=width,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
     Watched(f"{args.folder}/model", scores, args=config, train_dataset=data).train()
     return steps[:-1]
+
 
 def measure(args):
     """Medians over the steps of one side, which has this process for itself; rank 0 writes them."""
@@ -156,16 +216,24 @@ def measure(args):
     peak = args.peak or next((flops for key, flops in PEAK.items() if key in name), None)
     speed = step["trained"] / step["train"]
     flops = 6 * int(args.parameters) * speed  # a forward and a backward, that is twice as much
-    result = {"engine": args.engine, "attention": args.attention, "gpu": name,
-              "seconds_step": statistics.median(s["generate"] + s["train"] for s in steps),
-              "seconds_generate": step["generate"], "seconds_train": step["train"],
-              "tokens_generated_per_s": step["generated"] / step["generate"],
-              "tokens_trained_per_s": speed, "mfu": peak and flops / peak,
-              "peak_gib": step["peak_gib"], "used_gib": step.get("used_gib")}
+    result = {
+        "engine": args.engine,
+        "attention": args.attention,
+        "gpu": name,
+        "seconds_step": statistics.median(s["generate"] + s["train"] for s in steps),
+        "seconds_generate": step["generate"],
+        "seconds_train": step["train"],
+        "tokens_generated_per_s": step["generated"] / step["generate"],
+        "tokens_trained_per_s": speed,
+        "mfu": peak and flops / peak,
+        "peak_gib": step["peak_gib"],
+        "used_gib": step.get("used_gib"),
+    }
     if os.environ.get("RANK", "0") == "0":
         Path(args.folder, f"{args.side}.json").write_text(json.dumps(result))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
 
 def report(results, our):
     """Prints the sides beside each other; returns TRL's numbers over ours."""
@@ -180,9 +248,11 @@ def report(results, our):
             print(f"{key:24}" + "".join(f"{column[key]:14.4g}" for column in columns.values()))
     return ratios
 
+
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--sides", nargs="+", default=["packed", "padded", "trl"])
@@ -203,8 +273,10 @@ def main():
     if IS_GPU and not IS_FLASH and "packed" in sides:
         print("packing is left out: flash-attn is not installed")
         sides.remove("packed")
-    if "trl" in sides and subprocess.run(
-            [args.trl, "-c", "import trl"], stderr=subprocess.DEVNULL).returncode:
+    if (
+        "trl" in sides
+        and subprocess.run([args.trl, "-c", "import trl"], stderr=subprocess.DEVNULL).returncode
+    ):
         print("TRL is left out: it is not installed here (pip install trl, or --trl PYTHON)")
         sides.remove("trl")
     results, launcher = dict.fromkeys(["packed", "padded", "trl"]), []
@@ -217,13 +289,26 @@ def main():
         for side in [side for side in results if side in sides]:
             # A process each: memory, process groups and patches do not mix, and one may fail.
             subprocess.run(
-                [args.trl if side == "trl" else sys.executable, *launcher, __file__, *sys.argv[1:],
-                 "--side", side, "--folder", folder, "--parameters", str(count)], stdout=sys.stderr)
+                [
+                    args.trl if side == "trl" else sys.executable,
+                    *launcher,
+                    __file__,
+                    *sys.argv[1:],
+                    "--side",
+                    side,
+                    "--folder",
+                    folder,
+                    "--parameters",
+                    str(count),
+                ],
+                stdout=sys.stderr,
+            )
             path = Path(folder, f"{side}.json")
             results[side] = json.loads(path.read_text()) if path.exists() else None
     ratios = report(results, "packed" if IS_FLASH else "padded")  # as ghpo.py chooses by itself
     print(json.dumps({"toy": args.toy, "gpus": args.gpus, **results, "trl_over_ours": ratios}))
     sys.exit(not all(results[side] for side in sides))
+
 
 if __name__ == "__main__":
     main()

@@ -23,6 +23,7 @@ from reward import accuracy_reward, equal, is_plain, read, squeezed  # noqa: E40
 
 def math_verify_reward(response: str, gold: str) -> float:
     from math_verify import parse, verify
+
     return float(verify(parse(f"${gold}$"), parse(response)))
 
 
@@ -39,8 +40,12 @@ def measure(function, items: list[dict]) -> dict:
         walls.append(time.perf_counter() - start)
         right += (score >= 0.5) == bool(item["label"])
     cpu = time.process_time() - cpu
-    return {"cpu_s_per_1000": 1000 * cpu / len(items), "median_us": 1e6 * statistics.median(walls),
-            "max_us": 1e6 * max(walls), "accuracy_%": 100 * right / len(items)}
+    return {
+        "cpu_s_per_1000": 1000 * cpu / len(items),
+        "median_us": 1e6 * statistics.median(walls),
+        "max_us": 1e6 * max(walls),
+        "accuracy_%": 100 * right / len(items),
+    }
 
 
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(.+?)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
@@ -66,8 +71,10 @@ def copied(problems: list[dict], with_row: bool, strict: bool) -> float:
     for item in problems:
         row = {"problem": item["problem"]} if with_row else {}
         texts = filter(is_expression, copies(item["problem"], item["solution"]))
-        hits += any(accuracy_reward("\\boxed{%s}" % text, item["solution"], strict_answers=strict,
-                                    **row) for text in texts)
+        hits += any(
+            accuracy_reward("\\boxed{%s}" % text, item["solution"], strict_answers=strict, **row)
+            for text in texts
+        )
     return 100 * hits / len(problems)
 
 
@@ -79,15 +86,20 @@ def lost(items: list[tuple[str, str, str | None]]) -> int:
 
 def report_copies(data: Path, labelled: list[dict]) -> None:
     problems = [json.loads(line) for line in (data / "math500_dev.jsonl").open(encoding="utf-8")]
-    print(f"copies of the question on {len(problems)} problems: "
-          f"{copied(problems, True, True):.1f} % with the row, "
-          f"{copied(problems, False, True):.1f} % without, "
-          f"{copied(problems, False, False):.1f} % with strict_answers off")
+    print(
+        f"copies of the question on {len(problems)} problems: "
+        f"{copied(problems, True, True):.1f} % with the row, "
+        f"{copied(problems, False, True):.1f} % without, "
+        f"{copied(problems, False, False):.1f} % with strict_answers off"
+    )
     right = [(item["response"], item["gold"], None) for item in labelled if item["label"]]
-    golds = [("\\boxed{%s}" % item["solution"], item["solution"], item["problem"])
-             for item in problems]
-    print(f"right answers lost by strict_answers: {lost(right)} of {len(right)} labelled, "
-          f"{lost(golds)} of {len(golds)} golds")
+    golds = [
+        ("\\boxed{%s}" % item["solution"], item["solution"], item["problem"]) for item in problems
+    ]
+    print(
+        f"right answers lost by strict_answers: {lost(right)} of {len(right)} labelled, "
+        f"{lost(golds)} of {len(golds)} golds"
+    )
 
 
 def main() -> None:
@@ -96,7 +108,7 @@ def main() -> None:
     items = [json.loads(line) for line in path.open(encoding="utf-8")]
     items = [item for item in items if item["label"] is not None]
     if len(sys.argv) > 2:
-        items = items[::max(1, len(items) // int(sys.argv[2]))]
+        items = items[:: max(1, len(items) // int(sys.argv[2]))]
     accuracy_reward("\\boxed{\\sqrt{2}}", "\\sqrt[4]{4}")  # imports and first-call costs
     read.cache_clear()
     equal.cache_clear()

@@ -93,10 +93,13 @@ def asker(step):
         prompt = text[: PROMPT + round(stage.ratio * TRACE)]
         seed = random.Random(f"{problem.id} {stage.hints[0]} {step}").getrandbits(60)
         config = SimpleNamespace(
-            temperature=1.0, max_completion_length=Engine.cap, top_p=1.0, top_k=0,
-            strict_answers=True)
-        return Request(
-            problem, stage, [prompt] * SAMPLES, [""] * SAMPLES, seed, config, slot)
+            temperature=1.0,
+            max_completion_length=Engine.cap,
+            top_p=1.0,
+            top_k=0,
+            strict_answers=True,
+        )
+        return Request(problem, stage, [prompt] * SAMPLES, [""] * SAMPLES, seed, config, slot)
 
     return ask
 
@@ -145,7 +148,7 @@ class Deferred:
 
     def __call__(self, engine, pool, problems, step):
         back = self.queue[: len(problems) // 2]
-        self.queue = self.queue[len(back):]
+        self.queue = self.queue[len(back) :]
         asked = back + [(problem, 0) for problem in problems[: len(problems) - len(back)]]
         groups = [blank(problem, number) for problem, number in asked]
         groups = collect(engine, groups, pool, asker(step), final)

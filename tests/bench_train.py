@@ -56,8 +56,14 @@ def chunked_over_full(vocabulary=152_000, tokens=4096):
     import ghpo
 
     config = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True)
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
     policy = ghpo.Policy(Qwen2ForCausalLM(config))
     rows = 8  # short rows: the head is measured, not attention
     ids = torch.randint(0, vocabulary, (rows, tokens // rows + 1))
@@ -77,8 +83,10 @@ def chunked_over_full(vocabulary=152_000, tokens=4096):
         logp.mean().backward()
 
     small, large = in_child(chunked), in_child(full)
-    print(f"memory: {tokens} tokens, vocabulary {vocabulary}: chunked {small / 2**20:.0f} MiB, "
-          f"full logits {large / 2**20:.0f} MiB")
+    print(
+        f"memory: {tokens} tokens, vocabulary {vocabulary}: chunked {small / 2**20:.0f} MiB, "
+        f"full logits {large / 2**20:.0f} MiB"
+    )
     return small / large
 
 
@@ -95,22 +103,29 @@ def padding_share(files, ranks, budget=16384, prompts=112):
     import ghpo
 
     lines = [json.loads(line) for file in files for line in Path(file).read_text().splitlines()]
-    length = np.array([[len(line["problem"]), len(line.get("solution_hint") or "")]
-                       for line in lines]) // 4 + 1
+    length = (
+        np.array([[len(line["problem"]), len(line.get("solution_hint") or "")] for line in lines])
+        // 4
+        + 1
+    )
     rng, padded, total, count = np.random.default_rng(0), 0, 0, 0
     for _ in range(5):
         chosen = rng.choice(len(lines), prompts, replace=prompts > len(lines))
         for rank in range(ranks):
-            rows = [ghpo.Row([0] * (context + solution), context, [], [], [], [], 1.0, 1)
-                    for context in length[chosen[rank::ranks], 0]
-                    for solution in rng.choice(length[:, 1], SAMPLES)]
+            rows = [
+                ghpo.Row([0] * (context + solution), context, [], [], [], [], 1.0, 1)
+                for context in length[chosen[rank::ranks], 0]
+                for solution in rng.choice(length[:, 1], SAMPLES)
+            ]
             for batch in ghpo.micro_batches(rows, budget, False):
                 lengths = [len(row.input_ids) for row in batch]
                 padded += max(lengths) * len(lengths) - sum(lengths)
                 total += max(lengths) * len(lengths)
                 count += 1
-    print(f"padding: {ranks} ranks, {prompts * SAMPLES} rows a step, mean {length.sum(1).mean():.0f} "
-          f"tokens: {padded / total:.2%} in {count / 5 / ranks:.1f} micro-batches a rank")
+    print(
+        f"padding: {ranks} ranks, {prompts * SAMPLES} rows a step, mean {length.sum(1).mean():.0f} "
+        f"tokens: {padded / total:.2%} in {count / 5 / ranks:.1f} micro-batches a rank"
+    )
     return padded / total
 
 
@@ -137,18 +152,42 @@ def time_ours(folder, steps):
     """Medians of seconds and tokens of a GRPO step through ghpo's own loop."""
     import ghpo
 
-    run = ghpo.setup(ghpo.load_config(ROOT / "configs" / "tiny.yaml", [
-        f"model_name_or_path={folder}-model", f"dataset_name={TINY / 'data' / 'train.jsonl'}",
-        "eval_datasets={}", "eval_strategy=no", f"output_dir={folder}", f"max_steps={steps}",
-        "rl_type=grpo", f"reward_funcs=['{__file__}:parity']", "reward_weights=[1.0]",
-        f"hint_trigger={__file__}:parity", f"max_completion_length={LONGEST}", "save_strategy=no", "loss_type=dapo",
-        f"num_generations={SAMPLES}", "learning_rate=1e-6", "warmup_steps=0",
-        f"per_device_train_batch_size={PROMPTS * SAMPLES}", "gradient_accumulation_steps=1"]))
+    run = ghpo.setup(
+        ghpo.load_config(
+            ROOT / "configs" / "tiny.yaml",
+            [
+                f"model_name_or_path={folder}-model",
+                f"dataset_name={TINY / 'data' / 'train.jsonl'}",
+                "eval_datasets={}",
+                "eval_strategy=no",
+                f"output_dir={folder}",
+                f"max_steps={steps}",
+                "rl_type=grpo",
+                f"reward_funcs=['{__file__}:parity']",
+                "reward_weights=[1.0]",
+                f"hint_trigger={__file__}:parity",
+                f"max_completion_length={LONGEST}",
+                "save_strategy=no",
+                "loss_type=dapo",
+                f"num_generations={SAMPLES}",
+                "learning_rate=1e-6",
+                "warmup_steps=0",
+                f"per_device_train_batch_size={PROMPTS * SAMPLES}",
+                "gradient_accumulation_steps=1",
+            ],
+        )
+    )
     ghpo.train(run, ghpo.Interrupt())
     run.pool.close()
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    parts = [(sum(line[f"seconds/{k}"] for k in ("sync", "generate")),
-              line["seconds/train"], line["tokens/generated"]) for line in lines[2:]]
+    parts = [
+        (
+            sum(line[f"seconds/{k}"] for k in ("sync", "generate")),
+            line["seconds/train"],
+            line["tokens/generated"],
+        )
+        for line in lines[2:]
+    ]
     generate, train, tokens = zip(*parts)
     return summary(generate, train, tokens)
 
@@ -160,8 +199,12 @@ def time_trl(folder, steps):
     from transformers import TrainerCallback
 
     lines = [json.loads(line) for line in (TINY / "data" / "train.jsonl").read_text().splitlines()]
-    data = Dataset.from_list([{"prompt": [{"role": "user", "content": line["problem"]}],
-                               "solution": line["solution"]} for line in lines])
+    data = Dataset.from_list(
+        [
+            {"prompt": [{"role": "user", "content": line["problem"]}], "solution": line["solution"]}
+            for line in lines
+        ]
+    )
 
     def scores(completions, **_):
         return [float(parity(c[0]["content"], "")) for c in completions]
@@ -184,14 +227,33 @@ def time_trl(folder, steps):
             return outputs
 
     config = trl.GRPOConfig(
-        output_dir=str(folder), use_cpu=True, bf16=False, max_steps=steps, learning_rate=1e-6,
-        per_device_train_batch_size=PROMPTS * SAMPLES, gradient_accumulation_steps=1,
-        num_generations=SAMPLES, max_completion_length=LONGEST, temperature=1.0, beta=0.0,
-        loss_type="dapo", lr_scheduler_type="constant",
-        gradient_checkpointing=False, logging_strategy="no", save_strategy="no", report_to=[],
-        disable_tqdm=True, dataloader_num_workers=0)
-    Timed(model=f"{folder}-model", reward_funcs=scores, args=config,
-          train_dataset=data, callbacks=[Clock()]).train()
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        max_steps=steps,
+        learning_rate=1e-6,
+        per_device_train_batch_size=PROMPTS * SAMPLES,
+        gradient_accumulation_steps=1,
+        num_generations=SAMPLES,
+        max_completion_length=LONGEST,
+        temperature=1.0,
+        beta=0.0,
+        loss_type="dapo",
+        lr_scheduler_type="constant",
+        gradient_checkpointing=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+    )
+    Timed(
+        model=f"{folder}-model",
+        reward_funcs=scores,
+        args=config,
+        train_dataset=data,
+        callbacks=[Clock()],
+    ).train()
     whole = [b - a for a, b in zip(marks, marks[1:])]
     train = [step - part for step, part in zip(whole, generating)]
     return summary(generating[2:], train[2:], tokens[2:]) | {"trl": trl.__version__}
@@ -199,8 +261,12 @@ def time_trl(folder, steps):
 
 def summary(generate, train, tokens):
     step = [a + b for a, b in zip(generate, train)]
-    return {"step": statistics.median(step), "train": statistics.median(train),
-            "generate": statistics.median(generate), "tokens": statistics.median(tokens)}
+    return {
+        "step": statistics.median(step),
+        "train": statistics.median(train),
+        "generate": statistics.median(generate),
+        "tokens": statistics.median(tokens),
+    }
 
 
 def against_trl(python, steps, rounds=3):
@@ -211,8 +277,19 @@ def against_trl(python, steps, rounds=3):
             with tempfile.TemporaryDirectory() as folder:
                 untrained_model(f"{folder}/run-model")
                 done = subprocess.run(
-                    [interpreter, __file__, "--time", name, "--steps", str(steps), "--folder",
-                     f"{folder}/run"], capture_output=True, text=True)
+                    [
+                        interpreter,
+                        __file__,
+                        "--time",
+                        name,
+                        "--steps",
+                        str(steps),
+                        "--folder",
+                        f"{folder}/run",
+                    ],
+                    capture_output=True,
+                    text=True,
+                )
             if done.returncode:
                 raise RuntimeError(done.stderr[-3000:])
             result = json.loads(done.stdout.splitlines()[-1])
@@ -220,8 +297,10 @@ def against_trl(python, steps, rounds=3):
                 best[name] = result
     for name, result in best.items():
         print(f"{name}: {result}")
-    return {f"trl_over_ours_{part}": best["trl"][part] / best["ours"][part]
-            for part in ("step", "train", "generate")}
+    return {
+        f"trl_over_ours_{part}": best["trl"][part] / best["ours"][part]
+        for part in ("step", "train", "generate")
+    }
 
 
 def main():

@@ -34,33 +34,63 @@ from break_trials import BASE, DATA, MARK, OWNED, TRIALS, Trial, gone, processes
 TESTS = Path(__file__).resolve().parent
 LAST_SECONDS = 5.0  # for what is left of a trial that has ended to end as well
 SETTINGS = [  # 4 problems by 4 samples a step, 3 steps; paths are relative to the trial's folder
-    f"model_name_or_path={BASE}", "dataset_name=data.jsonl", "output_dir=run", "max_steps=3",
-    "num_generations=4", "per_device_train_batch_size=4", "gradient_accumulation_steps=4",
-    "max_completion_length=64", "temperature=2", "start_hint_step=0", "learning_rate=1e-3",
-    "lr_scheduler_type=constant", "warmup_steps=0", "save_steps=1", "save_total_limit=null",
-    "eval_strategy=no", "report_to=[]"]
+    f"model_name_or_path={BASE}",
+    "dataset_name=data.jsonl",
+    "output_dir=run",
+    "max_steps=3",
+    "num_generations=4",
+    "per_device_train_batch_size=4",
+    "gradient_accumulation_steps=4",
+    "max_completion_length=64",
+    "temperature=2",
+    "start_hint_step=0",
+    "learning_rate=1e-3",
+    "lr_scheduler_type=constant",
+    "warmup_steps=0",
+    "save_steps=1",
+    "save_total_limit=null",
+    "eval_strategy=no",
+    "report_to=[]",
+]
 SEEN_BEFORE = {  # at commit fcd61fb, by `--root` (TB: a traceback, status 1)
     "checkpoint-000002-keep": "resumed from as the newest; TB",
-    "checkpoint-notes.txt": "taken for a checkpoint; TB", "checkpoint-best": "resumed from; TB",
+    "checkpoint-notes.txt": "taken for a checkpoint; TB",
+    "checkpoint-best": "resumed from; TB",
     "zeros_in_a_shard": "resumed without a word, to other numbers",
-    "empty_state": "TB", "truncated_shard": "TB",
-    "stops_itself": "hangs (60 s), 2 processes left", "forks_and_answers": "16 processes left",
-    "26_kB": "no step in 30 s", "900_kB": "no step in 30 s",
-    "raises": "status 0", "none": "status 0", "kills_its_worker": "status 0",
+    "empty_state": "TB",
+    "truncated_shard": "TB",
+    "stops_itself": "hangs (60 s), 2 processes left",
+    "forks_and_answers": "16 processes left",
+    "26_kB": "no step in 30 s",
+    "900_kB": "no step in 30 s",
+    "raises": "status 0",
+    "none": "status 0",
+    "kills_its_worker": "status 0",
     "one_of_two_raises": "accuracy is 0 where the other reward raised",
-    "data_reversed": "resumed, status 0", "metrics_gone_and_rate_changed": "resumed, status 0",
+    "data_reversed": "resumed, status 0",
+    "metrics_gone_and_rate_changed": "resumed, status 0",
     "max_steps_raised": "refused, status 2",
-    "top_p=-0.1": "TB", "learning_rate=-1": "TB",
-    "hint_threshold=2": "trains, status 0", "temperature=1e30": "trains, status 0",
-    "null_content": "TB", "half_a_surrogate": "TB", "fifo": "hangs (60 s)",
+    "top_p=-0.1": "TB",
+    "learning_rate=-1": "TB",
+    "hint_threshold=2": "trains, status 0",
+    "temperature=1e30": "trains, status 0",
+    "null_content": "TB",
+    "half_a_surrogate": "TB",
+    "fifo": "hangs (60 s)",
     "nan_answer": "trained on the answer nan",
-    "output_dir_is_a_file": "TB", "ctrl_c": "TB", "truncated_weights": "TB",
+    "output_dir_is_a_file": "TB",
+    "ctrl_c": "TB",
+    "truncated_weights": "TB",
     "missing_tensor": "trained with a random one, status 0",
-    "payload_in_the_index": "its code is run", "payload_as_bytes": "its code is run",
-    "payload_as_state": "TB", "pickled_weights": "TB", "disk_full_in_a_checkpoint": "TB",
+    "payload_in_the_index": "its code is run",
+    "payload_as_bytes": "its code is run",
+    "payload_as_state": "TB",
+    "pickled_weights": "TB",
+    "disk_full_in_a_checkpoint": "TB",
     "linked_checkpoint": "TB, the link is renamed",
     "reward_exits_at_import": "ends, status 0",
-    "special_tokens": "80 bytes of them are 8 control tokens"}
+    "special_tokens": "80 bytes of them are 8 control tokens",
+}
 
 # ---- what was there before and after -----------------------------------------------------------
 
@@ -199,8 +229,10 @@ def faults_of(trial, place, status, whole):
         except ValueError as error:
             return [*faults, f"{path.name}:{error!r}"]
     if trial.is_same:
-        ours, theirs = ((timeless(run / "metrics.jsonl"), digest(run / "model"))
-                        for run in (place / "run", whole / "run"))
+        ours, theirs = (
+            (timeless(run / "metrics.jsonl"), digest(run / "model"))
+            for run in (place / "run", whole / "run")
+        )
         if ours != theirs:
             faults.append("other-numbers")
     wrong = trial.check and trial.check(run)

@@ -48,7 +48,8 @@ class Server:
         argv[argv.index("--kv-cache-memory-bytes") + 1] = str(2**27)
         with open(self.log, "a") as file:
             self.process = subprocess.Popen(
-                argv, env=environment, stdout=file, stderr=file, start_new_session=True, cwd=ROOT)
+                argv, env=environment, stdout=file, stderr=file, start_new_session=True, cwd=ROOT
+            )
         deadline = time.monotonic() + START_SECONDS
         while not is_listening(self.port):
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -68,7 +69,8 @@ class Server:
         """A call of somebody else who knows the key."""
         headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), headers)
+            f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), headers
+        )
         with urllib.request.urlopen(request, timeout=20) as answer:
             answer.read()
 
@@ -101,7 +103,8 @@ def start_program(command, log, key):
         environment["VLLM_API_KEY"] = key
     with open(log, "w") as file:
         return subprocess.Popen(
-            command, env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
+            command, env=environment, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT
+        )
 
 
 class Trial:
@@ -124,8 +127,11 @@ class Trial:
     def state(self):
         """What the run has earned: (name, digest) of files, and (name, line) of metrics."""
         files = [*self.run.glob("checkpoint-??????/**/*"), *self.run.glob("rollouts/*.jsonl")]
-        found = {(str(path), hashlib.blake2b(path.read_bytes()).hexdigest())
-                 for path in files if path.is_file()}
+        found = {
+            (str(path), hashlib.blake2b(path.read_bytes()).hexdigest())
+            for path in files
+            if path.is_file()
+        }
         for path in self.run.glob("metrics.jsonl*"):  # .stale: of steps that are done again
             found |= {("metrics", line) for line in path.read_text().splitlines()}
         return found
@@ -142,8 +148,14 @@ class Trial:
         text = log.read_text()
         errors = [line for line in text.splitlines() if line.startswith("error: ")]
         told = errors[-1] if errors else text[-300:]
-        is_kept = (status == 2 and seconds < LIMIT_SECONDS and len(errors) == 1
-                   and re.search(want, told) and "Traceback" not in text and KEY not in text)
+        is_kept = (
+            status == 2
+            and seconds < LIMIT_SECONDS
+            and len(errors) == 1
+            and re.search(want, told)
+            and "Traceback" not in text
+            and KEY not in text
+        )
         self.faults, self.kept = self.faults + 1, self.kept + bool(is_kept)
         self.look_for_losses()
         verdict = "as promised" if is_kept else f"NOT AS PROMISED (wanted {want!r})"
@@ -177,7 +189,7 @@ class Trial:
             time.sleep(delay)
             self.server.send(signal.SIGSTOP)
             calls = self.server.calls_since(mark)
-            if calls[calls.index(begin):].count(end) < n_ends:
+            if calls[calls.index(begin) :].count(end) < n_ends:
                 break
             self.server.send(signal.SIGCONT)  # too late, in the next step
         self.earned |= self.state()
@@ -188,7 +200,8 @@ class Trial:
 
     def in_generation(self, process):
         return self.stop_server_in(
-            process, b"/resume", b"/inference/v1/generate", n_ends=SAMPLES, delay=0.2)
+            process, b"/resume", b"/inference/v1/generate", n_ends=SAMPLES, delay=0.2
+        )
 
 
 def refused_servers(trial):

@@ -51,8 +51,10 @@ class Trial:
 def timeless(path):
     """Metrics without what the clock gives; NaN is no JSON."""
     lines = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in line.items()
-             if not key.startswith(("seconds/", "tokens/s"))} for line in lines]
+    return [
+        {key: value for key, value in line.items() if not key.startswith(("seconds/", "tokens/s"))}
+        for line in lines
+    ]
 
 
 def refuse(word):
@@ -78,6 +80,7 @@ def processes(place):
 
 def act(work):
     """work(run folder, ...) as work(...), which gives a function of the run folder."""
+
     @functools.wraps(work)
     def given(*args, **named):
         return lambda run: work(run, *args, **named)
@@ -192,19 +195,46 @@ ROTATED = ("checkpoint-000001",)
 TRIALS = [
     Trial(1, name, foreign(name, is_folder), RESUMED, is_same=True, there=(name,), rotated=ROTATED)
     for name, is_folder in [
-        ("checkpoint-000002-keep", True), ("checkpoint-notes.txt", False),
-        ("checkpoint-best", True), ("checkpoint-000000-old", True), ("checkpoint-", True),
-        ("checkpoint-12345", True), ("checkpoint-000009.bak", True), ("checkpoint--00001", True),
-        ("checkpoint-999999.damaged", True), ("old_checkpoint-000009", True),
-        ("checkpoint-0000009", True), ("checkpoint-\u0660\u0660\u0660\u0660\u0660\u0669", True),
-        ("checkpoint-000009", False)]]
+        ("checkpoint-000002-keep", True),
+        ("checkpoint-notes.txt", False),
+        ("checkpoint-best", True),
+        ("checkpoint-000000-old", True),
+        ("checkpoint-", True),
+        ("checkpoint-12345", True),
+        ("checkpoint-000009.bak", True),
+        ("checkpoint--00001", True),
+        ("checkpoint-999999.damaged", True),
+        ("old_checkpoint-000009", True),
+        ("checkpoint-0000009", True),
+        ("checkpoint-\u0660\u0660\u0660\u0660\u0660\u0669", True),
+        ("checkpoint-000009", False),
+    ]
+]
 TRIALS += [
-    Trial(1, "left_by_a_kill", foreign("checkpoint-000003.tmp"), RESUMED, is_same=True,
-          rotated=(*ROTATED, "checkpoint-000003.tmp")),
-    Trial(1, "linked_checkpoint", moved_and_linked(), RESUMED, is_same=True,
-          there=("checkpoint-000001/state.json",)),
-    Trial(1, "file_where_a_checkpoint_goes", foreign("checkpoint-000003", False),
-          ("^error: .*checkpoint-000003",), 2, there=("checkpoint-000003",)),
+    Trial(
+        1,
+        "left_by_a_kill",
+        foreign("checkpoint-000003.tmp"),
+        RESUMED,
+        is_same=True,
+        rotated=(*ROTATED, "checkpoint-000003.tmp"),
+    ),
+    Trial(
+        1,
+        "linked_checkpoint",
+        moved_and_linked(),
+        RESUMED,
+        is_same=True,
+        there=("checkpoint-000001/state.json",),
+    ),
+    Trial(
+        1,
+        "file_where_a_checkpoint_goes",
+        foreign("checkpoint-000003", False),
+        ("^error: .*checkpoint-000003",),
+        2,
+        there=("checkpoint-000003",),
+    ),
 ]
 
 # ---- 2: damaged checkpoints --------------------------------------------------------------------
@@ -214,13 +244,22 @@ ASIDE = ("checkpoint-000002 is damaged and set aside", "resuming .*checkpoint-00
 
 def damaged(name, work, *told, kind=2):
     """work(newest checkpoint): it is set aside, and the one before resumed to the same numbers."""
-    return Trial(kind, name, lambda run: work(checkpoint(run)), (*ASIDE, *told), is_same=True,
-                 there=("checkpoint-000002.damaged",))
+    return Trial(
+        kind,
+        name,
+        lambda run: work(checkpoint(run)),
+        (*ASIDE, *told),
+        is_same=True,
+        there=("checkpoint-000002.damaged",),
+    )
 
 
 def damaged_sums(name, contents):
-    return damaged(f"checksums_{name}", lambda it: (it / "checksums.json").write_bytes(contents),
-                   "set aside: checksums.json|has changed since")
+    return damaged(
+        f"checksums_{name}",
+        lambda it: (it / "checksums.json").write_bytes(contents),
+        "set aside: checksums.json|has changed since",
+    )
 
 
 TRIALS += [
@@ -235,21 +274,53 @@ TRIALS += [
     damaged("missing_checksums", lambda it: (it / "checksums.json").unlink(), "checksums.json"),
     damaged("a_wrong_checksum", lambda it: flip(it / "checksums.json", 0.95), "changed|checksums"),
     damaged("sealed_half_state", lambda it: write_sealed(it / "state.json", b'{"step": ')),
-    damaged_sums("empty", b""), damaged_sums("a_list", b"[1]"), damaged_sums("of_nothing", b"{}"),
-    damaged_sums("deep", b"[" * 100_000), damaged_sums("no_text", b"\xff\xfe\x00"),
-    *(damaged(f"bit_at_{at}", lambda it, at=at: flip(shard(it), at), "distcp has changed")
-      for at in (0, 0.0003, 0.37, 1)),
-    Trial(2, "set_aside_twice", lambda run: (truncate(shard(checkpoint(run)), 0.9), shutil.copytree(
-          checkpoint(run, 1), run / "checkpoint-000002.damaged")), ASIDE, is_same=True,
-          there=("checkpoint-000002.damaged", "checkpoint-000002.damaged2")),
-    Trial(2, "both_are_damaged", lambda run: (truncate(shard(checkpoint(run, 1)), 0.5), truncate(
-          checkpoint(run) / "state.json", 0.5)), ("^error: .*no good checkpoint left",
-          "000001 is damaged.*distcp", "000002 is damaged.*state.json"), 2,
-          there=("checkpoint-000001.damaged", "checkpoint-000002.damaged")),
-    Trial(2, "an_old_one", lambda run: truncate(shard(checkpoint(run, 1)), 0.5), RESUMED,
-          is_same=True),
-    Trial(2, "one_file_more", foreign("checkpoint-000002/notes.txt", False), RESUMED, is_same=True,
-          rotated=ROTATED, there=("checkpoint-000002/notes.txt",)),
+    damaged_sums("empty", b""),
+    damaged_sums("a_list", b"[1]"),
+    damaged_sums("of_nothing", b"{}"),
+    damaged_sums("deep", b"[" * 100_000),
+    damaged_sums("no_text", b"\xff\xfe\x00"),
+    *(
+        damaged(f"bit_at_{at}", lambda it, at=at: flip(shard(it), at), "distcp has changed")
+        for at in (0, 0.0003, 0.37, 1)
+    ),
+    Trial(
+        2,
+        "set_aside_twice",
+        lambda run: (
+            truncate(shard(checkpoint(run)), 0.9),
+            shutil.copytree(checkpoint(run, 1), run / "checkpoint-000002.damaged"),
+        ),
+        ASIDE,
+        is_same=True,
+        there=("checkpoint-000002.damaged", "checkpoint-000002.damaged2"),
+    ),
+    Trial(
+        2,
+        "both_are_damaged",
+        lambda run: (
+            truncate(shard(checkpoint(run, 1)), 0.5),
+            truncate(checkpoint(run) / "state.json", 0.5),
+        ),
+        (
+            "^error: .*no good checkpoint left",
+            "000001 is damaged.*distcp",
+            "000002 is damaged.*state.json",
+        ),
+        2,
+        there=("checkpoint-000001.damaged", "checkpoint-000002.damaged"),
+    ),
+    Trial(
+        2, "an_old_one", lambda run: truncate(shard(checkpoint(run, 1)), 0.5), RESUMED, is_same=True
+    ),
+    Trial(
+        2,
+        "one_file_more",
+        foreign("checkpoint-000002/notes.txt", False),
+        RESUMED,
+        is_same=True,
+        rotated=ROTATED,
+        there=("checkpoint-000002/notes.txt",),
+    ),
 ]
 
 # ---- 3: verifiers and their deadlines ----------------------------------------------------------
@@ -262,13 +333,22 @@ def reward(run, body, *settings, signature="mine(response, gold)", head=""):
     """own.py:mine as the only reward, for one step."""
     (run.parent / "own.py").write_text(
         f"import os, re, signal, subprocess, sys, threading, time, zlib\n{head}\n"
-        f"def {signature}:\n    {body}\n    return float(len(response) % 2)\n")
-    return ["reward_funcs=[own.py:mine]", "reward_weights=[1]", "hint_trigger=own.py:mine",
-            "rl_type=grpo", "max_steps=1", "verifier_timeout=0.5", *settings]
+        f"def {signature}:\n    {body}\n    return float(len(response) % 2)\n"
+    )
+    return [
+        "reward_funcs=[own.py:mine]",
+        "reward_weights=[1]",
+        "hint_trigger=own.py:mine",
+        "rl_type=grpo",
+        "max_steps=1",
+        "verifier_timeout=0.5",
+        *settings,
+    ]
 
 
 def failures(timeouts, crashes):
     """Have some texts failed so, and so only?"""
+
     def check(run):
         told = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
         found = told["verifier/timeouts"], told["verifier/errors"]
@@ -279,13 +359,25 @@ def failures(timeouts, crashes):
 
 
 def late(name, body):
-    return Trial(3, name, reward(SOME + body), ("no reply within 0.5 s", DONE), is_new=True,
-                 check=failures(True, False))
+    return Trial(
+        3,
+        name,
+        reward(SOME + body),
+        ("no reply within 0.5 s", DONE),
+        is_new=True,
+        check=failures(True, False),
+    )
 
 
 def died(name, body):
-    return Trial(3, name, reward(SOME + body), ("its worker died", DONE), is_new=True,
-                 check=failures(False, True))
+    return Trial(
+        3,
+        name,
+        reward(SOME + body),
+        ("its worker died", DONE),
+        is_new=True,
+        check=failures(False, True),
+    )
 
 
 def unharmed(name, body):
@@ -294,6 +386,7 @@ def unharmed(name, body):
 
 def once(path_in_run, work):
     """work(process id, run folder) as soon as a path is there, unless the program ends before."""
+
     def during(pid, run):
         end = time.monotonic() + 60
         while not list(run.parent.glob(f"run/{path_in_run}")):
@@ -317,6 +410,7 @@ def to_workers(number):
 
 def to_program(*numbers):
     """Signals, a moment apart."""
+
     def work(pid, run):
         for number in numbers:
             os.kill(pid, number)
@@ -329,24 +423,46 @@ TRIALS += [
     late("stops_itself", "os.kill(os.getpid(), signal.SIGSTOP)"),
     unharmed("forks_and_answers", "if os.fork() == 0: time.sleep(600)"),
     late("sleeps", "time.sleep(600)"),
-    late("ignores_signals", "[signal.signal(n, signal.SIG_IGN) for n in (1, 2, 15)]\n"
-         "        while True: time.sleep(1)"),
+    late(
+        "ignores_signals",
+        "[signal.signal(n, signal.SIG_IGN) for n in (1, 2, 15)]\n        while True: time.sleep(1)",
+    ),
     late("holds_the_lock", "10 ** 10 ** 9"),
     late("forks_and_sleeps", "os.fork(); time.sleep(600)"),
     died("forks_and_ends", "os._exit(0) if os.fork() else time.sleep(600)"),
     died("kills_itself", "os.kill(os.getpid(), signal.SIGKILL)"),
     died("exits_with_1", "os._exit(1)"),
     died("closes_everything", "os.closerange(0, 99); time.sleep(600)"),
-    died("writes_junk_as_reply", "[os.write(n, b'junk\\n') for n in range(3, 9) if "
-         "os.path.exists(f'/proc/self/fd/{n}')]"),
+    died(
+        "writes_junk_as_reply",
+        "[os.write(n, b'junk\\n') for n in range(3, 9) if os.path.exists(f'/proc/self/fd/{n}')]",
+    ),
     unharmed("leaves_a_command", "subprocess.Popen(['sleep', '600'])"),
     unharmed("prints_a_lot", "print('x' * 100_000, flush=True)"),
-    Trial(3, "workers_are_stopped", reward("", "max_steps=6"), ("no reply within", DONE),
-          is_new=True, during=to_workers(signal.SIGSTOP)),
-    Trial(3, "workers_are_killed", reward("", "max_steps=6"), (DONE,), is_new=True,
-          during=to_workers(signal.SIGKILL)),
-    Trial(3, "killed_while_a_worker_sleeps", reward(SOME + "time.sleep(600)", "max_steps=99"),
-          status=137, is_new=True, during=once("metrics.jsonl", to_program(signal.SIGKILL))),
+    Trial(
+        3,
+        "workers_are_stopped",
+        reward("", "max_steps=6"),
+        ("no reply within", DONE),
+        is_new=True,
+        during=to_workers(signal.SIGSTOP),
+    ),
+    Trial(
+        3,
+        "workers_are_killed",
+        reward("", "max_steps=6"),
+        (DONE,),
+        is_new=True,
+        during=to_workers(signal.SIGKILL),
+    ),
+    Trial(
+        3,
+        "killed_while_a_worker_sleeps",
+        reward(SOME + "time.sleep(600)", "max_steps=99"),
+        status=137,
+        is_new=True,
+        during=once("metrics.jsonl", to_program(signal.SIGKILL)),
+    ),
 ]
 
 # ---- 4: long solutions -------------------------------------------------------------------------
@@ -371,7 +487,8 @@ def hints_are_tried(run):
 TRIALS += [
     Trial(4, name, solutions(text), (DONE,), is_new=True, check=hints_are_tried, seconds=30)
     for name, text in [
-        ("26_kB", lambda row, trace: trace * 1000), ("900_kB", lambda row, trace: trace * 36_000),
+        ("26_kB", lambda row, trace: trace * 1000),
+        ("900_kB", lambda row, trace: trace * 36_000),
         ("9_kB", lambda row, trace: trace * 350),
         ("one_line_of_words", lambda row, trace: "a3 is 3 and " * 75_000),
         ("one_word", lambda row, trace: "a" * 900_000),
@@ -384,7 +501,9 @@ TRIALS += [
         ("one_open_formula", lambda row, trace: "$" + "x + 1\n" * 50_000),
         ("environments", lambda row, trace: "\\begin{align}\nx\n" * 40_000),
         ("the_answer_everywhere", lambda row, trace: f"{row['solution']} = 1\n" * 40_000),
-        ("enumeration", lambda row, trace: "".join(f"{i}. so\n" for i in range(80_000)))]]
+        ("enumeration", lambda row, trace: "".join(f"{i}. so\n" for i in range(80_000))),
+    ]
+]
 
 # ---- 5: rewards that are worth nothing ---------------------------------------------------------
 
@@ -411,7 +530,8 @@ TRIALS += [
     worthless("kills_its_worker", "os._exit(1)", "failed in all 8 trials: its worker died"),
     worthless_value("nan", "float('nan')", "reward is nan"),
     worthless_value("infinite", "-float('inf')", "reward is -inf"),
-    worthless_value("list", "[1.0]", "TypeError"), worthless_value("word", "'x'", "ValueError"),
+    worthless_value("list", "[1.0]", "TypeError"),
+    worthless_value("word", "'x'", "ValueError"),
     worthless_value("long_integer", "10 ** 400", "OverflowError"),
     worthless_value("1e308", "1e308", "1e\\+308"),
     worthless("wrong_arguments", "", "all 8 trials: TypeError", signature="mine(response)"),
@@ -421,12 +541,25 @@ TRIALS += [
     worthless("always_late", "time.sleep(60)", "all 8 trials: no reply within"),
     worthless("raises_in_training", BUT_GOLD + "1 / 0", NO_TEXT + "ZeroDivisionError"),
     worthless("sometimes_1e308", SOME + "return 1e308", "1e\\+308", DONE, status=0),
-    Trial(5, "one_of_two_raises", reward(
-        "if gold in response != gold: 1 / 0", "reward_funcs=[accuracy,own.py:mine]",
-        "reward_weights=[1,1]", "hint_trigger=accuracy"), ("ZeroDivisionError", DONE),
-        is_new=True, check=accuracy_counts),
-    worthless("no_step_is_finite", "", "^error: gradient norm is .* times in a row", settings=[
-        "reward_weights=[1e308]", "nonfinite=skip", "max_steps=30"]),
+    Trial(
+        5,
+        "one_of_two_raises",
+        reward(
+            "if gold in response != gold: 1 / 0",
+            "reward_funcs=[accuracy,own.py:mine]",
+            "reward_weights=[1,1]",
+            "hint_trigger=accuracy",
+        ),
+        ("ZeroDivisionError", DONE),
+        is_new=True,
+        check=accuracy_counts,
+    ),
+    worthless(
+        "no_step_is_finite",
+        "",
+        "^error: gradient norm is .* times in a row",
+        settings=["reward_weights=[1e308]", "nonfinite=skip", "max_steps=30"],
+    ),
 ]
 
 # ---- 6: resumed, but changed -------------------------------------------------------------------
@@ -456,9 +589,11 @@ def of_an_older_program(run):
 
 def lines_are(n, steps):
     """The metrics have these steps, the first n lines are those of the run to break."""
+
     def check(run):
-        ours, theirs = (timeless(path / "metrics.jsonl")
-                        for path in (run, run.parent.parent / "whole" / "run"))
+        ours, theirs = (
+            timeless(path / "metrics.jsonl") for path in (run, run.parent.parent / "whole" / "run")
+        )
         if ours[:n] != theirs[:n] or [line["step"] for line in ours] != steps:
             return "other-numbers"
 
@@ -472,12 +607,18 @@ def refused(name, act, told):
 TRIALS += [
     refused("data_reversed", data(lambda lines: lines[::-1]), "was made with other data"),
     Trial(6, "max_steps_raised", setting("max_steps=4"), RESUMED, check=lines_are(3, [1, 2, 3, 4])),
-    refused("metrics_gone_and_rate_changed", both(gone("metrics.jsonl"),
-            setting("learning_rate=1e-4")), "holds another run \\(learning_rate differ"),
+    refused(
+        "metrics_gone_and_rate_changed",
+        both(gone("metrics.jsonl"), setting("learning_rate=1e-4")),
+        "holds another run \\(learning_rate differ",
+    ),
     refused("data_shortened", data(lambda lines: lines[:20]), "was made with other data"),
     refused("data_longer", data(lambda lines: lines + lines[:1]), "was made with other data"),
-    refused("an_answer_changed", data(lambda lines: [lines[0].replace(
-        '"solution": "(', '"solution": "(1,'), *lines[1:]]), "was made with other data"),
+    refused(
+        "an_answer_changed",
+        data(lambda lines: [lines[0].replace('"solution": "(', '"solution": "(1,'), *lines[1:]]),
+        "was made with other data",
+    ),
     refused("data_gone", gone("../data.jsonl"), "dataset_name=data.jsonl"),
     refused("rate_changed", setting("learning_rate=1e-4"), "learning_rate differ"),
     refused("batch_changed", setting("gradient_accumulation_steps=8"), "prompts a step"),
@@ -486,12 +627,22 @@ TRIALS += [
     Trial(6, "moved_aside", setting("learning_rate=1e-4", "overwrite_output_dir=true"), (DONE,)),
     Trial(6, "older_program", of_an_older_program(), RESUMED, is_same=True),
     Trial(6, "metrics_gone", gone("metrics.jsonl"), RESUMED, check=lines_are(0, [3])),
-    Trial(6, "metrics_cut_in_a_line", edit("metrics.jsonl", lambda text: text[:-200]), RESUMED,
-          check=lines_are(1, [1, 3])),
+    Trial(
+        6,
+        "metrics_cut_in_a_line",
+        edit("metrics.jsonl", lambda text: text[:-200]),
+        RESUMED,
+        check=lines_are(1, [1, 3]),
+    ),
     Trial(6, "rollouts_gone", gone("rollouts"), RESUMED, is_same=True),
     Trial(6, "config_gone", gone("config.yaml"), RESUMED, is_same=True),
-    Trial(6, "nothing_left_to_do", as_it_ended(), ("resuming .*checkpoint-000003$", DONE),
-          is_same=True),
+    Trial(
+        6,
+        "nothing_left_to_do",
+        as_it_ended(),
+        ("resuming .*checkpoint-000003$", DONE),
+        is_same=True,
+    ),
 ]
 
 # ---- 7: ranges and contradictions --------------------------------------------------------------
@@ -500,20 +651,37 @@ TRIALS += [
 def out_of_range(words, *told, **more):
     """Told with its key, and nothing is written."""
     told = told or (f"^error: config: {words.split('=')[0]}=",)
-    return Trial(7, words.replace(" ", "_"), setting(*words.split(" ")), told, 2, is_new=True,
-                 check=lambda run: "run-folder" if run.exists() else None, **more)
+    return Trial(
+        7,
+        words.replace(" ", "_"),
+        setting(*words.split(" ")),
+        told,
+        2,
+        is_new=True,
+        check=lambda run: "run-folder" if run.exists() else None,
+        **more,
+    )
 
 
 def own_config(name, text, told, kind=7):
     """From a config file: the last --config counts."""
-    return Trial(kind, name, both(edit("../own.yaml", lambda _: text),
-                 setting("--config", "own.yaml")), (f"^error: config: {told}",), 2, is_new=True)
+    return Trial(
+        kind,
+        name,
+        both(edit("../own.yaml", lambda _: text), setting("--config", "own.yaml")),
+        (f"^error: config: {told}",),
+        2,
+        is_new=True,
+    )
 
 
-TRIALS += map(out_of_range, """top_p=-0.1 hint_threshold=2 learning_rate=-1 learning_rate=1e6
+TRIALS += map(
+    out_of_range,
+    """top_p=-0.1 hint_threshold=2 learning_rate=-1 learning_rate=1e6
     learning_rate=nan weight_decay=-1 seed=-1 adam_beta1=1 adam_beta2=1.5 attn_implementation=foo
     top_p=0 top_p=2 beta=-1 temperature=1e30 warmup_ratio=5 num_train_epochs=-1 deferred_share=5
-    hint_ratio=[] max_completion_length=1e9 verifier_timeout=1e30 num_generations=0""".split())
+    hint_ratio=[] max_completion_length=1e9 verifier_timeout=1e30 num_generations=0""".split(),
+)
 TRIALS += [
     out_of_range("reward_funcs=[format,format]", "reward_funcs=.*twice"),
     out_of_range("reward_funcs=[acuracy,format]", "^error: config: .*'acuracy': none"),
@@ -549,8 +717,13 @@ def data_file(run, name, contents):
 
 def dropped(name, bad, reason):
     """One row is dropped and named, the run goes on with the others."""
-    return Trial(8, name, rows(bad), (f"dropped 1, {reason}.*rows \\[3\\]", "11 of 12 rows", DONE),
-                 is_new=True)
+    return Trial(
+        8,
+        name,
+        rows(bad),
+        (f"dropped 1, {reason}.*rows \\[3\\]", "11 of 12 rows", DONE),
+        is_new=True,
+    )
 
 
 def no_data(name, act, told):
@@ -560,8 +733,11 @@ def no_data(name, act, told):
 TURN = {"role": "user", "content": "1a2?"}
 TRIALS += [
     dropped("null_content", {"problem": [TURN | {"content": None}]}, "a turn of the chat"),
-    no_data("fifo", lambda run: (gone("../data.jsonl")(run), os.mkfifo(
-        run.parent / "data.jsonl")), "dataset_name=data.jsonl is a pipe"),
+    no_data(
+        "fifo",
+        lambda run: (gone("../data.jsonl")(run), os.mkfifo(run.parent / "data.jsonl")),
+        "dataset_name=data.jsonl is a pipe",
+    ),
     dropped("half_a_surrogate", {"problem": "1a2\ud800?"}, "halves of surrogate"),
     dropped("half_in_the_hint", {"solution_hint": "\udfff"}, "halves of surrogate"),
     dropped("no_role", {"problem": [{"content": "1a2?"}]}, "a turn of the chat"),
@@ -576,8 +752,11 @@ TRIALS += [
     no_data("too_few_rows", rows(n=3), "3 usable problems, a step takes 4"),
     no_data("empty_file", data_file("data.jsonl", b""), "data.jsonl"),
     no_data("latin_1", data_file("data.jsonl", b'{"problem": "caf\xe9"}\n'), "data.jsonl.*UTF-8"),
-    no_data("wrong_column", setting("dataset_answer_column=sollution"),
-            "no column \\['sollution'\\].*nearest \\['solution"),
+    no_data(
+        "wrong_column",
+        setting("dataset_answer_column=sollution"),
+        "no column \\['sollution'\\].*nearest \\['solution",
+    ),
     no_data("too_many_cells", data_file("data.csv", b"problem,solution\na,3\nb,4,5\n"), "line 3"),
     no_data("truncated_gzip", data_file("data.jsonl.gz", b"\x1f\x8b\x08" + bytes(7)), "jsonl.gz"),
     no_data("no_parquet", data_file("data.parquet", b"PAR1 not"), "data.parquet"),
@@ -611,6 +790,7 @@ def model(run, work, *settings):
 
 def tensors(change):
     """change(dict of the model's tensors, name of one of them)."""
+
     def work(it):
         from safetensors.torch import load_file, save_file
 
@@ -638,27 +818,46 @@ def is_saved(run):
 
 def stopped(name, number, status, **more):
     """A signal in mid-run: the step is saved."""
-    return Trial(9, name, setting("save_steps=50", "max_steps=99"), status=status, is_new=True,
-                 check=is_saved, during=once("metrics.jsonl", to_program(number)), **more)
+    return Trial(
+        9,
+        name,
+        setting("save_steps=50", "max_steps=99"),
+        status=status,
+        is_new=True,
+        check=is_saved,
+        during=once("metrics.jsonl", to_program(number)),
+        **more,
+    )
 
 
 TRIALS += [
     in_the_way("output_dir_is_a_file", setting("output_dir=data.jsonl"), "data.jsonl"),
-    in_the_way("disk_full_in_a_checkpoint", setting(), "checkpoint-000003.*disk full",
-               in_child=limit_files(1_000_000)),
+    in_the_way(
+        "disk_full_in_a_checkpoint",
+        setting(),
+        "checkpoint-000003.*disk full",
+        in_child=limit_files(1_000_000),
+    ),
     stopped("ctrl_c", signal.SIGINT, 130, as_command=True),
     no_model("missing_tensor", tensors(lambda weights, one: weights.pop(one)), "lack 1 of the"),
     in_the_way("disk_full_in_an_export", as_it_ended(), "run/model", in_child=limit_files(300_000)),
     in_the_way("disk_full_at_the_start", setting(), "File too large", in_child=limit_files(1000)),
-    in_the_way("disk_full_for_metrics", link("metrics.jsonl", "/dev/full"), "No space left",
-               is_new=True),
-    in_the_way("disk_full_for_rollouts", link("rollouts/step_000003.jsonl", "/dev/full"),
-               "No space left"),
+    in_the_way(
+        "disk_full_for_metrics", link("metrics.jsonl", "/dev/full"), "No space left", is_new=True
+    ),
+    in_the_way(
+        "disk_full_for_rollouts", link("rollouts/step_000003.jsonl", "/dev/full"), "No space left"
+    ),
     in_the_way("output_dir_in_proc", setting("output_dir=/proc/run"), "/proc/run"),
     in_the_way("file_where_rollouts_go", edit("rollouts", str), "rollouts", is_new=True),
     in_the_way("another_process_writes", locked(), "another process writes there"),
-    in_the_way("folder_moved_away", setting("max_steps=99"), "run", is_new=True, during=once(
-        "metrics.jsonl", lambda pid, run: run.rename(run.with_name("moved")))),
+    in_the_way(
+        "folder_moved_away",
+        setting("max_steps=99"),
+        "run",
+        is_new=True,
+        during=once("metrics.jsonl", lambda pid, run: run.rename(run.with_name("moved"))),
+    ),
     no_model("truncated_weights", model(lambda it: truncate(it / "model.safetensors", 0.6))),
     no_model("no_weights", model(lambda it: (it / "model.safetensors").unlink())),
     no_model("weights_are_nan", tensors(lambda weights, one: weights[one].fill_(float("nan")))),
@@ -666,17 +865,43 @@ TRIALS += [
     no_model("half_a_config", model(lambda it: truncate(it / "config.json", 0.5))),
     no_model("other_shapes", model(lambda it: merge(it / "config.json", hidden_size=96))),
     no_model("no_tokenizer", model(lambda it: (it / "tokenizer.json").unlink())),
-    stopped("sigterm", signal.SIGTERM, 143), stopped("sigusr1", signal.SIGUSR1, 138),
-    Trial(9, "ctrl_c_at_the_start", setting(), status=130, is_new=True,
-          during=once("../log", to_program(signal.SIGINT))),
-    Trial(9, "ctrl_c_twice", reward(
-          "if response not in ('', gold): open('begun', 'w'); time.sleep(9)",
-          "verifier_timeout=1.5"), ("once more ends at once",), 130, is_new=True, seconds=30,
-          during=once("../begun", to_program(signal.SIGINT, signal.SIGINT))),
-    Trial(9, "sighup", setting("max_steps=99"), status=129,
-          during=once("rollouts/step_000003.jsonl", to_program(signal.SIGHUP))),
-    Trial(9, "killed_in_a_write", setting("max_steps=99"), status=137,
-          during=once("checkpoint-000004.tmp", to_program(signal.SIGKILL))),
+    stopped("sigterm", signal.SIGTERM, 143),
+    stopped("sigusr1", signal.SIGUSR1, 138),
+    Trial(
+        9,
+        "ctrl_c_at_the_start",
+        setting(),
+        status=130,
+        is_new=True,
+        during=once("../log", to_program(signal.SIGINT)),
+    ),
+    Trial(
+        9,
+        "ctrl_c_twice",
+        reward(
+            "if response not in ('', gold): open('begun', 'w'); time.sleep(9)",
+            "verifier_timeout=1.5",
+        ),
+        ("once more ends at once",),
+        130,
+        is_new=True,
+        seconds=30,
+        during=once("../begun", to_program(signal.SIGINT, signal.SIGINT)),
+    ),
+    Trial(
+        9,
+        "sighup",
+        setting("max_steps=99"),
+        status=129,
+        during=once("rollouts/step_000003.jsonl", to_program(signal.SIGHUP)),
+    ),
+    Trial(
+        9,
+        "killed_in_a_write",
+        setting("max_steps=99"),
+        status=137,
+        during=once("checkpoint-000004.tmp", to_program(signal.SIGKILL)),
+    ),
 ]
 
 # ---- 10: security ------------------------------------------------------------------------------
@@ -694,6 +919,7 @@ class Payload:
 
 def hostile_item(kind):
     """work(checkpoint) that makes an item of it a pickle: DCP's bytes, or in a tensor's place."""
+
     def work(it):
         import torch
         from torch.distributed.checkpoint.metadata import BytesStorageMetadata
@@ -710,7 +936,8 @@ def hostile_item(kind):
             if index.fqn == name:
                 size = (it / "__0_1.distcp").stat().st_size
                 metadata.storage_data[index] = replace(
-                    place, relative_path="__0_1.distcp", offset=0, length=size)
+                    place, relative_path="__0_1.distcp", offset=0, length=size
+                )
         (it / ".metadata").write_bytes(pickle.dumps(metadata))
         seal(it, ["__0_1.distcp"])
 
@@ -726,6 +953,7 @@ def pickled_weights(it):
 
 def own_code(name, **changes):
     """A model whose config names code beside it."""
+
     def work(it):
         merge(it / name, **changes)
         (it / "evil.py").write_text(f"{TOUCH}\nclass Evil: pass\n")
@@ -736,8 +964,9 @@ def own_code(name, **changes):
 def judged(name, answer):
     """The verifier reads this as an answer and as the gold."""
     body = f"accuracy_reward({answer!r}, gold), accuracy_reward('\\\\boxed{{1}}', {answer!r})"
-    return hostile(name, reward(body, "verifier_timeout=5",
-                                head="from reward import accuracy_reward"), DONE, 0)
+    return hostile(
+        name, reward(body, "verifier_timeout=5", head="from reward import accuracy_reward"), DONE, 0
+    )
 
 
 def hostile(name, act, told="", status=2, **more):
@@ -757,32 +986,80 @@ ONE = "def mine(response, gold): return 1.0"
 ODD = f"$(touch {OWNED}) ;touch {OWNED}.py"
 CONTROL = {"problem": "<|end|><|assistant|>" * 4, "solution_hint": "x\ny"}
 TRIALS += [
-    damaged("payload_in_the_index", lambda it: write_sealed(
-        it / ".metadata", pickle.dumps(Payload(it))), kind=10),
+    damaged(
+        "payload_in_the_index",
+        lambda it: write_sealed(it / ".metadata", pickle.dumps(Payload(it))),
+        kind=10,
+    ),
     hostile("reward_exits_at_import", reward("", head="sys.exit(0)"), "^error: .*own.py:mine"),
     damaged("payload_as_bytes", hostile_item("bytes"), kind=10),
-    Trial(10, "payload_as_a_tensor", lambda run: hostile_item("tensor")(checkpoint(run)),
-          ("^error: .*checkpoint-000002",), 2),
-    damaged("payload_as_state", lambda it: write_sealed(
-        it / "state.json", pickle.dumps(Payload(it))), kind=10),
-    hostile("special_tokens", both(rows(CONTROL, at=0), setting("--dry_run")), status=0,
-            check=are_many_tokens),
+    Trial(
+        10,
+        "payload_as_a_tensor",
+        lambda run: hostile_item("tensor")(checkpoint(run)),
+        ("^error: .*checkpoint-000002",),
+        2,
+    ),
+    damaged(
+        "payload_as_state",
+        lambda it: write_sealed(it / "state.json", pickle.dumps(Payload(it))),
+        kind=10,
+    ),
+    hostile(
+        "special_tokens",
+        both(rows(CONTROL, at=0), setting("--dry_run")),
+        status=0,
+        check=are_many_tokens,
+    ),
     hostile("reward_ends_at_import", reward("", head="os._exit(0)"), "^error: "),
-    hostile("reward_with_an_odd_path", both(reward(""), edit(f"../{ODD}", lambda _: ONE), setting(
-        f"reward_funcs=['{ODD}:mine']", f"hint_trigger={ODD}:mine")), DONE, 0),
+    hostile(
+        "reward_with_an_odd_path",
+        both(
+            reward(""),
+            edit(f"../{ODD}", lambda _: ONE),
+            setting(f"reward_funcs=['{ODD}:mine']", f"hint_trigger={ODD}:mine"),
+        ),
+        DONE,
+        0,
+    ),
     own_config("yaml_in_a_file", f"seed: {YAML}\n", "own.yaml", kind=10),
     hostile("yaml_as_a_setting", setting(f"seed={YAML}"), "^error: config: seed"),
-    hostile("output_dir_is_a_command", setting(f"output_dir=run/$(touch {OWNED})", "max_steps=1"),
-            DONE, 0),
-    no_model("code_of_the_tokenizer", own_code("tokenizer_config.json", tokenizer_class="Evil",
-             auto_map={"AutoTokenizer": [EVIL, EVIL]}), "custom code", kind=10),
-    no_model("code_of_the_model", own_code("config.json", model_type="evil", auto_map={
-        "AutoConfig": EVIL, "AutoModelForCausalLM": EVIL}), kind=10),
+    hostile(
+        "output_dir_is_a_command",
+        setting(f"output_dir=run/$(touch {OWNED})", "max_steps=1"),
+        DONE,
+        0,
+    ),
+    no_model(
+        "code_of_the_tokenizer",
+        own_code(
+            "tokenizer_config.json",
+            tokenizer_class="Evil",
+            auto_map={"AutoTokenizer": [EVIL, EVIL]},
+        ),
+        "custom code",
+        kind=10,
+    ),
+    no_model(
+        "code_of_the_model",
+        own_code(
+            "config.json",
+            model_type="evil",
+            auto_map={"AutoConfig": EVIL, "AutoModelForCausalLM": EVIL},
+        ),
+        kind=10,
+    ),
     no_model("pickled_weights", model(pickled_weights), kind=10),
-    hostile("template", setting("chat_template='{{ messages.__class__.__mro__ }}'"),
-            "^error: .*chat template"),
-    hostile("data_with_a_script", both(edit("../evil/evil.py", lambda _: TOUCH),
-            setting("dataset_name=./evil")), "^error: dataset_name=./evil"),
+    hostile(
+        "template",
+        setting("chat_template='{{ messages.__class__.__mro__ }}'"),
+        "^error: .*chat template",
+    ),
+    hostile(
+        "data_with_a_script",
+        both(edit("../evil/evil.py", lambda _: TOUCH), setting("dataset_name=./evil")),
+        "^error: dataset_name=./evil",
+    ),
     judged("answer_is_code", f"\\boxed{{{CODE}}}"),
     judged("answer_is_a_tower", "\\boxed{9^{9^{9^9}}}"),
     judged("answer_is_deep", "\\boxed{" + "(" * 50_000 + "}"),

@@ -88,8 +88,11 @@ def prompts():
 
 def compute_exactly(policy):
     """Makes float64 models float64 throughout: transformers' RMSNorm computes in float32."""
+
     def forward(norm, x):
-        return norm.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+        return (
+            norm.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+        )
 
     for module in policy.modules():
         if type(module).__name__.endswith("RMSNorm") and module.weight.dtype == torch.float64:
@@ -110,9 +113,17 @@ class Policies:
         policy.load_state_dict(weights)
         policy.zero_grad()
         run = SimpleNamespace(
-            config=config, policy=policy, device=self.alone.device, rank=0, world=1,
-            master_dtype=next(policy.parameters()).dtype, reference=None, folder=Path("/tmp"),
-            state=ghpo.State(), optimizer=torch.optim.SGD(policy.parameters(), lr=0.0))
+            config=config,
+            policy=policy,
+            device=self.alone.device,
+            rank=0,
+            world=1,
+            master_dtype=next(policy.parameters()).dtype,
+            reference=None,
+            folder=Path("/tmp"),
+            state=ghpo.State(),
+            optimizer=torch.optim.SGD(policy.parameters(), lr=0.0),
+        )
         run.__dict__.update(changes)
         return run
 
@@ -133,7 +144,9 @@ def make_run(alone):
 def new_engine(policy, kind=HfEngine, **options):
     """An hf engine with the tiny tokenizer."""
     config = make_config()
-    return kind(config, ghpo.Prompts(config, ghpo.State()).tokenizer, {EOS}, math.inf, policy, **options)
+    return kind(
+        config, ghpo.Prompts(config, ghpo.State()).tokenizer, {EOS}, math.inf, policy, **options
+    )
 
 
 @pytest.fixture
@@ -157,8 +170,15 @@ def unhinted(size):
 
 def request(prompt_ids, samples=2, seed=0, slot=0, config=None, of=None):
     """A request with given prompt ids and no hint."""
-    return Request(of or problem(), unhinted(samples), [list(prompt_ids)] * samples,
-                   [""] * samples, seed, config or sampling(1.0, 12), slot)
+    return Request(
+        of or problem(),
+        unhinted(samples),
+        [list(prompt_ids)] * samples,
+        [""] * samples,
+        seed,
+        config or sampling(1.0, 12),
+        slot,
+    )
 
 
 def row(length, advantage=1.0, n_context=1):
@@ -239,8 +259,16 @@ def main(alone, monkeypatch, capsys):
 def two_ranks(tmp_path_factory):
     """The folder that two gloo ranks wrote: see two_ranks.py. Hangs end after three minutes."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(ROOT / "tests" / "two_ranks.py"), str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(ROOT / "tests" / "two_ranks.py"),
+        str(folder),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder

@@ -99,13 +99,20 @@ def save_family(family: str, folder: Path) -> str:
 def policy_run(folder: str, rank: int = 0, world: int = 1, **changes: object) -> SimpleNamespace:
     """What ghpo.check_policy needs of a run: its policy is that of the model in the folder."""
     import conftest
+
     import ghpo
 
     config = conftest.make_config(model_name_or_path=folder, **changes)
     compute_dtype, master_dtype = ghpo.dtypes(config)
     return SimpleNamespace(
-        config=config, policy=ghpo.load_policy(config), rank=rank, world=world,
-        device=torch.device("cpu"), compute_dtype=compute_dtype, master_dtype=master_dtype)
+        config=config,
+        policy=ghpo.load_policy(config),
+        rank=rank,
+        world=world,
+        device=torch.device("cpu"),
+        compute_dtype=compute_dtype,
+        master_dtype=master_dtype,
+    )
 
 
 def sequences(seed: int = 0) -> list[torch.Tensor]:
@@ -188,8 +195,13 @@ def gradients_on_ranks(folder: Path, rank: int) -> None:
         expected = plain_gradients(family, rows)
         for sharding in SHARDINGS:
             run = policy_run(
-                str(folder / family), rank, 2, sharding=sharding, torch_dtype=dtype_of(family),
-                gradient_checkpointing=True)
+                str(folder / family),
+                rank,
+                2,
+                sharding=sharding,
+                torch_dtype=dtype_of(family),
+                gradient_checkpointing=True,
+            )
             ghpo.check_policy(run)
             names = [name for name, _ in fsdp_utils.full_tensors(run.policy.model)]  # is resharded
             assert names

@@ -28,12 +28,13 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
 import fsdp_utils  # noqa: E402
 import ghpo  # noqa: E402
 import hints  # noqa: E402
-import numpy as np  # noqa: E402
 import rollout  # noqa: E402
-import torch  # noqa: E402
 from configs.settings import load_config  # noqa: E402
 
 CONFIG = ROOT / "configs/gsm8k_cpu.yaml"
@@ -111,8 +112,7 @@ def ladder(args: argparse.Namespace) -> None:
         return run.prompts.request(group, c, slot, 0)
 
     def after_stage(group: hints.Group, completions: list, rewards: list) -> hints.Group:
-        return hints.after_stage(
-            group, completions, rewards, run.trigger_column, c, state, fit)
+        return hints.after_stage(group, completions, rewards, run.trigger_column, c, state, fit)
 
     problems = sorted(run.problems, key=lambda problem: problem.id)
     for first in range(0, len(problems), LADDER_PART):
@@ -221,7 +221,8 @@ def trainer_greedy(run, requests: list) -> dict:
     """{problem id: Completion} as transformers decodes with the weights that are trained."""
     ends = run.engine.eos_ids
     engine = rollout.HfEngine(
-        run.config, run.prompts.tokenizer, ends, run.engine.max_model_len, run.policy)
+        run.config, run.prompts.tokenizer, ends, run.engine.max_model_len, run.policy
+    )
     for request in requests:
         engine.submit(request)
     engine.wake()
@@ -368,6 +369,7 @@ def after(args: argparse.Namespace) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from vllm import LLM
     from vllm.sampling_params import SamplingParams
+
     from configs.vllm_cpu import cpu_options
 
     folder = args.out / "run"
@@ -383,16 +385,15 @@ def after(args: argparse.Namespace) -> None:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         prompts.append(tokenizer(text, add_special_tokens=False).input_ids)
     length = config.max_prompt_length + config.max_completion_length
-    llm = LLM(
-        str(folder / "model"), dtype="bfloat16", max_model_len=length, **cpu_options(length))
+    llm = LLM(str(folder / "model"), dtype="bfloat16", max_model_len=length, **cpu_options(length))
     params = SamplingParams(temperature=0.0, max_tokens=config.max_completion_length)
-    outputs = llm.generate(
-        [{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
     for line, output in zip(shown, outputs):
         compare("vllm", line, output.outputs[0].text)
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
     output = model.generate(
-        torch.tensor(prompts[:1]), max_new_tokens=config.max_completion_length, do_sample=False)
+        torch.tensor(prompts[:1]), max_new_tokens=config.max_completion_length, do_sample=False
+    )
     text = tokenizer.decode(output[0, len(prompts[0]) :], skip_special_tokens=True)
     compare("transformers", shown[0], text)
 
@@ -400,8 +401,11 @@ def after(args: argparse.Namespace) -> None:
 def compare(engine: str, line: dict, text: str) -> None:
     """Prints how far a text is that of the run; a near-tie in bf16 may part them."""
     common = len(os.path.commonprefix([text, line["text"]]))
-    print(f"{engine}: problem {line['id']}: the run's own text: {text == line['text']}, first "
-          f"{common} of {len(text)} characters, ends {text[-40:]!r}", flush=True)
+    print(
+        f"{engine}: problem {line['id']}: the run's own text: {text == line['text']}, first "
+        f"{common} of {len(text)} characters, ends {text[-40:]!r}",
+        flush=True,
+    )
 
 
 STAGES = ("0.25", "0.5", "0.75")
@@ -522,20 +526,33 @@ def report(args: argparse.Namespace) -> None:
           *(f"{np.mean([m['accuracy_without_hint'] for m in part]):.3f}"
             for part in (steps[:third], steps[-third:])))  # fmt: skip
     print("hints solved, all steps:", stage_counts(steps))
-    print("generated tokens:", sum(m["tokens/generated"] for m in steps),
-          "seconds:", round(sum(m["seconds/generate"] + m["seconds/train"] for m in steps)))
+    print(
+        "generated tokens:",
+        sum(m["tokens/generated"] for m in steps),
+        "seconds:",
+        round(sum(m["seconds/generate"] + m["seconds/train"] for m in steps)),
+    )
     for m in evaluations:
         print(m)
     for line in read_jsonl(run / "proof.jsonl"):
         print(line)
     before, after = changed(run)[0]
-    print(f"\n{before['problem']}\ngold {before['gold']}\n\nBEFORE\n{before['text']}\n\n"
-          f"AFTER\n{after['text']}")
+    print(
+        f"\n{before['problem']}\ngold {before['gold']}\n\nBEFORE\n{before['text']}\n\n"
+        f"AFTER\n{after['text']}"
+    )
     ASSETS.mkdir(parents=True, exist_ok=True)
     rollouts = sorted((run / "rollouts").glob("step_*.jsonl"))[: len(steps)]
     heldout = sorted(run.glob("heldout_*.jsonl"))
-    kept = [run / "metrics.jsonl", *run.glob("proof.jsonl"),
-            *run.glob("control.json"), heldout[0], heldout[-1], rollouts[0], rollouts[-1]]
+    kept = [
+        run / "metrics.jsonl",
+        *run.glob("proof.jsonl"),
+        *run.glob("control.json"),
+        heldout[0],
+        heldout[-1],
+        rollouts[0],
+        rollouts[-1],
+    ]
     for path in kept:
         (ASSETS / path.name).write_bytes(path.read_bytes())
     kept_lines = []

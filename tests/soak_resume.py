@@ -34,9 +34,16 @@ def start(folder, world, timing, *more):
         import ghpo
 
         # 8 prompts of 4 samples a step, whatever the number of ranks
-        sys.argv = ["ghpo.py", "--config", "configs/tiny.yaml", *SETTINGS, *more,
-                    f"output_dir={folder}", f"hint_timing={timing}",
-                    f"per_device_train_batch_size={32 // world}"]
+        sys.argv = [
+            "ghpo.py",
+            "--config",
+            "configs/tiny.yaml",
+            *SETTINGS,
+            *more,
+            f"output_dir={folder}",
+            f"hint_timing={timing}",
+            f"per_device_train_batch_size={32 // world}",
+        ]
         ghpo.main()
 
     return fork(world, folder, command)
@@ -72,8 +79,13 @@ def become_rank(rank, world, port, log, work):
         sys.stderr = open(2, "w", buffering=1, closefd=False)
         os.chdir(ROOT)
         if world > 1:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                              MASTER_ADDR="localhost", MASTER_PORT=str(port))
+            os.environ.update(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(world),
+                MASTER_ADDR="localhost",
+                MASTER_PORT=str(port),
+            )
         work()
         status = 0
     except BaseException:
@@ -185,16 +197,25 @@ def traces(folder):
     (without the size of metrics.jsonl, in which the times are)."""
     folder = Path(folder)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{k: v for k, v in line.items() if not k.startswith(("seconds/", "tokens/s"))}
-               for line in lines]
+    metrics = [
+        {k: v for k, v in line.items() if not k.startswith(("seconds/", "tokens/s"))}
+        for line in lines
+    ]
     rollouts = {p.name: p.read_text() for p in (folder / "rollouts").glob("step_*.jsonl")}
     checkpoints = sorted(folder.glob("checkpoint-??????"))
-    states = {p.name: json.loads((p / "state.json").read_text()) | {"metrics_bytes": 0}
-              for p in checkpoints}
+    states = {
+        p.name: json.loads((p / "state.json").read_text()) | {"metrics_bytes": 0}
+        for p in checkpoints
+    }
     tensors = {p.name: [f.read_bytes() for f in sorted(p.glob("*.distcp"))] for p in checkpoints}
     weights = (folder / "model" / "model.safetensors").read_bytes()
-    return {"metrics": metrics, "rollouts": rollouts, "states": states, "tensors": tensors,
-            "weights": weights}
+    return {
+        "metrics": metrics,
+        "rollouts": rollouts,
+        "states": states,
+        "tensors": tensors,
+        "weights": weights,
+    }
 
 
 def differences(folder, reference):
@@ -228,9 +249,12 @@ def soak(folder, kills, seed, scenarios=SCENARIOS):
         if len([*mine.glob("checkpoint-*.damaged*")]) != len(damaged) - n_damaged:
             found.append(f"set aside otherwise than damaged: {damaged[n_damaged:]}")
         wrong += [(run, scenario, found)] if found else []
-        print(f"run {run}: {world} ranks, {timing}: kills so far {len(hits)} "
-              f"({hits.count('write')} in a write), damaged {damaged[n_damaged:]}, "
-              f"differences: {found or 'none'}", flush=True)
+        print(
+            f"run {run}: {world} ranks, {timing}: kills so far {len(hits)} "
+            f"({hits.count('write')} in a write), damaged {damaged[n_damaged:]}, "
+            f"differences: {found or 'none'}",
+            flush=True,
+        )
         run += 1
     return hits, damaged, wrong
 

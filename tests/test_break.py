@@ -23,7 +23,12 @@ def lines():
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [sys.executable, "tests/break.py", "--sample", str(SAMPLE), "--folder", folder],
-            cwd=ROOT, capture_output=True, text=True, timeout=900, env=os.environ)
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=900,
+            env=os.environ,
+        )
     *trials, last = done.stdout.splitlines() or [done.stderr]
     return {line.split()[1]: line for line in trials} | {"": last}
 

@@ -18,8 +18,15 @@ from configs import UserError, foreign, plan
 from configs.folder import changed_settings, lock_folder, save_config
 from configs.model import load_model
 from configs.settings import (
-    DEFAULTS, SCHEDULE_KEYS, Config, Schedule, eval_config, load_config, parse_overrides,
-    read_config)
+    DEFAULTS,
+    SCHEDULE_KEYS,
+    Config,
+    Schedule,
+    eval_config,
+    load_config,
+    parse_overrides,
+    read_config,
+)
 from configs.settings import make_config as from_dict
 
 MODEL = dict(model_name_or_path="m", dataset_name="d")
@@ -135,7 +142,9 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("key, value, line", REFUSED, ids=[f"{k}-{str(v)[:20]}" for k, v, _ in REFUSED])
+@pytest.mark.parametrize(
+    "key, value, line", REFUSED, ids=[f"{k}-{str(v)[:20]}" for k, v, _ in REFUSED]
+)
 def test_one_bad_setting_is_one_line(key, value, line):
     """However a config is made."""
     assert mistakes(from_dict, MODEL | {key: value}) == [line]
@@ -212,6 +221,7 @@ def test_what_looks_like_one_but_is_none(changes):
 
 def test_schedules_take_what_transformers_says():
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION as FUNCTIONS
+
     always = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
     found = {name: set(inspect.signature(FUNCTIONS[name]).parameters) - always
              for name in get_args(Schedule)}  # fmt: skip
@@ -306,7 +316,10 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     found = mistakes(load_config, tmp_path / "empty.yaml")
     assert [line.split("=")[0] for line in found] == ["model_name_or_path", "dataset_name"]
-    assert load_config(tmp_path / "empty.yaml", ["--model_name_or_path", "m", "dataset_name=d"]).seed == 42
+    assert (
+        load_config(tmp_path / "empty.yaml", ["--model_name_or_path", "m", "dataset_name=d"]).seed
+        == 42
+    )
 
 
 def test_bad_command_lines_end_with_status_2(main, tmp_path):
@@ -322,7 +335,6 @@ def test_bad_command_lines_end_with_status_2(main, tmp_path):
         done = main.command("--config", *map(str, arguments), "--dry_run")
         assert done.status == 2 and message in done.err, arguments
         assert done.err.count("error: ") == 1 and "Traceback" not in done.err
-
 
 
 REFERENCE = """
@@ -679,10 +691,17 @@ def test_shipped_configs_load_and_name_what_exists(path):
 def test_an_eval_sets_config():
     config = make_config(eval_samples=4, eval_temperature=0.6, eval_max_completion_length=9)
     c = eval_config(config, {"dataset_name": "x", "eval_samples": 2, "dataset_split": "test"})
-    assert (c.dataset_name, c.dataset_split, c.num_generations, c.temperature) == ("x", "test", 2, 0.6)
+    assert (c.dataset_name, c.dataset_split, c.num_generations, c.temperature) == (
+        "x",
+        "test",
+        2,
+        0.6,
+    )
     assert (c.rl_type, c.strict_answers, c.max_completion_length) == ("grpo", False, 9)
     assert c.max_prompt_length == config.max_prompt_length
-    c = eval_config(config, {"dataset_name": "x", "max_completion_length": 7, "eval_temperature": "1"})
+    c = eval_config(
+        config, {"dataset_name": "x", "max_completion_length": 7, "eval_temperature": "1"}
+    )
     assert (c.max_completion_length, c.num_generations, c.temperature) == (7, 4, 1.0)
     assert eval_config(config, "x.jsonl") == eval_config(config, {"dataset_name": "x.jsonl"})
     assert eval_config(make_config(), "x").num_generations == 1
@@ -749,7 +768,10 @@ def test_a_setting_that_is_newer_than_the_run_has_its_default_there(tmp_path):
     path.with_name("metrics.jsonl").touch()
     assert changed_settings(config, path) == []
     assert Config(**yaml.safe_load(path.read_text())) == config
-    assert changed_settings(replace(config, seed=1, save_steps=3, beta=0.1), path) == ["beta", "seed"]
+    assert changed_settings(replace(config, seed=1, save_steps=3, beta=0.1), path) == [
+        "beta",
+        "seed",
+    ]
     old = yaml.safe_load(path.read_text())
     for key in ("strict_answers", "chat_template_kwargs", "hint_ratio"):
         del old[key]
@@ -788,8 +810,10 @@ def test_the_saved_config_says_whence_it_comes(tmp_path, monkeypatch):
 
 
 def test_one_process_at_a_time_has_the_folder(tmp_path):
-    code = ("import sys, pathlib; from configs.folder import lock_folder; "
-            f"lock_folder(pathlib.Path({str(tmp_path)!r})); print('mine', flush=True); sys.stdin.read()")
+    code = (
+        "import sys, pathlib; from configs.folder import lock_folder; "
+        f"lock_folder(pathlib.Path({str(tmp_path)!r})); print('mine', flush=True); sys.stdin.read()"
+    )
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True,
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
     assert other.stdout.readline() == "mine\n"
@@ -937,7 +961,9 @@ def test_what_importing_takes():
     for module, absent in (("configs", (*heavy, "pydantic", "yaml")), ("reward", (*heavy, "pydantic")),
                            ("configs.settings", heavy), ("configs.plan", heavy)):  # fmt: skip
         code = f"import sys, {module}; print([name for name in {absent} if name in sys.modules])"
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.stdout == "[]\n", (module, done)
 
 

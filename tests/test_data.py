@@ -86,8 +86,10 @@ def openr1(row, gold):
 
 
 def dapo(row, gold):
-    text = ("Solve the following math problem step by step. The last line of your response should "
-            f"be of the form Answer: $Answer.\n\n{row['problem']}\n\nRemember to put it there.")
+    text = (
+        "Solve the following math problem step by step. The last line of your response should "
+        f"be of the form Answer: $Answer.\n\n{row['problem']}\n\nRemember to put it there."
+    )
     return {
         "data_source": "math_dapo", "prompt": [{"content": text, "role": "user"}],
         "ability": "MATH",
@@ -444,11 +446,14 @@ def test_evaluation_drops_no_row(cell, reason, tmp_path, capsys):
         assert accuracy_reward(f"\\boxed{{{answer}}}", problems[1].gold) == 0.0
 
 
-@pytest.mark.parametrize("cells, reason", [
-    ({"problem": None}, "no problem text"),
-    ({"problem": "x" * 300}, "prompt over max_prompt_length=128 tokens"),
-    ({"problem": [{"role": "user", "content": None}]}, "content that is no text"),
-])
+@pytest.mark.parametrize(
+    "cells, reason",
+    [
+        ({"problem": None}, "no problem text"),
+        ({"problem": "x" * 300}, "prompt over max_prompt_length=128 tokens"),
+        ({"problem": [{"role": "user", "content": None}]}, "content that is no text"),
+    ],
+)
 def test_an_evaluation_set_with_a_row_that_cannot_be_asked(cells, reason, tmp_path):
     with pytest.raises(ghpo.UserError, match=f"rows.jsonl, row 1: [^;]*{reason};"):
         load([ROW, ROW | cells], tmp_path, keep_all=True, rl_type="grpo", max_prompt_length=128)
@@ -627,7 +632,8 @@ def test_a_template_that_refuses_a_chat_drops_the_row(tmp_path, capsys):
     prompts = ghpo.Prompts(config)
     prompts.tokenizer.chat_template = (
         "{%- for m in messages -%}{%- if m.role == 'critic' -%}{{ raise_exception('no critics') }}"
-        "{%- endif -%}{{ m.content }}{%- endfor -%}")
+        "{%- endif -%}{{ m.content }}{%- endfor -%}"
+    )
     assert [p.id for p in ghpo.load_problems(config, prompts)] == [0]
     assert "dropped 1, chat template: no critics: rows [1]" in capsys.readouterr().err
 

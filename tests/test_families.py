@@ -16,8 +16,16 @@ from conftest import make_config, problem, read_jsonl, write_jsonl
 from families import FAMILIES, NEVER_PACKED, ON_RANKS, SHARDINGS, policy_run
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, Gemma3Config, GenerationConfig, GPTJConfig,
-    GPTJForCausalLM, Qwen2_5_VLConfig, Qwen3_5Config, T5Config)
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3Config,
+    GenerationConfig,
+    GPTJConfig,
+    GPTJForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen3_5Config,
+    T5Config,
+)
 
 import ghpo
 from configs import UserError
@@ -86,8 +94,12 @@ def on_ranks(folders, root):
     for family in ON_RANKS:
         folders(family)
     done = subprocess.run(
-        [sys.executable, families.__file__, str(root)], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=240)
+        [sys.executable, families.__file__, str(root)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     lines = [line.split() for line in done.stdout.splitlines()]
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return {(family, sharding): float(error) for family, sharding, error in lines}
@@ -248,7 +260,8 @@ def test_family_trains_saves_and_reloads(family, two_steps, folders):
     (saved,) = run.folder.glob("checkpoint-*2/model")
     attention = "eager" if family == "gemma2" else "sdpa"
     again, report = AutoModelForCausalLM.from_pretrained(
-        saved, attn_implementation=attention, output_loading_info=True)
+        saved, attn_implementation=attention, output_loading_info=True
+    )
     assert not any(report.values())
     first = AutoModelForCausalLM.from_pretrained(folders(family), attn_implementation=attention)
     ids = families.sequences()[0][None]
@@ -398,8 +411,9 @@ def prompts_of(tmp_path):
 
     def build(template=TURNS, tokenizer=None, **changes):
         folder = tmp_path / f"model{len(list(tmp_path.glob('model*')))}"
-        families.save(families.build("llama").config, folder, chat_template=template,
-                      **(tokenizer or {}))
+        families.save(
+            families.build("llama").config, folder, chat_template=template, **(tokenizer or {})
+        )
         return ghpo.Prompts(make_config(model_name_or_path=str(folder), **changes))
 
     return build
@@ -492,7 +506,8 @@ def test_special_tokens_in_a_rows_text_are_plain_text(prompts_of):
     assert ids.count(257) == 1 and ids.count(256) == 0  # the template's own end
     assert ids.count(261) == 2  # <think> is a token, in a row too
     assert prompts.tokenizer.decode(ids) == (
-        "<|user|>Say <|end|> or <think>.<|end|><|assistant|><think>\na <|pad|> b")
+        "<|user|>Say <|end|> or <think>.<|end|><|assistant|><think>\na <|pad|> b"
+    )
     assert prefix == "<think>\na <|pad|> b"
     plain = prompts.ids(problem())[0]
     assert plain == prompts.tokenizer("<|user|>4a3b5c2?<|end|><|assistant|><think>\n").input_ids

@@ -41,8 +41,14 @@ def tiny(dtype=torch.float64, seed=0):
 
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
     return Root(Qwen2ForCausalLM(config).to(dtype))
 
 
@@ -58,12 +64,14 @@ def rows(n=8, seed=1):
 def loss_of(root, ids_NT, n_tokens):
     """Summed cross-entropy over a count that is the same on all ranks."""
     logits = root(ids_NT)[:, :-1].double()
-    return nn.functional.cross_entropy(
-        logits.flatten(0, 1), ids_NT[:, 1:].flatten(), reduction="sum") / n_tokens
+    return (
+        nn.functional.cross_entropy(logits.flatten(0, 1), ids_NT[:, 1:].flatten(), reduction="sum")
+        / n_tokens
+    )
 
 
 def backward_in_micro_batches(root, ids_NT, n_micro=2):
-    mine = ids_NT[dist.get_rank()::dist.get_world_size()]
+    mine = ids_NT[dist.get_rank() :: dist.get_world_size()]
     parts = mine.chunk(n_micro)
     for i, part in enumerate(parts):
         fu.last_micro_batch(root, i == len(parts) - 1)
@@ -92,6 +100,7 @@ def assert_close(got, want, tolerance):
 
 
 # ---- checks that run on every rank of a torchrun ----
+
 
 def check_gradients(folder):
     """Summed over ranks and micro-batches they equal one process's, in every sharding."""
@@ -204,8 +213,11 @@ def train(root, optimizer, steps):
 
 def everything(root, optimizer):
     """Weights and optimizer state as whole tensors."""
-    state = {f"{name}.{key}": whole(value) for name, p in root.named_parameters()
-             for key, value in optimizer.state[p].items()}
+    state = {
+        f"{name}.{key}": whole(value)
+        for name, p in root.named_parameters()
+        for key, value in optimizer.state[p].items()
+    }
     return dict(fu.full_tensors(root)) | state
 
 
@@ -276,7 +288,11 @@ def check_keep(folder):
     assert sorted(p.name for p in here.iterdir()) == names[1:]
     assert fu.checkpoints(here)[-1].name == names[2]
     assert sorted(p.name for p in (here / names[2]).iterdir() if p.suffix != ".distcp") == [
-        ".metadata", "checksums.json", "exported", "state.json"]
+        ".metadata",
+        "checksums.json",
+        "exported",
+        "state.json",
+    ]
     assert fu.checkpoints(here / "nothing") == []
 
 
@@ -324,11 +340,17 @@ class Payload:
         return exec, (f"open({self.path!r}, 'w').close()",)
 
 
-DAMAGE = {"zeros": "has changed", "truncated": "has changed", "missing": "is missing",
-          "empty state": "state.json has changed", "no checksums": "No such file",
-          "empty checksums": "Expecting value", "bits of metadata": ".metadata has changed",
-          "code in metadata": "names builtins.exec",
-          "byte item": "model.extra is no tensor"}
+DAMAGE = {
+    "zeros": "has changed",
+    "truncated": "has changed",
+    "missing": "is missing",
+    "empty state": "state.json has changed",
+    "no checksums": "No such file",
+    "empty checksums": "Expecting value",
+    "bits of metadata": ".metadata has changed",
+    "code in metadata": "names builtins.exec",
+    "byte item": "model.extra is no tensor",
+}
 
 
 def check_damage(folder):
@@ -362,8 +384,14 @@ def check_damage(folder):
     assert not (here / "executed").exists()
     names = {path.name for path in here.iterdir()}
     assert len([name for name in names if ".damaged" in name]) == len(DAMAGE)
-    assert names >= {"checkpoint-best", "checkpoint-000009-kept", "checkpoint-notes",
-                     "checkpoint-000009.txt", "checkpoint-000008", "checkpoint-000001"}
+    assert names >= {
+        "checkpoint-best",
+        "checkpoint-000009-kept",
+        "checkpoint-notes",
+        "checkpoint-000009.txt",
+        "checkpoint-000008",
+        "checkpoint-000001",
+    }
     fu.barrier("counted")
     if dist.get_rank() == 0:
         damage(here / "checkpoint-000001", "zeros")
@@ -376,7 +404,8 @@ def check_damage(folder):
 def check_helpers(folder):
     rank, world = dist.get_rank(), dist.get_world_size()
     assert fu.all_reduce_scalars({"a": rank + 0.1, "b": -rank}) == pytest.approx(
-        {"a": sum(r + 0.1 for r in range(world)), "b": -sum(range(world))})
+        {"a": sum(r + 0.1 for r in range(world)), "b": -sum(range(world))}
+    )
     assert fu.all_reduce_scalars({"a": rank}, "max") == {"a": world - 1}
     assert fu.gather_objects(("rank", rank)) == [("rank", r) for r in range(world)]
     with pytest.raises(ValueError, match="divisible"):
@@ -390,12 +419,23 @@ def check_all_masters_kept_by_wrapping(folder):
     assert isinstance(wrapped, fu.FSDPModule)
 
 
-COMMON = ["gradients", "stream", "uneven_forwards", "weights_move_after_sampling",
-          "mixed_precision", "cpu_offload", "exact_resume", "keep", "damage", "helpers"]
-CHECKS = {2: COMMON + ["save_for_other_world"],
-          1: COMMON + ["save_for_other_world", "load_from_other_world",
-                       "all_masters_kept_by_wrapping"],
-          4: ["gradients", "exact_resume", "load_from_other_world"]}
+COMMON = [
+    "gradients",
+    "stream",
+    "uneven_forwards",
+    "weights_move_after_sampling",
+    "mixed_precision",
+    "cpu_offload",
+    "exact_resume",
+    "keep",
+    "damage",
+    "helpers",
+]
+CHECKS = {
+    2: COMMON + ["save_for_other_world"],
+    1: COMMON + ["save_for_other_world", "load_from_other_world", "all_masters_kept_by_wrapping"],
+    4: ["gradients", "exact_resume", "load_from_other_world"],
+}
 
 
 def run_check(name, folder):
@@ -407,13 +447,18 @@ def run_check(name, folder):
 
 # ---- pytest side ----
 
+
 def run_this_file(*args, torchrun=False):
     launcher = [sys.executable]
     if torchrun:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     return subprocess.run(
-        [*launcher, __file__, *map(str, args)], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=240)
+        [*launcher, __file__, *map(str, args)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -434,8 +479,13 @@ def fork_ranks(world):
         pid = os.fork()
         if pid == 0:
             if world > 1:
-                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                                  MASTER_ADDR="localhost", MASTER_PORT=str(port))
+                os.environ.update(
+                    RANK=str(rank),
+                    LOCAL_RANK=str(rank),
+                    WORLD_SIZE=str(world),
+                    MASTER_ADDR="localhost",
+                    MASTER_PORT=str(port),
+                )
             return True
         children[pid] = rank
     while children:
@@ -497,9 +547,12 @@ def save_and_save(folder):
 def test_kill_while_saving_keeps_a_good_checkpoint(tmp_path):
     """SIGKILL at two moments of a run that does little else than save."""
     for delay in (0.0, 0.02):
-        child = subprocess.Popen([sys.executable, __file__, tmp_path, "save_and_save"],
-                                 env=os.environ | {"OMP_NUM_THREADS": "1"},
-                                 stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen(
+            [sys.executable, __file__, tmp_path, "save_and_save"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for _ in range(3):
             last = int(child.stdout.readline())
         time.sleep(delay)

@@ -58,8 +58,11 @@ class Machine:
         self.log.write_text("")
         path = f"{self.bin}:/usr/bin:/bin"
         done = subprocess.run(
-            [self.folder / "run.sh", *arguments], capture_output=True, text=True,
-            env={"PATH": path, "PYTHON": "python", "LOG": str(self.log), **environment})
+            [self.folder / "run.sh", *arguments],
+            capture_output=True,
+            text=True,
+            env={"PATH": path, "PYTHON": "python", "LOG": str(self.log), **environment},
+        )
         assert done.returncode == 0, done.stderr
         *set_up, last = self.log.read_text().splitlines()
         return set_up, last
@@ -97,9 +100,16 @@ def test_what_a_gpu_needs_is_part_of_its_installation(machine):
     assert not any("uninstall" in call for call in calls)  # torch is no CPU build
 
 
-@pytest.mark.parametrize("environment, processes", [
-    ({}, 2), ({"CUDA_VISIBLE_DEVICES": "0,3,5"}, 3), ({"CUDA_VISIBLE_DEVICES": "GPU-2"}, 1),
-    ({"CUDA_VISIBLE_DEVICES": ""}, 1), ({"NPROC": "4", "CUDA_VISIBLE_DEVICES": "0"}, 4)])
+@pytest.mark.parametrize(
+    "environment, processes",
+    [
+        ({}, 2),
+        ({"CUDA_VISIBLE_DEVICES": "0,3,5"}, 3),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-2"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 1),
+        ({"NPROC": "4", "CUDA_VISIBLE_DEVICES": "0"}, 4),
+    ],
+)
 def test_processes_are_the_visible_gpus(machine, environment, processes):
     machine.gpus(CARDS)
     _, last = machine("train", "x.yaml", **environment)
@@ -120,7 +130,7 @@ def test_vllm_is_tested_on_a_cpu_in_an_environment_of_its_own(machine):
 @pytest.mark.parametrize("command", ["demo", "compare"])
 def test_the_demo_hides_the_gpus(machine, command):
     machine.gpus(CARDS)
-    machine.program("python", PYTHON.replace("$*\" |", "$*, GPUs: $CUDA_VISIBLE_DEVICES\" |"))
+    machine.program("python", PYTHON.replace('$*" |', '$*, GPUs: $CUDA_VISIBLE_DEVICES" |'))
     _, last = machine(command, CUDA_VISIBLE_DEVICES="0")
     assert last == f"python tests/compare.py {command}, GPUs: "
 
@@ -179,8 +189,10 @@ def varlen_config(family, folder, **changes):
                    packing=True, gradient_checkpointing=True)  # fmt: skip
 
 
-@pytest.mark.parametrize("family, windows", [
-    ("qwen2", {(-1, 0)}), ("mistral", {(15, 0)}), ("gemma3", {(15, 0)}), ("granite", {(-1, 0)})])
+@pytest.mark.parametrize(
+    "family, windows",
+    [("qwen2", {(-1, 0)}), ("mistral", {(15, 0)}), ("gemma3", {(15, 0)}), ("granite", {(-1, 0)})],
+)
 def test_rows_packed_for_varlen_score_as_alone(family, windows, varlen, tmp_path, alone):
     config = varlen_config(family, tmp_path, torch_dtype="float64")
     policy, sequences = ghpo.load_policy(config), families.sequences()
@@ -277,7 +289,8 @@ def test_few_chunks_keep_the_heads_gradient(monkeypatch):
     """Each chunk is added to the sum in bfloat16, which rounds it."""
     few = ghpo.HEAD_CHUNKS
     (n_one, whole), (n_few, taken), (n_many, many) = (
-        head_gradient(n, monkeypatch) for n in (1, few, 1000))
+        head_gradient(n, monkeypatch) for n in (1, few, 1000)
+    )
     assert (n_one, n_few, n_many) == (1, 16, 71)
     errors = [float((grad - whole).norm() / whole.norm()) for grad in (taken, many)]
     assert errors[0] < 0.6 * errors[1]

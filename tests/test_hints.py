@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import (
-    DATA, SHARED, ScriptedPool, make_config, problem, read_jsonl, unhinted)
+from conftest import DATA, SHARED, ScriptedPool, make_config, problem, read_jsonl, unhinted
 
 import ghpo
 import hints
@@ -122,7 +121,9 @@ def test_no_hint_leaks_or_cuts_into_maths_on_real_traces(name):
         trace, gold = row["solution_hint"].rstrip(), str(row["solution"]).strip().strip("$").strip()
         one = problem(i, "", str(row["solution"]), row["solution_hint"])
         lower = trace.lower()
-        markers = [lower.find(m) for m in ("\\boxed", "####", "answer is", "<answer>") if m in lower]
+        markers = [
+            lower.find(m) for m in ("\\boxed", "####", "answer is", "<answer>") if m in lower
+        ]
         marker = min(markers, default=len(trace))
         golds, previous = whole_word_places(trace, gold), ""
         for ratio in (0.25, 0.5, 0.75, 1.0):
@@ -162,8 +163,7 @@ def walk(config, one, passes, step=0):
     passes, completions = iter(passes), [Completion([65], [66], [0.0], "stop")] * 4
     while group.next_stage:
         rewards = [[next(passes), 0.0]] * 4
-        group = hints.after_stage(
-            group, completions, rewards, 0, config, state, cut(config, state))
+        group = hints.after_stage(group, completions, rewards, 0, config, state, cut(config, state))
     return [(stage.ratio, stage.is_skipped) for stage in group.stages]
 
 
@@ -189,7 +189,9 @@ FAIL = [0.0] * 9
 ])  # fmt: skip
 def test_stages(changes, passes, step, ratios):
     config = make_config(**changes)
-    assert walk(config, problem(solution=HARD, gold="x"), passes, step) == [(r, False) for r in ratios]
+    assert walk(config, problem(solution=HARD, gold="x"), passes, step) == [
+        (r, False) for r in ratios
+    ]
 
 
 @pytest.mark.parametrize("trace, expected", [
@@ -232,7 +234,8 @@ def test_user_message_has_the_references_sentence():
     assert [m["role"] for m in messages] == ["system", "user"] and messages[0]["content"] == "S"
     assert messages[1]["content"] == (
         "4a3b5c2?\n The following text is the beginning part of the answer, "
-        "which you can refer to for solving the problem:\na37")
+        "which you can refer to for solving the problem:\na37"
+    )
     assert one.messages[1]["content"] == "4a3b5c2?"
     assert hints.render(one, "", CONFIG, STATE) == (one.messages, "")
 
@@ -276,8 +279,11 @@ def test_original_context_is_not_compared_with_the_sampler(prompts, alone, make_
     assert [any(row.is_comparable) for row in rows] == [False, True]
     assert [row.input_ids for row in rows] == [sampled[1] + [65, 66]] * 2
     metrics = ghpo.optimize(make_run(config), rows, 0.0)
-    only = ghpo.optimize(make_run(config), ghpo.make_rows(
-        [replace(group, completions=completions[1:] * 2)], prompts, config, STATE), 0.0)
+    only = ghpo.optimize(
+        make_run(config),
+        ghpo.make_rows([replace(group, completions=completions[1:] * 2)], prompts, config, STATE),
+        0.0,
+    )
     assert metrics["mismatch_k3"] == pytest.approx(only["mismatch_k3"])
 
 
@@ -286,15 +292,19 @@ def test_merge_replaces():
     assert hints.merge(one, two, CONFIG, STATE) is two
 
 
-@pytest.mark.parametrize("rewards, said, opening", [
-    (["accuracy"], "Please reason, and put the answer into a box.", ""),
-    (["accuracy"], "First <think> ... </think>, then answer.", "<think>\n"),
-    (["accuracy", "format"], "Please reason.", "<think>\n"),
-])
+@pytest.mark.parametrize(
+    "rewards, said, opening",
+    [
+        (["accuracy"], "Please reason, and put the answer into a box.", ""),
+        (["accuracy"], "First <think> ... </think>, then answer.", "<think>\n"),
+        (["accuracy", "format"], "Please reason.", "<think>\n"),
+    ],
+)
 def test_a_hint_in_the_assistants_turn_thinks_only_if_it_is_to(rewards, said, opening):
     """An opened <think> that the model was not asked to close would hide its box."""
     config = make_config(
-        hint_where="assistant", reward_funcs=rewards, reward_weights=[1.0] * len(rewards))
+        hint_where="assistant", reward_funcs=rewards, reward_weights=[1.0] * len(rewards)
+    )
     messages = [{"role": "system", "content": said}, {"role": "user", "content": "1 + 1?"}]
     one = replace(problem(), messages=messages)
     assert hints.render(one, "So 1", config, STATE) == (messages, opening + "So 1")
@@ -335,6 +345,7 @@ def metrics_of(run):
 
 def test_guide_appends_hinted_samples(scripted_training, monkeypatch):
     """Guide-GRPO: one hint for failed groups, both kinds of samples in one group."""
+
     def merge(previous, new, config, state):
         return replace(new, completions=previous.completions + new.completions,
                        rewards=previous.rewards + new.rewards)  # fmt: skip
@@ -345,8 +356,11 @@ def test_guide_appends_hinted_samples(scripted_training, monkeypatch):
         max_completion_length=8)  # fmt: skip
     assert len(seen) == 2
     for (groups, rows), step in zip(seen, lines):
-        assert [len(g.completions) for g in groups] == [4, 8, 4, 8] == [
-            len(line["completions"]) for line in step]
+        assert (
+            [len(g.completions) for g in groups]
+            == [4, 8, 4, 8]
+            == [len(line["completions"]) for line in step]
+        )
         ratios = [c["hint_ratio"] for c in step[1]["completions"]]
         assert ratios == [0.0] * 4 + [0.5] * 4
         assert len(rows) == 24
@@ -373,7 +387,8 @@ def test_stephint_gives_every_sample_its_ratio(scripted_training, monkeypatch):
     monkeypatch.setattr(hints, "next_ratio", next_ratio)
     monkeypatch.setattr(hints, "advantages", advantages)
     run, seen, lines = scripted_training(
-        lambda step, slot: 0, hard_rows(), hint_where="assistant", max_completion_length=8)
+        lambda step, slot: 0, hard_rows(), hint_where="assistant", max_completion_length=8
+    )
     for groups, rows in seen:
         for group in groups:
             plain = list(run.prompts.ids(group.problem)[0])
@@ -391,6 +406,7 @@ def test_stephint_gives_every_sample_its_ratio(scripted_training, monkeypatch):
 
 def test_bread_bisects_to_the_shortest_prefix(scripted_training, monkeypatch):
     """BREAD: between the longest prefix that fails and the shortest that works."""
+
     def next_ratio(group, config, state):
         if not group.stages:
             return 0.0
@@ -413,17 +429,27 @@ def test_bread_bisects_to_the_shortest_prefix(scripted_training, monkeypatch):
         assert sampled[:2] == [(0.0, [0.0] * 4), (0.5, [1.0] * 4)]
         assert [max(s["ratios"]) for s in line["stages"]] == [0.0, 0.5, 0.25, 0.375, 0.4375]
     keys = [key for line in metrics_of(run) for key in line if "@" in key]
-    assert {key.split("@")[1] for key in keys} <= {"0", "0.25", "0.5", "0.75"}  # few, whatever omega
+    assert {key.split("@")[1] for key in keys} <= {
+        "0",
+        "0.25",
+        "0.5",
+        "0.75",
+    }  # few, whatever omega
 
 
 def test_uft_learns_the_hint_by_likelihood(scripted_training, monkeypatch):
     """UFT: hint tokens of the assistant prefix are targets with a likelihood weight."""
+
     def loss_view(group, j, advantage, plain_ids, config, state):
         completion = group.completions[j]
         hint = list(completion.prompt_ids[len(plain_ids) :])
         own = [1.0] * len(completion.token_ids)
-        return hints.LossView(plain_ids, hint + completion.token_ids, [0.0] * len(hint) + own,
-                              [0.1] * len(hint) + [0.0] * len(own))
+        return hints.LossView(
+            plain_ids,
+            hint + completion.token_ids,
+            [0.0] * len(hint) + own,
+            [0.1] * len(hint) + [0.0] * len(own),
+        )
 
     monkeypatch.setattr(hints, "loss_view", loss_view)
     run, seen, _ = scripted_training(
@@ -445,7 +471,11 @@ def test_hints_that_do_not_fit_are_skipped_and_end(scripted_training, prompts):
     rows = hard_rows()
     plain = len(prompts.ids(problem(question=rows[0]["problem"]))[0])
     sentence = len(prompts.ids(problem(question=rows[0]["problem"]), "a")[0]) - plain - 1
-    for room, shown in ((0, [""]), (sentence + 2, [""]), (sentence + 9, ["", rows[0]["solution_hint"][:7]])):
+    for room, shown in (
+        (0, [""]),
+        (sentence + 2, [""]),
+        (sentence + 9, ["", rows[0]["solution_hint"][:7]]),
+    ):
         script = iter(range(40))  # ends a ladder that never ends
 
         def fails(step, slot):
@@ -453,7 +483,8 @@ def test_hints_that_do_not_fit_are_skipped_and_end(scripted_training, prompts):
             return 99
 
         _, _, lines = scripted_training(
-            fails, rows, max_prompt_length=plain + room, max_steps=1, max_completion_length=4)
+            fails, rows, max_prompt_length=plain + room, max_steps=1, max_completion_length=4
+        )
         for line in lines[0]:
             ratios = [max(s["ratios"]) for s in line["stages"]]
             assert ratios == [0, 0.25, 0.5, 0.75]

@@ -14,15 +14,24 @@ import pytest
 import torch
 import yaml
 from conftest import (
-    DATA, ROOT, ScriptedPool, make_config, new_engine, problem, read_jsonl, sampling, settings,
-    write_jsonl)
+    DATA,
+    ROOT,
+    ScriptedPool,
+    make_config,
+    new_engine,
+    problem,
+    read_jsonl,
+    sampling,
+    settings,
+    write_jsonl,
+)
+from safetensors.torch import load_file
 
 import fsdp_utils
 import ghpo
 import hints
 import rollout
 from hints import Group
-from safetensors.torch import load_file
 
 MODULES = ("ghpo", "rollout", "reward", "hints", "fsdp_utils")
 
@@ -37,12 +46,22 @@ def test_the_five_modules_and_configs_stand_alone(tmp_path):
     home.mkdir()
     for name in MODULES:
         shutil.copy(ROOT / f"{name}.py", home)
-    shutil.copytree(ROOT / "configs", home / "configs", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "configs", home / "configs", ignore=shutil.ignore_patterns("__pycache__")
+    )
     out = tmp_path / "out"
     config = tmp_path / "config.json"
     eval_rows = write_jsonl(tmp_path / "eval.jsonl", read_jsonl(DATA / "eval_easy.jsonl")[:4])
-    config.write_text(json.dumps(settings(
-        output_dir=str(out), save_strategy="steps", save_steps=1, eval_datasets={"x": eval_rows})))
+    config.write_text(
+        json.dumps(
+            settings(
+                output_dir=str(out),
+                save_strategy="steps",
+                save_steps=1,
+                eval_datasets={"x": eval_rows},
+            )
+        )
+    )
     command = [sys.executable, "ghpo.py", "--config", str(config)]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     run = subprocess.Popen(command, cwd=home, env=environment, stderr=subprocess.PIPE, text=True)
@@ -52,8 +71,14 @@ def test_the_five_modules_and_configs_stand_alone(tmp_path):
     run.kill()
     run.communicate()
     for more in ([], ["--eval", f"output_dir={tmp_path / 'evaluated'}"], ["--dry_run"]):
-        done = subprocess.run([*command, *more], cwd=home, env=environment, capture_output=True,
-                              text=True, timeout=200)
+        done = subprocess.run(
+            [*command, *more],
+            cwd=home,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
         assert done.returncode == 0, done.stderr
         if not more:
             assert "resuming" in done.stderr
@@ -68,8 +93,10 @@ def test_the_program_imports_nothing_from_tests():
 
 
 def test_a_verifier_worker_stays_light():
-    code = ("import runpy, sys; runpy.run_path('reward.py'); "
-            "print([name for name in ('torch', 'transformers', 'pydantic') if name in sys.modules])")
+    code = (
+        "import runpy, sys; runpy.run_path('reward.py'); "
+        "print([name for name in ('torch', 'transformers', 'pydantic') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr
 
@@ -115,16 +142,24 @@ def test_a_mixed_group_is_counted_and_shown_sample_by_sample(scripted_training, 
 
     monkeypatch.setattr(hints, "next_ratio", next_ratio)
     run, seen, steps = scripted_training(
-        None, hard_rows(), pool=HalfRight, max_steps=1, max_completion_length=8)
+        None, hard_rows(), pool=HalfRight, max_steps=1, max_completion_length=8
+    )
     (told,) = read_jsonl(run.folder / "metrics.jsonl")
     assert told["accuracy_without_hint"] == 1 / 8  # of 8 samples without a hint
     assert told["hard_fraction"] == 3 / 4  # of 4 problems, by their samples without a hint
     assert told["reward/accuracy"] == (4 * 2 + 1) / 16
     # .3 is counted at the nearest rung, .25
     assert {key: value for key, value in told.items() if "@" in key} == {
-        "hint/tried@0": 4, "hint/solved@0": 1, "tokens/generated@0": 64,
-        "hint/tried@0.25": 4, "hint/solved@0.25": 4, "tokens/generated@0.25": 32,
-        "hint/tried@0.5": 4, "hint/solved@0.5": 4, "tokens/generated@0.5": 32}
+        "hint/tried@0": 4,
+        "hint/solved@0": 1,
+        "tokens/generated@0": 64,
+        "hint/tried@0.25": 4,
+        "hint/solved@0.25": 4,
+        "tokens/generated@0.25": 32,
+        "hint/tried@0.5": 4,
+        "hint/solved@0.5": 4,
+        "tokens/generated@0.5": 32,
+    }
     for group, line in zip(seen[0][0], steps[0]):
         assert line["hint"] == "" and line["hint_ratio"] == 0
         shown = line["completions"]
@@ -138,7 +173,7 @@ def test_a_mixed_group_is_counted_and_shown_sample_by_sample(scripted_training, 
 def test_a_launcher_may_replace_advantages_and_the_loss(tmp_path):
     """GSPO's ratio of whole sequences, and advantages without a mean: 12 lines, own process."""
     launcher = tmp_path / "gspo.py"
-    launcher.write_text(f'''
+    launcher.write_text(f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import numpy as np
@@ -161,33 +196,50 @@ def sequence_loss(logp, old_logp, ref_logp, batch, config):
 hints.advantages = advantages
 ghpo.token_loss = sequence_loss
 ghpo.main()
-''')
+""")
     config = tmp_path / "config.json"
-    config.write_text(json.dumps(settings(
-        output_dir=str(tmp_path / "out"), max_steps=1, save_strategy="steps", save_steps=1)))
-    done = subprocess.run([sys.executable, str(launcher), "--config", str(config)],
-                          capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    config.write_text(
+        json.dumps(
+            settings(
+                output_dir=str(tmp_path / "out"), max_steps=1, save_strategy="steps", save_steps=1
+            )
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, str(launcher), "--config", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("rows")]
     assert sum(rows) == 16  # every row is used: no advantage is 0
     state = json.loads((tmp_path / "out" / "checkpoint-000001" / "state.json").read_text())
     assert state["method"] == {"groups": 4}
     (told,) = read_jsonl(tmp_path / "out" / "metrics.jsonl")
-    samples = [sample for line in read_jsonl(tmp_path / "out" / "rollouts" / "step_000001.jsonl")
-               for sample in line["completions"]]
+    samples = [
+        sample
+        for line in read_jsonl(tmp_path / "out" / "rollouts" / "step_000001.jsonl")
+        for sample in line["completions"]
+    ]
     assert told["grad_norm"] > 0
     # bnpo: mean over groups of the token mean; with a ratio of 1 the value is minus the advantage
     groups = [samples[i : i + 4] for i in range(0, 16, 4)]
-    expected = [-sum(s["tokens"] * (s["format"] - 0.25) for s in group)
-                / sum(s["tokens"] for s in group) for group in groups]
+    expected = [
+        -sum(s["tokens"] * (s["format"] - 0.25) for s in group) / sum(s["tokens"] for s in group)
+        for group in groups
+    ]
     assert told["loss"] == pytest.approx(np.mean(expected), abs=1e-5)
 
 
 def test_the_loss_sees_which_row_a_token_belongs_to():
     lengths = [3, 1, 2]
     for is_packed in (False, True):
-        rows = [ghpo.Row([5] * (2 + n), 2, [0.0] * n, [1.0] * n, [0.0] * n, [True] * n, float(n), n)
-                for n in lengths]
+        rows = [
+            ghpo.Row([5] * (2 + n), 2, [0.0] * n, [1.0] * n, [0.0] * n, [True] * n, float(n), n)
+            for n in lengths
+        ]
         _, batch = ghpo.collate(rows, is_packed, torch.device("cpu"), torch.float32)
         assert batch["row"].tolist() == [0, 0, 0, 1, 2, 2]
         assert batch["advantage"].tolist() == [3, 3, 3, 1, 2, 2]
@@ -219,18 +271,21 @@ class Watched:
 GOOD, BAD = 1e-6, 1e-3  # the limit in float32 is 1e-4
 
 
-@pytest.mark.parametrize("changes, values, expected", [
-    ({}, [GOOD] * 20, (None, [], 0)),
-    ({}, [BAD], (0, [], 1)),  # the first step that compared tokens
-    ({}, [None, None, None, None, BAD], (4, [], 1)),  # whenever that comes
-    ({}, [GOOD] * 9 + [3e-4] + [GOOD] * 12, (None, [9], 0)),  # one step alone warns
-    ({}, [GOOD] * 9 + [BAD] * 2, (9, [], 1)),  # the mean of ten is 1.009e-4
-    ({}, [GOOD] * 9 + [8e-4] * 5, (10, [9], 1)),  # 8.1e-5, then 1.6e-4
-    ({"mismatch_limit": 1e-2}, [BAD] * 5, (None, [], 0)),
-    ({"mismatch_limit": None}, [0.1] * 3, (None, [0, 1, 2], 0)),
-    ({"top_p": 0.9}, [BAD] * 3, (None, [0, 1, 2], 0)),
-    ({"top_k": 20}, [BAD], (None, [0], 0)),
-])
+@pytest.mark.parametrize(
+    "changes, values, expected",
+    [
+        ({}, [GOOD] * 20, (None, [], 0)),
+        ({}, [BAD], (0, [], 1)),  # the first step that compared tokens
+        ({}, [None, None, None, None, BAD], (4, [], 1)),  # whenever that comes
+        ({}, [GOOD] * 9 + [3e-4] + [GOOD] * 12, (None, [9], 0)),  # one step alone warns
+        ({}, [GOOD] * 9 + [BAD] * 2, (9, [], 1)),  # the mean of ten is 1.009e-4
+        ({}, [GOOD] * 9 + [8e-4] * 5, (10, [9], 1)),  # 8.1e-5, then 1.6e-4
+        ({"mismatch_limit": 1e-2}, [BAD] * 5, (None, [], 0)),
+        ({"mismatch_limit": None}, [0.1] * 3, (None, [0, 1, 2], 0)),
+        ({"top_p": 0.9}, [BAD] * 3, (None, [0, 1, 2], 0)),
+        ({"top_k": 20}, [BAD], (None, [0], 0)),
+    ],
+)
 def test_when_a_mismatch_warns_and_when_it_stops(changes, values, expected, monkeypatch, capsys):
     assert Watched(**changes).go(values, monkeypatch, capsys) == expected
 
@@ -243,14 +298,17 @@ COLLAPSE = {  # as measured on GSM8K with a format reward of weight .5 (README, 
 FLAT = [0.5] * 6
 
 
-@pytest.mark.parametrize("changes, warns", [
-    ({}, True),
-    ({"format": FLAT}, False),
-    ({"accuracy": FLAT}, False),  # a model that learns the format and stays as good
-    ({"accuracy": [0.0] * 6}, False),  # there is nothing to lose
-    ({"tokens": FLAT}, False),
-    ({"accuracy": [0.5, 0.6, 0.4, 0.5, 0.4, 0.5]}, False),  # noise
-])
+@pytest.mark.parametrize(
+    "changes, warns",
+    [
+        ({}, True),
+        ({"format": FLAT}, False),
+        ({"accuracy": FLAT}, False),  # a model that learns the format and stays as good
+        ({"accuracy": [0.0] * 6}, False),  # there is nothing to lose
+        ({"tokens": FLAT}, False),
+        ({"accuracy": [0.5, 0.6, 0.4, 0.5, 0.4, 0.5]}, False),  # noise
+    ],
+)
 def test_a_collapse_to_format_is_told(changes, warns, capsys):
     config = make_config(reward_funcs=["accuracy", "format"], reward_weights=[1, 1])
     run = SimpleNamespace(config=config, state=ghpo.State(), trigger_column=0)

@@ -23,6 +23,7 @@ def slow_objective(model, groups, config, likelihood=0.0, old=None, reference=No
 
     old: {(group, row): log-probs before the first update}; None: those of now.
     """
+
     def score(net, completion):
         ids = torch.tensor([[*completion.prompt_ids, *completion.token_ids]])
         logits = net(input_ids=ids).logits[0].double() / config.temperature
@@ -101,8 +102,10 @@ def slow_step(run, objective, lr=1.0):
 
 OBJECTIVES = [
     *({"loss_type": name} for name in ("bnpo", "dapo", "grpo", "dr_grpo")),
-    *({"loss_type": name, "mask_truncated_completions": True}
-      for name in ("bnpo", "dapo", "grpo", "dr_grpo")),
+    *(
+        {"loss_type": name, "mask_truncated_completions": True}
+        for name in ("bnpo", "dapo", "grpo", "dr_grpo")
+    ),
     {"importance_cap": None},
     {"importance_cap": 0.5, "loss_type": "dapo"},
     {"scale_rewards": False, "temperature": 1.3},
@@ -182,8 +185,12 @@ def test_second_iteration_uses_log_probs_from_before_the_first_update(high, make
 
 
 def one_token_loss(logp, old, behaviour, advantage, ref=None, **changes):
-    batch = {"advantage": advantage, "behaviour_logp": behaviour, "policy_weight": 1.0,
-             "sft_weight": 0.0}
+    batch = {
+        "advantage": advantage,
+        "behaviour_logp": behaviour,
+        "policy_weight": 1.0,
+        "sft_weight": 0.0,
+    }
     batch = {key: torch.tensor([value]).double() for key, value in batch.items()}
     ref = None if ref is None else torch.tensor([ref]).double()
     args = torch.tensor([logp]).double(), torch.tensor([old]).double()
@@ -235,10 +242,14 @@ def test_kl_by_hand():
 def test_advantages_by_hand(rewards, changes, expected):
     completions = [Completion([1], [2], [0.0], "stop", 0.0) for _ in rewards]
     group = Group(problem(), [], completions, rewards)
-    assert hints.advantages(group, make_config(**changes), ghpo.State()) == pytest.approx(expected, abs=1e-12)
+    assert hints.advantages(group, make_config(**changes), ghpo.State()) == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
-@pytest.mark.parametrize("n, c, k", [(4, 1, 2), (4, 0, 2), (4, 4, 2), (8, 3, 4), (6, 5, 2), (5, 2, 5)])
+@pytest.mark.parametrize(
+    "n, c, k", [(4, 1, 2), (4, 0, 2), (4, 4, 2), (8, 3, 4), (6, 5, 2), (5, 2, 5)]
+)
 def test_pass_at_k_counts_subsets(n, c, k):
     subsets = list(itertools.combinations([i < c for i in range(n)], k))
     assert ghpo.pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))

@@ -28,8 +28,10 @@ PAIRS = [line.split("\t") for line in LINES]
 
 FUNCTIONS = {"fabs": sympy.Abs, "ceil": sympy.ceiling, "fac": sympy.factorial, "ln": sympy.log}
 CONSTANTS = {"π": sympy.pi, "e": sympy.E, "i": sympy.I, "∞": sympy.oo, "°": sympy.pi / 180}
-FAR = [sympy.Rational(*point) for point in
-       [(1, 3), (7, 3), (-11, 5), (1234, 7), (-98765, 3), (10**9 + 1, 2)]]
+FAR = [
+    sympy.Rational(*point)
+    for point in [(1, 3), (7, 3), (-11, 5), (1234, 7), (-98765, 3), (10**9 + 1, 2)]
+]
 
 
 class Undecided(Exception):
@@ -77,8 +79,14 @@ def expression(tree):
     return function(*values)
 
 
-RELATIONS = {"<": sympy.Lt, ">": sympy.Gt, "≤": sympy.Le, "≥": sympy.Ge, "=": sympy.Eq,
-             "≠": sympy.Ne}
+RELATIONS = {
+    "<": sympy.Lt,
+    ">": sympy.Gt,
+    "≤": sympy.Le,
+    "≥": sympy.Ge,
+    "=": sympy.Eq,
+    "≠": sympy.Ne,
+}
 
 
 def condition(tree):
@@ -125,11 +133,15 @@ def agree(a, b) -> bool:
     if kinds <= {"list", "set"} or kinds <= reward.LOGIC and a[0] == b[0]:
         return len(a) == len(b) and any(
             all(agrees_or_unknown(x, y) for x, y in zip(a[1:], order))
-            for order in itertools.permutations(b[1:]))
+            for order in itertools.permutations(b[1:])
+        )
     if kinds & reward.STRUCTURES:
         pairs = list(zip(a[1:], b[1:]))
-        return a[0] == b[0] and len(a) == len(b) and all(
-            x == y if isinstance(x, str) else agree(x, y) for x, y in pairs)
+        return (
+            a[0] == b[0]
+            and len(a) == len(b)
+            and all(x == y if isinstance(x, str) else agree(x, y) for x, y in pairs)
+        )
     return agree_values(a, b)
 
 
@@ -221,8 +233,12 @@ def test_sympy_contradicts_no_positive_verdict():
     assert len(PAIRS) >= 200 and decided >= 150
 
 
-SAMPLED_NEAR = [("5-x", "|x-5|"), ("x+3", "\\sqrt{(x+3)^2}"),
-                ("\\lfloor x/5\\rfloor", "\\lfloor x/6\\rfloor"), ("2020-m", "|m-2020|")]
+SAMPLED_NEAR = [
+    ("5-x", "|x-5|"),
+    ("x+3", "\\sqrt{(x+3)^2}"),
+    ("\\lfloor x/5\\rfloor", "\\lfloor x/6\\rfloor"),
+    ("2020-m", "|m-2020|"),
+]
 SEEN_LINEAR = [("(1,\\infty)", "|x-2|<1"), ("x>2", "|x-4|<2"), ("x<3", "x(x-1)(x-2)+x<3")]
 
 
@@ -256,8 +272,11 @@ def test_the_oracle_sees_linearity_tested_at_three_points(gold, answer, monkeypa
 
 def main() -> None:
     """All positive verdicts of the labelled files that sympy contradicts."""
-    names = sys.argv[1:] or ["verifier_dev.jsonl", "verifier_fresh_dev.jsonl",
-                             "adversarial_dev.jsonl"]
+    names = sys.argv[1:] or [
+        "verifier_dev.jsonl",
+        "verifier_fresh_dev.jsonl",
+        "adversarial_dev.jsonl",
+    ]
     for name in names:
         counts = {True: 0, False: 0, None: 0}
         for line in (DATA / name).open(encoding="utf-8"):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import real_run
+
 from configs.plan import make_plan
 from configs.settings import load_config
 

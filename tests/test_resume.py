@@ -10,18 +10,18 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import numpy as np
 import pytest
 import soak_resume
 import torch
 import yaml
+from conftest import row
 
 import configs.settings
 import fsdp_utils
 import ghpo
 import hints
-import conftest
-from conftest import row
 from rollout import Completion, Group
 
 TINY = Path(__file__).parent / "tiny"
@@ -31,9 +31,15 @@ torch.set_num_threads(1)  # before any work: a process with threads of OpenMP mu
 
 
 def config(**settings):
-    base = {"model_name_or_path": str(TINY / "base"), "max_prompt_length": 128,
-            "dataset_name": str(TINY / "data" / "train.jsonl"), "torch_dtype": "float64",
-            "num_generations": 4, "max_completion_length": 48, "engine": "hf"}
+    base = {
+        "model_name_or_path": str(TINY / "base"),
+        "max_prompt_length": 128,
+        "dataset_name": str(TINY / "data" / "train.jsonl"),
+        "torch_dtype": "float64",
+        "num_generations": 4,
+        "max_completion_length": 48,
+        "engine": "hf",
+    }
     return configs.settings.make_config(base | settings)
 
 
@@ -49,11 +55,19 @@ def recorded_groups(c, n=7):
         completions = []
         for _ in range(c.num_generations):
             length = int(rng.integers(1, 30))
-            completions.append(Completion(
-                prompts.ids(problem)[0], rng.integers(4, 200, length).tolist(),
-                (-rng.uniform(1, 15, length)).tolist(), "length" if number == 2 else "stop", 0.0))
+            completions.append(
+                Completion(
+                    prompts.ids(problem)[0],
+                    rng.integers(4, 200, length).tolist(),
+                    (-rng.uniform(1, 15, length)).tolist(),
+                    "length" if number == 2 else "stop",
+                    0.0,
+                )
+            )
         rewards = np.zeros((4, 2)) if number == 1 else rng.integers(0, 2, (4, 2)).astype(float)
-        groups.append(Group(problem, [hints.Stage([0.0] * 4, [""] * 4)], completions, rewards.tolist()))
+        groups.append(
+            Group(problem, [hints.Stage([0.0] * 4, [""] * 4)], completions, rewards.tolist())
+        )
     return prompts, groups
 
 
@@ -63,15 +77,24 @@ class Capture(torch.optim.SGD):
     def step(self):
         self.seen = [
             p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad.clone()
-            for group in self.param_groups for p in group["params"]]
+            for group in self.param_groups
+            for p in group["params"]
+        ]
 
 
 def gradients(place, replicas, **settings):
     """Gradients of one step on the recorded groups through ghpo's own rows and loss."""
     c = config(max_grad_norm=0.0, micro_batch_tokens=200, replicas=replicas, **settings)
-    run = SimpleNamespace(config=c, device=place.device, rank=place.rank, world=place.world,
-                          master_dtype=torch.float64, compute_dtype=torch.float64, reference=None,
-                          state=ghpo.State())
+    run = SimpleNamespace(
+        config=c,
+        device=place.device,
+        rank=place.rank,
+        world=place.world,
+        master_dtype=torch.float64,
+        compute_dtype=torch.float64,
+        reference=None,
+        state=ghpo.State(),
+    )
     prompts, groups = recorded_groups(c)
     run.policy = ghpo.load_policy(c)
     if c.beta:
@@ -81,12 +104,16 @@ def gradients(place, replicas, **settings):
                 p.mul_(1.01)
     run.optimizer = Capture(run.policy.parameters(), lr=1.0)
     metrics = ghpo.optimize(
-        run, ghpo.make_rows(groups[place.rank :: place.world], prompts, c, run.state), 1.0)
+        run, ghpo.make_rows(groups[place.rank :: place.world], prompts, c, run.state), 1.0
+    )
     return run.optimizer.seen, metrics
 
 
-CASES = [{"loss_type": "bnpo"}, {"loss_type": "dapo", "mask_truncated_completions": True},
-         {"loss_type": "grpo", "beta": 0.1}]
+CASES = [
+    {"loss_type": "bnpo"},
+    {"loss_type": "dapo", "mask_truncated_completions": True},
+    {"loss_type": "grpo", "beta": 0.1},
+]
 
 
 def save_gradients(folder):
@@ -99,9 +126,9 @@ def save_gradients(folder):
 
 def compare_export(folder, out_file):
     """Greedy text of the resumed trainer and of transformers on the exported folder."""
+    from conftest import sampling, unhinted
     from transformers import AutoModelForCausalLM
 
-    from conftest import sampling, unhinted
     from rollout import Request
 
     saved = yaml.safe_load((Path(folder) / "config.yaml").read_text())
@@ -111,8 +138,9 @@ def compare_export(folder, out_file):
     texts = []
     for number, problem in enumerate(run.problems[:6]):
         ids = run.prompts.ids(problem)[0]
-        run.engine.submit(Request(problem, unhinted(1), [ids], [""], number,
-                                  sampling(0.0, 48), number))
+        run.engine.submit(
+            Request(problem, unhinted(1), [ids], [""], number, sampling(0.0, 48), number)
+        )
     run.engine.wake()
     ours = {}
     while run.engine.is_busy():
@@ -120,9 +148,10 @@ def compare_export(folder, out_file):
             ours[request.slot] = completion.token_ids
     for number, problem in enumerate(run.problems[:6]):
         ids = torch.tensor([run.prompts.ids(problem)[0]])
-        out = model.generate(ids, do_sample=False, max_new_tokens=48,
-                             attention_mask=torch.ones_like(ids))
-        texts.append((out[0, ids.shape[1]:].tolist(), ours[number]))
+        out = model.generate(
+            ids, do_sample=False, max_new_tokens=48, attention_mask=torch.ones_like(ids)
+        )
+        texts.append((out[0, ids.shape[1] :].tolist(), ours[number]))
     run.pool.close()
     out_file.write_text(json.dumps({"texts": texts, "step": run.state.step}))
 
@@ -161,8 +190,15 @@ def test_what_a_method_remembers_survives_a_kill_and_is_equal_on_two_ranks(tmp_p
 
         hints.after_step = after_step
         sys.argv = [
-            "ghpo.py", "--config", "configs/tiny.yaml", *soak_resume.SETTINGS, "save_steps=1",
-            f"output_dir={folder}", "per_device_train_batch_size=8", "max_steps=4"]
+            "ghpo.py",
+            "--config",
+            "configs/tiny.yaml",
+            *soak_resume.SETTINGS,
+            "save_steps=1",
+            f"output_dir={folder}",
+            "per_device_train_batch_size=8",
+            "max_steps=4",
+        ]
         ghpo.main()
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -175,18 +211,32 @@ def test_what_a_method_remembers_survives_a_kill_and_is_equal_on_two_ranks(tmp_p
     soak_resume.wait(pids)
     assert not (killed / "model").exists()  # it was in the middle
     soak_resume.end_well(soak_resume.fork(2, killed, lambda: work(killed)), killed)
-    states = [json.loads((folder / "checkpoint-000004" / "state.json").read_text())
-              for folder in (whole, killed)]
+    states = [
+        json.loads((folder / "checkpoint-000004" / "state.json").read_text())
+        for folder in (whole, killed)
+    ]
     assert states[0]["method"] == states[1]["method"]
     assert len(states[0]["method"]["seen"]) == 4 * 4  # 4 problems a step
-    assert [line["seen"] for line in conftest.read_jsonl(killed / "metrics.jsonl")] == [4, 8, 12, 16]
-    logs = [[line for line in Path(f"{whole}.log{rank}").read_text().splitlines()
-             if line.startswith("method")] for rank in (0, 1)]
+    assert [line["seen"] for line in conftest.read_jsonl(killed / "metrics.jsonl")] == [
+        4,
+        8,
+        12,
+        16,
+    ]
+    logs = [
+        [
+            line
+            for line in Path(f"{whole}.log{rank}").read_text().splitlines()
+            if line.startswith("method")
+        ]
+        for rank in (0, 1)
+    ]
     assert logs[0] == logs[1] and len(logs[0]) == 4
 
 
-@pytest.mark.parametrize("number, status", [
-    (signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, status", [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)]
+)
 def test_a_signal_finishes_the_step_on_all_ranks_and_saves(number, status, tmp_path):
     """It reaches one of two ranks; the run resumes to the end."""
     folder = tmp_path / "run"
@@ -242,8 +292,11 @@ def test_first_step_samples_the_same_on_any_number_of_ranks(folder):
     """Same problems, seeds and texts; order and rounding (of the trainer) may differ."""
     one, two = (
         {line["id"]: line for line in map(json.loads, path.read_text().splitlines())}
-        for path in (folder / f"whole-{kind}" / "rollouts" / "step_000001.jsonl"
-                     for kind in ("1-inline", "2-deferred")))
+        for path in (
+            folder / f"whole-{kind}" / "rollouts" / "step_000001.jsonl"
+            for kind in ("1-inline", "2-deferred")
+        )
+    )
     assert one == two
 
 
@@ -275,11 +328,18 @@ CONFIGS = [p for p in sorted((soak_resume.ROOT / "configs").glob("*.yaml")) if p
 def test_shipped_configs_load_and_their_arithmetic_is_right(path):
     c = ghpo.load_config(path)
     text = path.read_text().replace("\n# ", " ")
-    ranks, per_device, accumulation, generations, prompts = map(int, re.search(
-        r"(\d+) ranks? \* (\d+) per device \* (\d+) accumulation / (\d+) generations\s+= (\d+)",
-        text).groups())
+    ranks, per_device, accumulation, generations, prompts = map(
+        int,
+        re.search(
+            r"(\d+) ranks? \* (\d+) per device \* (\d+) accumulation / (\d+) generations\s+= (\d+)",
+            text,
+        ).groups(),
+    )
     assert (per_device, accumulation, generations) == (
-        c.per_device_train_batch_size, c.gradient_accumulation_steps, c.num_generations)
+        c.per_device_train_batch_size,
+        c.gradient_accumulation_steps,
+        c.num_generations,
+    )
     assert ranks * per_device * accumulation == prompts * generations
     assert ranks % c.replicas == 0
 

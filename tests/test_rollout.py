@@ -9,8 +9,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    DATA, EOS, PAD, ScriptedPool, make_config, new_engine, problem, read_jsonl, request, run_engine,
-    sampling, unhinted)
+    DATA,
+    EOS,
+    PAD,
+    ScriptedPool,
+    make_config,
+    new_engine,
+    problem,
+    read_jsonl,
+    request,
+    run_engine,
+    sampling,
+    unhinted,
+)
 
 import ghpo
 import hints
@@ -109,7 +120,10 @@ def same(done, reference):
         assert tokens_of(done[slot]) == tokens_of(completions)
         for ours, theirs in zip(done[slot], completions):
             assert ours.behaviour_logp == pytest.approx(theirs.behaviour_logp, abs=1e-4)
-            assert (ours.prompt_ids, ours.finish_reason) == (theirs.prompt_ids, theirs.finish_reason)
+            assert (ours.prompt_ids, ours.finish_reason) == (
+                theirs.prompt_ids,
+                theirs.finish_reason,
+            )
 
 
 @pytest.mark.parametrize("max_rows", [256, 7, 6, 1])
@@ -123,7 +137,8 @@ def test_samples_do_not_depend_on_the_batch(max_rows, engine, prompt_ids, refere
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [2, 3, 4, 0, 1]])
 def test_a_request_that_comes_later_is_sampled_as_alone(
-        order, engine, prompt_ids, reference_samples):
+    order, engine, prompt_ids, reference_samples
+):
     engine = engine(max_rows=6)
     done, entering = {}, list(order)
     engine.wake()
@@ -253,6 +268,7 @@ def test_a_request_of_different_prompts(engine, prompt_ids):
 
 def test_seed_of_a_request(prompts):
     """It differs with run seed, step, problem and stage; the place in the batch plays no part."""
+
     def seed(run_seed=0, step=0, number=0, stage=0, slot=0):
         group = Group(problem(number), [unhinted(2)] * stage, next_stage=unhinted(2))
         return prompts.request(group, make_config(seed=run_seed), slot, step).seed
@@ -324,6 +340,7 @@ def test_a_failed_group_is_asked_again_while_others_still_run(deterministic, pro
 @pytest.mark.parametrize("delay", [0, 3])
 def test_late_verdicts_change_nothing(delay, make_run, prompts):
     """An engine that does not wait for verdicts ends with the same groups."""
+
     class Impatient(rollout.HfEngine):
         deterministic = False
 
@@ -370,7 +387,9 @@ def test_every_sequence_of_stages_is_scored_as_it_was_sampled(scripted_training)
             if (step + slot) % 8 == 0:  # all samples are of the last stage
                 *before, last = group.stages
                 again = replace(group, stages=before, next_stage=last)
-                alone = run_engine(run.engine, [run.prompts.request(again, run.config, slot, step)])[slot]
+                alone = run_engine(
+                    run.engine, [run.prompts.request(again, run.config, slot, step)]
+                )[slot]
                 assert tokens_of(alone) == tokens_of(group.completions)
         assert next(scored, None) is None
     for line in read_jsonl(run.folder / "metrics.jsonl"):
@@ -386,7 +405,9 @@ def test_ranks_may_sample_different_lengths(two_ranks, make_run, prompts):
     for rank, calls in enumerate(gathered):
         config = sampling(1.0, [60, 2][rank])
         for call in calls:
-            asked = [prompts.request(Group(problem(i), next_stage=unhinted(4)), config, i, 0)
-                     for i in range(len(call))]
+            asked = [
+                prompts.request(Group(problem(i), next_stage=unhinted(4)), config, i, 0)
+                for i in range(len(call))
+            ]
             done = run_engine(new_engine(policy), asked)
             assert [tokens_of(done[i]) for i in range(len(call))] == call

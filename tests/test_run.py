@@ -14,8 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import (
-    BASE, DATA, ROOT, SHARED, ScriptedPool, read_jsonl, settings, write_jsonl)
+from conftest import BASE, DATA, ROOT, SHARED, ScriptedPool, read_jsonl, settings, write_jsonl
 
 import configs.folder
 import ghpo
@@ -29,6 +28,7 @@ MODULES = ("ghpo", "rollout", "hints", "reward", "fsdp_utils")
 
 def tokenizer_without(key):
     """A config change that makes the model one whose tokenizer lacks something."""
+
     def change(folder):
         model = folder / "model"
         shutil.copytree(BASE, model)
@@ -84,6 +84,7 @@ def test_exit_status_of_the_process(tmp_path):
 
 # ---- the reference's config, dry run -----------------------------------------------------------
 
+
 def test_dry_run_shows_every_stage(main, tmp_path):
     rows = read_jsonl(DATA / "eval_hard.jsonl")[:9]
     done = main(tmp_path, "--dry_run", dataset_name=write_jsonl(tmp_path / "rows.jsonl", rows))
@@ -123,7 +124,14 @@ def test_real_problems(name, main, tmp_path):
     source = [r for r in source if len(r["problem"]) + len(r["solution_hint"]) < 700][:60]
     arguments = acceptance_arguments(write_jsonl(tmp_path / "data.jsonl", source), tmp_path / "out")
     if name == "gsm8k_train":
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "ghpo.py"]
+        command = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "1",
+            "ghpo.py",
+        ]
         done = subprocess.run([sys.executable, *command, *arguments], cwd=ROOT, capture_output=True,
                               text=True, timeout=180)  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
@@ -363,7 +371,8 @@ def test_replacing_ends_when_nothing_helps(scripted_training):
 
 def test_an_epoch_meets_every_problem_once_and_no_step_has_one_twice(scripted_training):
     run, _, steps = scripted_training(
-        lambda step, slot: 0, hard_rows(10), rl_type="grpo", max_steps=6, max_completion_length=2)
+        lambda step, slot: 0, hard_rows(10), rl_type="grpo", max_steps=6, max_completion_length=2
+    )
     ids = [[line["id"] for line in lines] for lines in steps]
     assert all(len(set(step)) == 4 for step in ids)
     for epoch in (0, 2, 4):  # two whole steps of ten problems; the rest of an epoch is left out
@@ -374,7 +383,9 @@ def test_an_epoch_meets_every_problem_once_and_no_step_has_one_twice(scripted_tr
 def test_evaluation_is_in_the_metrics(main, tmp_path):
     sets = {}
     for tier in ("easy", "hard"):
-        sets[tier] = write_jsonl(tmp_path / f"{tier}.jsonl", read_jsonl(DATA / f"eval_{tier}.jsonl")[:3])
+        sets[tier] = write_jsonl(
+            tmp_path / f"{tier}.jsonl", read_jsonl(DATA / f"eval_{tier}.jsonl")[:3]
+        )
     sets["short"] = {"dataset_name": sets["easy"], "max_completion_length": 3, "eval_samples": 1}
     done = main(tmp_path, eval_strategy="steps", eval_steps=2, eval_samples=2, eval_temperature=1.0,
                 eval_datasets=sets, max_steps=3, max_completion_length=70)  # fmt: skip
@@ -403,27 +414,46 @@ def test_evaluation_is_in_the_metrics(main, tmp_path):
     assert len(texts) == 3 and all(len(line["completions"]) == 1 for line in texts)
 
 
-@pytest.mark.parametrize("body, status, told", [
-    ("return 1 / 0", 2, "failed in all 8 trials: ZeroDivisionError"),
-    ("return None", 2, "failed in all 8 trials"),
-    # fine with golds and empty texts, which are tried at the start
-    ("return 1.0 if response in ('', gold) else 1 / (zlib.crc32(response.encode()) % 2)", 0,
-     "scored 0; last: Zero"),
-])
+@pytest.mark.parametrize(
+    "body, status, told",
+    [
+        ("return 1 / 0", 2, "failed in all 8 trials: ZeroDivisionError"),
+        ("return None", 2, "failed in all 8 trials"),
+        # fine with golds and empty texts, which are tried at the start
+        (
+            "return 1.0 if response in ('', gold) else 1 / (zlib.crc32(response.encode()) % 2)",
+            0,
+            "scored 0; last: Zero",
+        ),
+    ],
+)
 def test_a_reward_that_fails_is_told(body, status, told, main, tmp_path):
     own = tmp_path / "own.py"
     own.write_text(f"import zlib\ndef boom(response, gold):\n    {body}\n")
-    done = main(tmp_path, reward_funcs=[f"{own}:boom"], reward_weights=[1.0], max_steps=1,
-                hint_trigger=f"{own}:boom")
+    done = main(
+        tmp_path,
+        reward_funcs=[f"{own}:boom"],
+        reward_weights=[1.0],
+        max_steps=1,
+        hint_trigger=f"{own}:boom",
+    )
     assert done.status == status and told in done.err and "Traceback" not in done.err
 
 
 def test_a_run_that_cannot_learn_ends(main, tmp_path):
     """Rewards that fail for every text but golds and empty ones."""
     own = tmp_path / "own.py"
-    own.write_text("def boom(response, gold):\n    return 1.0 if response in ('', gold) else 1 / 0\n")
-    done = main(tmp_path, reward_funcs=[f"{own}:boom"], reward_weights=[1.0], max_steps=3,
-                hint_trigger=f"{own}:boom", rl_type="grpo")
+    own.write_text(
+        "def boom(response, gold):\n    return 1.0 if response in ('', gold) else 1 / 0\n"
+    )
+    done = main(
+        tmp_path,
+        reward_funcs=[f"{own}:boom"],
+        reward_weights=[1.0],
+        max_steps=3,
+        hint_trigger=f"{own}:boom",
+        rl_type="grpo",
+    )
     assert done.status == 2 and "Traceback" not in done.err
     assert "rewards failed for all 16 texts of step 1; last: ZeroDivisionError" in done.err
 
@@ -433,7 +463,11 @@ def test_metrics_are_json_whatever_the_numbers_are(setup):
     ghpo.write_metrics(run, {"loss": float("nan"), "grad_norm": float("inf"), "tokens": 3})
     line = (run.folder / "metrics.jsonl").read_text()
     assert json.loads(line, parse_constant=pytest.fail) == {
-        "step": 0, "loss": None, "grad_norm": None, "tokens": 3}
+        "step": 0,
+        "loss": None,
+        "grad_norm": None,
+        "tokens": 3,
+    }
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(main, tmp_path):
@@ -446,8 +480,10 @@ def test_a_folder_that_cannot_be_written_is_one_line(main, tmp_path):
 
 def test_one_process_at_a_time_writes_a_folder(main, tmp_path):
     first = main(tmp_path, max_steps=1)
-    code = (f"import fcntl, time; file = open({str(first.folder / 'lock')!r}, 'w'); "
-            "fcntl.lockf(file, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(60)")
+    code = (
+        f"import fcntl, time; file = open({str(first.folder / 'lock')!r}, 'w'); "
+        "fcntl.lockf(file, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(60)"
+    )
     configs.folder.locks.clear()  # a process ends with its locks
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "locked\n"
@@ -461,8 +497,10 @@ def test_a_folder_in_use_is_not_moved_and_evaluation_moves_none(main, tmp_path):
     again = {"max_steps": 1, "seed": 5, "overwrite_output_dir": True}
     done = main(tmp_path, "--eval", **again, eval_datasets={"x": str(DATA / "eval_easy.jsonl")})
     assert done.status == 2 and "holds another run (seed differ)" in done.err
-    code = (f"import fcntl, time; file = open({str(first.folder / 'lock')!r}, 'w'); "
-            "fcntl.lockf(file, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(60)")
+    code = (
+        f"import fcntl, time; file = open({str(first.folder / 'lock')!r}, 'w'); "
+        "fcntl.lockf(file, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(60)"
+    )
     configs.folder.locks.clear()  # a process ends with its locks
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "locked\n"
@@ -482,8 +520,11 @@ def test_a_start_that_failed_claims_no_folder(main, tmp_path):
 
 
 def test_evaluation_twice_keeps_both_lines(main, tmp_path):
-    changes = {"eval_datasets": {"x": {"dataset_name": str(DATA / "eval_easy.jsonl")}},
-               "eval_max_completion_length": 2, "system_prompt": "Think.\n\nThen: answer."}
+    changes = {
+        "eval_datasets": {"x": {"dataset_name": str(DATA / "eval_easy.jsonl")}},
+        "eval_max_completion_length": 2,
+        "system_prompt": "Think.\n\nThen: answer.",
+    }
     for count in (1, 2):
         done = main(tmp_path, "--eval", **changes)
         assert done.status == 0 and len(read_jsonl(done.folder / "eval.jsonl")) == count
@@ -506,10 +547,17 @@ def test_the_start_up_pass_changes_no_bit(main, tmp_path):
     own.write_text("import zlib\ndef coin(text, gold):\n    return zlib.crc32(text.encode()) % 2\n")
     lines = []
     for is_on in (False, True):
-        changes = {"output_dir": str(tmp_path / f"{is_on}"), "startup_pass": is_on,
-                   "micro_batch_tokens": 400, "weight_decay": 0.1, "save_strategy": "no",
-                   "reward_funcs": [f"{own}:coin"], "hint_trigger": f"{own}:coin",
-                   "reward_weights": [1.0], "temperature": 2.0}
+        changes = {
+            "output_dir": str(tmp_path / f"{is_on}"),
+            "startup_pass": is_on,
+            "micro_batch_tokens": 400,
+            "weight_decay": 0.1,
+            "save_strategy": "no",
+            "reward_funcs": [f"{own}:coin"],
+            "hint_trigger": f"{own}:coin",
+            "reward_weights": [1.0],
+            "temperature": 2.0,
+        }
         done = main(tmp_path, **changes)
         assert done.status == 0 and ("start-up pass: 2 rows of 192 tokens" in done.err) == is_on
         lines.append((timeless(done.folder / "metrics.jsonl"),
@@ -611,7 +659,12 @@ def test_a_multiple_choice_is_asked_for_its_letter(setup, tmp_path):
     _, problems = run.eval_sets["gpqa"]
     for row, problem in zip(GPQA, problems, strict=True):
         question, _, *lines = problem.text.split("\n")
-        assert question == row["Question"] and [line[:3] for line in lines] == ["A) ", "B) ", "C) ", "D) "]
+        assert question == row["Question"] and [line[:3] for line in lines] == [
+            "A) ",
+            "B) ",
+            "C) ",
+            "D) ",
+        ]
         options = {line[0]: line[3:] for line in lines}
         assert options[problem.gold] == row["Correct Answer"]
         assert sorted(options.values()) == sorted(list(row.values())[1:])
@@ -669,8 +722,7 @@ def test_eval_limit_takes_the_first_problems(setup):
 
 @pytest.mark.parametrize("equation", [f"E{i}" for i in range(1, 9)])
 def test_every_equation_has_its_anchor(equation):
-    texts = [(ROOT / f"{name}.py").read_text().splitlines()
-             for name in MODULES]
+    texts = [(ROOT / f"{name}.py").read_text().splitlines() for name in MODULES]
     anchors = [line for text in texts for line in text
                if re.search(rf"#.*\b{equation}\b", line)]  # fmt: skip
     assert anchors
@@ -684,8 +736,11 @@ def test_the_readmes_table_names_the_functions_of_the_equations():
         if row:
             equation, name, file = row.groups()
             text = (ROOT / file).read_text()
-            (function,) = [node for node in ast.walk(ast.parse(text))
-                           if isinstance(node, ast.FunctionDef) and node.name == name]
+            (function,) = [
+                node
+                for node in ast.walk(ast.parse(text))
+                if isinstance(node, ast.FunctionDef) and node.name == name
+            ]
             body = "\n".join(text.splitlines()[function.lineno - 1 : function.end_lineno])
             assert re.search(rf"#.*\b{equation}\b", body), f"{equation} is not in {file} {name}"
             found.add(equation)
@@ -694,7 +749,9 @@ def test_the_readmes_table_names_the_functions_of_the_equations():
 
 def test_hints_and_reward_import_neither_torch_nor_vllm():
     for name in ("hints", "reward"):
-        assert not re.search(r"^\s*(import|from) (torch|vllm)", (Path(ROOT) / f"{name}.py").read_text(), re.M)
+        assert not re.search(
+            r"^\s*(import|from) (torch|vllm)", (Path(ROOT) / f"{name}.py").read_text(), re.M
+        )
 
 
 def test_the_hub_gets_the_finished_folder(main, tmp_path, monkeypatch):

@@ -10,11 +10,11 @@ import httpx2
 import pytest
 import yaml
 from conftest import ROOT, make_config, settings
+from test_configs import options_of
 
 from configs import UserError, plan
 from configs.serve_key import RequireKey, key_header
 from rollout import ServerEngine, ServerError
-from test_configs import options_of
 
 KEY = "s3cret/+=~"
 

@@ -258,8 +258,14 @@ def test_two_ranks_with_an_engine_each(tmp_path):
         assert line["grad_norm"] > 0 and 0 < line["mismatch_max"] < 1e-3
     exported = tmp_path / "run" / "model"  # loads in vLLM and in transformers, with the same text
     code = f"import test_vllm; test_vllm.print_greedy_tokens({str(exported)!r})"
-    told = subprocess.run([sys.executable, "-c", code], cwd=TESTS, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(TESTS.parent)}, timeout=300)
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=TESTS,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(TESTS.parent)},
+        timeout=300,
+    )
     assert told.returncode == 0, told.stderr[-4000:]
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
     ours = greedy_tokens(HfEngine(None, NO_TEXT, EOS, LENGTH, Policy(model)))
@@ -343,8 +349,10 @@ def test_every_route_asks_for_the_key(server):
 
 
 def test_a_server_of_another_run_is_refused(server):
-    for model, length, told in (("elsewhere/other", LENGTH, "base .*this run has elsewhere/other"),
-                                (BASE, LENGTH + 1, f" {LENGTH} tokens, .* {LENGTH + 1}: start it")):
+    for model, length, told in (
+        ("elsewhere/other", LENGTH, "base .*this run has elsewhere/other"),
+        (BASE, LENGTH + 1, f" {LENGTH} tokens, .* {LENGTH + 1}: start it"),
+    ):
         with pytest.raises(RuntimeError, match=told):
             server_engine(server.port, model, length)
     mine = server_engine(server.port, f"elsewhere/{BASE.name}")

@@ -13,7 +13,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from conftest import ScriptedPool, compute_exactly, make_config, new_engine, problem, recorded_groups, sampling, settings
+from conftest import (
+    ScriptedPool,
+    compute_exactly,
+    make_config,
+    new_engine,
+    problem,
+    recorded_groups,
+    sampling,
+    settings,
+)
 from torch import distributed as dist
 
 import fsdp_utils
@@ -49,7 +58,8 @@ def weights_of(policy):
 def gradients(rank, folder):
     """How far one step of plain descent moves the weights, groups split 3:1 and 4:0."""
     for sharding, (split, loss_type) in product(
-            ("zero3", "zero2", "ddp"), ((3, "bnpo"), (4, "dapo"))):
+        ("zero3", "zero2", "ddp"), ((3, "bnpo"), (4, "dapo"))
+    ):
         run = new_run(rank, sharding, loss_type=loss_type)
         groups = recorded_groups(sizes=(4, 4, 4, 4))
         groups = groups[:split] if rank == 0 else groups[split:]
@@ -58,7 +68,8 @@ def gradients(rank, folder):
         rows = ghpo.make_rows(groups, prompts, run.config, run.state)
         used = [row for row in rows if row.advantage]
         counts = fsdp_utils.gather_objects(
-            len(ghpo.micro_batches(used, run.config.micro_batch_tokens, False)))
+            len(ghpo.micro_batches(used, run.config.micro_batch_tokens, False))
+        )
         metrics = ghpo.optimize(run, rows, 1.0)
         moved = before - weights_of(run.policy)
         if rank == 0:
@@ -77,7 +88,9 @@ def uneven_sampling(rank, folder):
         groups = ghpo.sample_groups(run, blank, sampling(1.0, [60, 2][rank]), 0)
         tokens.append([[c.token_ids for c in group.completions] for group in groups])
     gathered = fsdp_utils.gather_objects(tokens)
-    ghpo.optimize(run, ghpo.make_rows([], run.prompts, run.config, run.state), 0.0)  # the shards are back
+    ghpo.optimize(
+        run, ghpo.make_rows([], run.prompts, run.config, run.state), 0.0
+    )  # the shards are back
     if rank == 0:
         (folder / "uneven.json").write_text(json.dumps(gathered))
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
+
 import ghpo
 import hints
-import numpy as np
 
 AIM = 0.5
 after_step = hints.after_step

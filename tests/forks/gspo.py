@@ -6,8 +6,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import ghpo
 import torch
+
+import ghpo
 
 
 def token_loss(logp, old_logp, ref_logp, batch, config):

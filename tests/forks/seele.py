@@ -7,9 +7,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import numpy as np
+
 import ghpo
 import hints
-import numpy as np
 
 ROUNDS, SLOPE, GRID = 3, 8.0, np.linspace(-0.5, 1.5, 81)
 
@@ -22,7 +23,8 @@ def next_ratio(group, config, state):
         passed = 1 / (1 + np.exp(-SLOPE * (stage.ratio - GRID)))
         n = len(stage.passes)
         likelihood += n * (
-            stage.pass_rate * np.log(passed) + (1 - stage.pass_rate) * np.log(1 - passed))
+            stage.pass_rate * np.log(passed) + (1 - stage.pass_rate) * np.log(1 - passed)
+        )
     return float(np.clip(GRID[likelihood.argmax()], 0, 1))
 
 
