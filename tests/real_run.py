@@ -7,7 +7,8 @@
     python tests/real_run.py after           the exported model in transformers and vLLM, one text
     python tests/real_run.py report          tables, picture and tests/assets/real_run
 
-MODEL: a folder or hub name. --until N ends training after N steps; --data FOLDER has the rows,
+MODEL: a folder or hub name. --until N ends training after N steps; --first N
+begins the ladder at problem N (24: MATH); --data FOLDER has the rows,
 gsm8k_train.jsonl and math500_dev.jsonl (columns problem, solution, solution_hint, level); --out is
 where all is written; key=value settings go through to the program. The README has the time it took.
 """
@@ -115,7 +116,8 @@ def ladder(args: argparse.Namespace) -> None:
         return hints.after_stage(group, completions, rewards, run.trigger_column, c, state, fit)
 
     problems = sorted(run.problems, key=lambda problem: problem.id)
-    for first in range(0, len(problems), LADDER_PART):
+    state.step = args.first // LADDER_PART
+    for first in range(args.first, len(problems), LADDER_PART):
         started = time.perf_counter()
         part = problems[first : first + LADDER_PART]
         blank = [hints.advance(hints.Group(problem), c, state, fit) for problem in part]
@@ -577,6 +579,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs/real")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data")
     parser.add_argument("--until", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0)
     args = parser.parse_intermixed_args()
     COMMANDS[args.what](args)
 
