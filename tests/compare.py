@@ -1,11 +1,12 @@
 """Runs the real program on the tiny task and reports: the demo, and arms x seeds side by side.
 
-    python tests/compare.py demo [key=value ...]                    one GHPO run   -> runs/demo
-    python tests/compare.py compare [--arms a b] [--seeds 0 1 2]    GHPO and GRPO  -> runs/compare
+    python tests/compare.py demo [key=value ...]                  one GHPO run    -> runs/demo
+    python tests/compare.py compare [--arms a b] [--seeds 3]      GHPO and GRPO   -> runs/compare
+    python tests/compare.py compare --arms all --seeds 5 --out ablation           -> runs/ablation
 
-Every run is `torchrun ghpo.py --config configs/tiny.yaml` with a few key=value settings (ARMS);
-this file only starts runs, reads their metrics.jsonl, prints tables, draws and writes summary.json.
-To fork: add an arm.
+Every run is `torchrun ghpo.py --config configs/tiny.yaml` (or a fork of tests/forks) with a few
+key=value settings (ARMS); this file only starts runs, reads their metrics.jsonl, prints tables,
+draws and writes summary.json. To fork: add an arm.
 """
 
 import argparse
@@ -29,38 +30,55 @@ CONFIG = "configs/tiny.yaml"
 TIERS = {"easy": "easy (k=2)", "transfer": "transfer (k=4, never trained on)", "hard": "hard (k=8)"}
 COLOURS = {"ghpo": "tab:blue", "grpo": "tab:orange"}
 
-# What distinguishes each arm from configs/tiny.yaml. GRPO also gets more steps, see `grpo_steps`.
+# What distinguishes each arm from configs/tiny.yaml. max_steps: as many as generate the tokens that
+# GHPO's 50 steps generate, about 363,000; the table says how many it was.
 ARMS = {
     "ghpo": ["rl_type=ghpo"],
-    "grpo": ["rl_type=grpo"],
-    "fixed-0.5": ["rl_type=ghpo", "hint_ratio=[0.5]"],
-    "always-0.5": ["rl_type=ghpo", "hint_ratio=[0.5]", "hint_trigger=always"],
-    "no-cold-start": ["rl_type=ghpo", "start_hint_step=0"],
-    "assistant-prefix": ["rl_type=ghpo", "hint_where=assistant"],
-    "deferred": ["rl_type=ghpo", "hint_timing=deferred"],
-    "original-context": ["rl_type=ghpo", "hint_context=original"],
-    "drop-hard": ["rl_type=ghpo", "hint_ratio=[]", "hint_exhausted=drop"],
+    "grpo": ["rl_type=grpo", "max_steps=69"],
+    "fixed-0.5": ["rl_type=ghpo", "hint_ratio=[0.5]", "max_steps=43"],
+    "always-0.5": ["rl_type=ghpo", "hint_ratio=[0.5]", "hint_trigger=always", "max_steps=69"],
+    "no-cold-start": ["rl_type=ghpo", "start_hint_step=0", "max_steps=53"],
+    "assistant-prefix": ["rl_type=ghpo", "hint_where=assistant", "max_steps=55"],
+    "deferred": ["rl_type=ghpo", "hint_timing=deferred", "max_steps=63"],
+    "original-context": ["rl_type=ghpo", "hint_context=original", "max_steps=46"],
+    "drop-hard": ["rl_type=ghpo", "hint_ratio=[]", "hint_exhausted=drop", "max_steps=69"],
     "ghpo-drop-flat": ["rl_type=ghpo", "flat_groups=drop"],
-    "dapo": ["rl_type=grpo", "flat_groups=replace", "epsilon_high=0.28"],
-    "grpo-cl": ["rl_type=grpo", "curriculum=true"],
-    "ghpo-cl-0.5": ["rl_type=ghpo", "curriculum=true", "hint_ratio=[0.5]", "hint_trigger=always"],
-    "format-only": ["rl_type=grpo", "reward_funcs=[format]", "reward_weights=[1.0]"],
+    "dapo": ["rl_type=grpo", "flat_groups=replace", "epsilon_high=0.28", "max_steps=18"],
+    "grpo-cl": ["rl_type=grpo", "curriculum=true", "max_steps=87"],
+    "grpo-cl-h-0.5": [
+        "rl_type=ghpo",
+        "curriculum=true",
+        "hint_ratio=[0.5]",
+        "hint_trigger=always",
+        "max_steps=87",
+    ],
+    "self-distill": ["start_hint_step=1000", "max_steps=69"],
+    "format-only": [
+        "rl_type=grpo",
+        "reward_funcs=[format]",
+        "reward_weights=[1.0]",
+        "max_steps=69",
+    ],
     "random-reward": [
         "rl_type=grpo",
         "reward_funcs=[tests/controls.py:coin, accuracy]",
         "reward_weights=[1.0, 0.0]",
+        "max_steps=69",
     ],
 }
+PROGRAMS = {"self-distill": "tests/forks/self_distill.py"}  # the others are ghpo.py
 
 
 class RunFailed(RuntimeError):
     """A training process ended with an error."""
 
 
-def train(folder: Path, settings: list[str], log: Path | None = None) -> float:
+def train(
+    folder: Path, settings: list[str], log: Path | None = None, program: str = "ghpo.py"
+) -> float:
     """One training run into folder; returns its seconds. Output goes to log, or to the terminal."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
-    command += ["ghpo.py", "--config", CONFIG, f"output_dir={folder}", *settings]
+    command += [program, "--config", CONFIG, f"output_dir={folder}", *settings]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     start = time.monotonic()
     if log is None:
@@ -169,28 +187,13 @@ def demo(settings: list[str]) -> None:
 # ---- compare -----------------------------------------------------------------------------------
 
 
-def grpo_steps(ghpo_run: dict) -> int:
-    """Steps after which GRPO has generated at least the tokens of this GHPO run.
-
-    A GRPO step generates what stage 0 of a GHPO step does; 10 % are added because the lengths vary,
-    and `run_arm` checks the outcome.
-    """
-    plain = statistics.mean(record["tokens/generated@0"] for record in ghpo_run["steps"])
-    return -(-int(1.1 * ghpo_run["steps"][-1]["tokens"]) // int(plain))
-
-
-def run_arm(arm: str, seed: int, folder: Path, settings: list[str], budget: dict | None) -> dict:
-    """Trains one arm with one seed; `budget` is the GHPO run whose tokens GRPO must reach."""
-    extra = [f"seed={seed}", "save_strategy=no"]
-    if budget is not None:
-        extra.append(f"max_steps={grpo_steps(budget)}")
-    seconds = train(
-        folder / arm / str(seed), [*ARMS[arm], *extra, *settings], folder / f"{arm}-{seed}.log"
-    )
-    run = read_run(folder / arm / str(seed))
+def run_arm(arm: str, seed: int, folder: Path, settings: list[str]) -> dict:
+    """Trains one arm with one seed."""
+    extra = [f"seed={seed}", "save_strategy=no", "reliance_steps=10", *settings]
+    place, log = folder / arm / str(seed), folder / f"{arm}-{seed}.log"
+    seconds = train(place, [*ARMS[arm], *extra], log, PROGRAMS.get(arm, "ghpo.py"))
+    run = read_run(place)
     last = run["evals"][-1]
-    if budget is not None and last["tokens"] < budget["evals"][-1]["tokens"]:
-        raise RunFailed(f"{arm} seed {seed} stopped at {last['tokens']} tokens, below GHPO's")
     print(
         f"{arm} seed {seed}: hard {last['eval/hard']:.3f} after {last['step']} steps, "
         f"{last['tokens']:,} tokens, {seconds:.0f} s",
@@ -206,12 +209,12 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def draw_compare(runs: dict, path: Path) -> None:
-    """Left: hard tier against generated tokens, one line a seed. Right: the end, by tier."""
+    """Left: hard tier against generated tokens, a line a seed. Right: the end, by tier."""
     arms = list(dict.fromkeys(arm for arm, _ in runs))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4) if len(arms) < 5 else (15, 5))
     width = 0.8 / len(arms)
     for i, arm in enumerate(arms):
-        colour = COLOURS.get(arm, f"C{i + 2}")
+        colour = COLOURS.get(arm, plt.cm.tab20(i))
         mine = [run for (name, _), run in runs.items() if name == arm]
         for j, run in enumerate(mine):
             points = [(record["tokens"] / 1000, record["eval/hard"]) for record in run["evals"]]
@@ -227,52 +230,55 @@ def draw_compare(runs: dict, path: Path) -> None:
     right.set(ylabel="accuracy", title="at the end, mean ± standard error over seeds")
     for axis in (left, right):
         axis.set_ylim(-0.03, 1.06)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def compare(
-    arms: list[str], seeds: list[int], jobs: int, settings: list[str], folder: Path
-) -> None:
-    """Every arm with every seed, GHPO first because its tokens are GRPO's budget."""
-    set_aside(folder)
-    runs = {}
-    waves = [[arm for arm in arms if arm != "grpo"], [arm for arm in arms if arm == "grpo"]]
-    with ThreadPoolExecutor(jobs) as pool:
-        for wave in waves:
-            waiting = {
-                (arm, seed): pool.submit(
-                    run_arm,
-                    arm,
-                    seed,
-                    folder,
-                    settings,
-                    runs.get(("ghpo", seed)) if arm == "grpo" else None,
-                )
-                for seed in seeds
-                for arm in wave
+def run_rows(arm: str, seed: int, run: dict) -> list[dict]:
+    """What summary.json keeps of a run: a row a tier."""
+    last, rows = run["evals"][-1], []
+    for tier in TIERS:
+        rows.append(
+            {
+                "arm": arm,
+                "seed": seed,
+                "tier": tier,
+                "accuracy": last[f"eval/{tier}"],
+                "generated_tokens": last["tokens"],
+                "steps": last["step"],
+                "config": ARMS[arm],
+                "curve": [[record["tokens"], record[f"eval/{tier}"]] for record in run["evals"]],
             }
-            for key, future in waiting.items():
-                runs[key] = future.result()
-    rows = [
-        {
-            "arm": arm,
-            "seed": seed,
-            "tier": tier,
-            "accuracy": run["evals"][-1][f"eval/{tier}"],
-            "generated_tokens": run["evals"][-1]["tokens"],
-            "steps": run["evals"][-1]["step"],
-        }
-        for (arm, seed), run in runs.items()
-        for tier in TIERS
-    ]
-    write_summary(folder, {"rows": rows})
-    draw_compare(runs, folder / "compare.png")
-    print(f"\nAccuracy without hints, greedy, mean ± standard error over {len(seeds)} seeds:\n")
+        )
+    return rows
+
+
+def hints_row(arm: str, seed: int, run: dict) -> dict:
+    """How much was hinted in a run: sums over its steps, reliance first and last."""
+    steps = run["steps"]
+    counts = {}
+    for key in sorted({key for record in steps for key in record}):
+        if key.startswith(("hint/tried@", "hint/solved@")) or key == "hint/unsolved":
+            counts[key] = sum(record.get(key, 0) for record in steps)
+    hard = [record["hard_fraction"] for record in steps if "hard_fraction" in record]
+    reliance = [record["hint/reliance"] for record in steps if "hint/reliance" in record]
+    return {
+        "arm": arm,
+        "seed": seed,
+        "hard_fraction_first_10": statistics.mean(hard[:10]) if hard else None,
+        "hard_fraction_last_10": statistics.mean(hard[-10:]) if hard else None,
+        "reliance_first": reliance[0] if reliance else None,
+        "reliance_last": reliance[-1] if reliance else None,
+        **counts,
+    }
+
+
+def print_arms(rows: list[dict]) -> None:
+    """Mean and standard error over seeds, a line an arm."""
     table = []
-    for arm in arms:
+    for arm in dict.fromkeys(row["arm"] for row in rows):
         cells = [arm]
         for tier in TIERS:
             values = [row["accuracy"] for row in rows if (row["arm"], row["tier"]) == (arm, tier)]
@@ -280,7 +286,27 @@ def compare(
             cells.append(f"{mean:.3f} ± {error:.3f}")
         tokens = statistics.mean(row["generated_tokens"] for row in rows if row["arm"] == arm)
         table.append([*cells, f"{tokens:,.0f}"])
+    print("\nAccuracy without hints, greedy, mean ± standard error over seeds:\n")
     print_table(["arm", *TIERS, "tokens"], table)
+
+
+def compare(arms: list[str], seeds: int, jobs: int, settings: list[str], folder: Path) -> None:
+    """Every arm with seeds 0, 1, ..., seed by seed, so that what is there after an interruption
+    compares."""
+    set_aside(folder)
+    runs = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting = {}
+        for seed in range(seeds):
+            for arm in arms:
+                waiting[arm, seed] = pool.submit(run_arm, arm, seed, folder, settings)
+        for key, future in waiting.items():
+            runs[key] = future.result()
+    rows = [row for (arm, seed), run in runs.items() for row in run_rows(arm, seed, run)]
+    hinted = [hints_row(arm, seed, run) for (arm, seed), run in runs.items()]
+    write_summary(folder, {"rows": rows, "hints": hinted})
+    draw_compare(runs, folder / "compare.png")
+    print_arms(rows)
     print(f"\n{folder.relative_to(ROOT)}/compare.png, summary.json, and the folder of every run")
 
 
@@ -293,8 +319,8 @@ def main() -> None:
     one.add_argument("settings", nargs="*", help="key=value for ghpo.py")
     many = commands.add_parser("compare")
     many.add_argument("settings", nargs="*", help="key=value for ghpo.py, every arm")
-    many.add_argument("--arms", nargs="+", choices=ARMS, default=["ghpo", "grpo"])
-    many.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    many.add_argument("--arms", nargs="+", choices=[*ARMS, "all"], default=["ghpo", "grpo"])
+    many.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, ...")
     many.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="runs at once")
     many.add_argument("--out", default="compare", help="folder under runs/")
     args = parser.parse_args()
@@ -302,7 +328,8 @@ def main() -> None:
         if args.command == "demo":
             demo(args.settings)
         else:
-            compare(args.arms, args.seeds, args.jobs, args.settings, ROOT / "runs" / args.out)
+            arms = list(ARMS) if "all" in args.arms else args.arms
+            compare(arms, args.seeds, args.jobs, args.settings, ROOT / "runs" / args.out)
     except RunFailed as failure:
         sys.exit(f"compare.py: {failure}")
 

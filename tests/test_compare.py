@@ -35,9 +35,15 @@ def test_tokens_are_summed_up_to_each_record(run_folder):
     assert [(record["step"], record["tokens"]) for record in run["evals"]] == [(0, 0), (2, 600)]
 
 
-def test_grpo_gets_at_least_the_tokens_of_ghpo(run_folder):
-    # 600 tokens, 100 a plain step, 10 % on top: 6.6, so 7 steps.
-    assert compare.grpo_steps(compare.read_run(run_folder)) == 7
+def test_a_run_becomes_rows_and_what_it_hinted(run_folder):
+    run = compare.read_run(run_folder)
+    rows = compare.run_rows("ghpo", 3, run)
+    assert [row["accuracy"] for row in rows] == [1.0, 0.5, 0.75]
+    assert rows[2]["curve"] == [[0, 0.0], [600, 0.75]]
+    assert (rows[0]["generated_tokens"], rows[0]["config"]) == (600, ["rl_type=ghpo"])
+    hinted = compare.hints_row("ghpo", 3, run)
+    assert (hinted["hint/solved@0.5"], hinted["hint/unsolved"]) == (2, 3)
+    assert hinted["hard_fraction_last_10"] is None
 
 
 def test_mean_and_standard_error():
