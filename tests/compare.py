@@ -52,7 +52,7 @@ ARMS = {
         "hint_trigger=always",
         "max_steps=87",
     ],
-    "self-distill": ["start_hint_step=1000", "max_steps=69"],
+    "self-distill": ["start_hint_step=1000", "learning_rate=5e-5", "max_steps=69"],
     "format-only": [
         "rl_type=grpo",
         "reward_funcs=[format]",
