@@ -510,17 +510,19 @@ def draw(steps: list[dict], evaluations: list[dict], collapsed: list[dict], path
 def report(args: argparse.Namespace) -> None:
     """Prints the tables; copies what is small into tests/assets and draws the picture."""
     run = args.out / "run"
+    is_new = run.is_dir()
+    if not is_new:
+        run = ASSETS  # the run that is on record
     metrics = read_jsonl(run / "metrics.jsonl")
     steps = [m for m in metrics if "loss" in m]
     evaluations = [evaluation(path) for path in sorted(run.glob("heldout_*.jsonl"))]
     tables = {"steps": steps_table(steps)}
     if [*(args.out / "ladder/rollouts").glob("step_*.jsonl")]:
         tables["ladder"] = ladder_table(args.out / "ladder")
-    collapsed = []
     if (args.out / "collapse/metrics.jsonl").is_file():
-        collapsed = read_jsonl(args.out / "collapse/metrics.jsonl")
-        tables["collapse"] = collapse_table(collapsed)
-        write_jsonl(ASSETS / "collapse.jsonl", collapsed)
+        write_jsonl(ASSETS / "collapse.jsonl", read_jsonl(args.out / "collapse/metrics.jsonl"))
+    collapsed = read_jsonl(ASSETS / "collapse.jsonl")
+    tables["collapse"] = collapse_table(collapsed)
     for name, rows in tables.items():
         print(f"\n{name}\n" + "\n".join(rows))
     third = max(1, len(steps) // 3)
@@ -544,26 +546,33 @@ def report(args: argparse.Namespace) -> None:
         f"AFTER\n{after['text']}"
     )
     ASSETS.mkdir(parents=True, exist_ok=True)
-    rollouts = sorted((run / "rollouts").glob("step_*.jsonl"))[: len(steps)]
-    heldout = sorted(run.glob("heldout_*.jsonl"))
-    kept = [
-        run / "metrics.jsonl",
-        *run.glob("proof.jsonl"),
-        *run.glob("control.json"),
-        heldout[0],
-        heldout[-1],
-        rollouts[0],
-        rollouts[-1],
-    ]
-    for path in kept:
-        (ASSETS / path.name).write_bytes(path.read_bytes())
-    kept_lines = []
-    for path in sorted((args.out / "ladder/rollouts").glob("step_*.jsonl")):
+    if is_new:
+        rollouts = sorted((run / "rollouts").glob("step_*.jsonl"))[: len(steps)]
+        heldout = sorted(run.glob("heldout_*.jsonl"))
+        kept = [
+            run / "metrics.jsonl",
+            *run.glob("proof.jsonl"),
+            *run.glob("control.json"),
+            heldout[0],
+            heldout[-1],
+            rollouts[0],
+            rollouts[-1],
+        ]
+        for path in kept:
+            (ASSETS / path.name).write_bytes(path.read_bytes())
+    keep_ladder(args.out / "ladder/rollouts")
+    draw(steps, evaluations, collapsed, ASSETS.with_suffix(".png"))
+
+
+def keep_ladder(rollouts: Path) -> None:
+    """The lines of the ladder without texts, in the place of older lines of the same problems."""
+    kept = ASSETS / "ladder.jsonl"
+    lines = {line["id"]: line for line in read_jsonl(kept)} if kept.is_file() else {}
+    for path in sorted(rollouts.glob("step_*.jsonl")):
         for line in read_jsonl(path):
             del line["completions"], line["prompt"]
-            kept_lines.append(line)
-    write_jsonl(ASSETS / "ladder.jsonl", kept_lines)
-    draw(steps, evaluations, collapsed, ASSETS.with_suffix(".png"))
+            lines[line["id"]] = line
+    write_jsonl(kept, [lines[number] for number in sorted(lines)])
 
 
 COMMANDS = {
