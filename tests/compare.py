@@ -3,6 +3,7 @@
     python tests/compare.py demo [key=value ...]                  one GHPO run    -> runs/demo
     python tests/compare.py compare [--arms a b] [--seeds 3]      GHPO and GRPO   -> runs/compare
     python tests/compare.py compare --arms all --seeds 5 --out ablation           -> runs/ablation
+    python tests/compare.py evals RUN RUN ...          the eval.json of several runs side by side
 
 Every run is `torchrun ghpo.py --config configs/tiny.yaml` (or a fork of tests/forks) with a few
 key=value settings (ARMS); this file only starts runs, reads their metrics.jsonl, prints tables,
@@ -310,6 +311,35 @@ def compare(arms: list[str], seeds: int, jobs: int, settings: list[str], folder:
     print(f"\n{folder.relative_to(ROOT)}/compare.png, summary.json, and the folder of every run")
 
 
+# ---- evals -------------------------------------------------------------------------------------
+
+
+def evals(folders: list[Path]) -> list[list[str]]:
+    """pass@1 with its standard error, a row a benchmark, a column a run, their mean below; a run
+    without a benchmark has no mean."""
+    tables = []
+    for folder in folders:
+        path = folder / "eval.json"
+        if not path.is_file():
+            raise RunFailed(f"{path} is not there: ./run.sh eval CONFIG output_dir={folder}")
+        tables.append(json.loads(path.read_text()))
+    names = list(dict.fromkeys(name for table in tables for name in table))
+    rows = []
+    for name in names:
+        cells = []
+        for table in tables:
+            found = table.get(name)
+            cells.append(f"{found['pass@1']:.3f} ± {found['stderr']:.3f}" if found else "-")
+        rows.append([name, *cells])
+    means = []
+    for table in tables:
+        is_whole = set(table) == set(names)
+        mean = statistics.mean(found["pass@1"] for found in table.values())
+        means.append(f"{mean:.3f}" if is_whole else "-")
+    rows.append(["mean", *means])
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -323,10 +353,15 @@ def main() -> None:
     many.add_argument("--seeds", type=int, default=3, help="how many: 0, 1, ...")
     many.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="runs at once")
     many.add_argument("--out", default="compare", help="folder under runs/")
+    tables = commands.add_parser("evals")
+    tables.add_argument("runs", nargs="+", type=Path, help="folders with an eval.json")
     args = parser.parse_args()
     try:
         if args.command == "demo":
             demo(args.settings)
+        elif args.command == "evals":
+            names = [folder.name for folder in args.runs]
+            print_table(["pass@1", *names], evals(args.runs))
         else:
             arms = list(ARMS) if "all" in args.arms else args.arms
             compare(arms, args.seeds, args.jobs, args.settings, ROOT / "runs" / args.out)

@@ -75,3 +75,21 @@ def test_every_arm_is_a_config_that_loads():
 
     for settings in compare.ARMS.values():
         ghpo.load_config(compare.ROOT / compare.CONFIG, settings)
+
+
+def test_evaluations_stand_side_by_side(tmp_path):
+    tables = {
+        "one": {"a": {"pass@1": 0.25, "stderr": 0.05}, "b": {"pass@1": 0.75, "stderr": 0.1}},
+        "two": {"a": {"pass@1": 0.5, "stderr": 0.0}},
+    }
+    for name, table in tables.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "eval.json").write_text(json.dumps(table))
+    rows = compare.evals([tmp_path / "one", tmp_path / "two"])
+    assert rows == [
+        ["a", "0.250 ± 0.050", "0.500 ± 0.000"],
+        ["b", "0.750 ± 0.100", "-"],
+        ["mean", "0.500", "-"],
+    ]
+    with pytest.raises(compare.RunFailed, match="three/eval.json is not there"):
+        compare.evals([tmp_path / "three"])
