@@ -210,22 +210,27 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def draw_compare(runs: dict, path: Path) -> None:
-    """Left: hard tier against generated tokens, a line a seed. Right: the end, by tier."""
+    """Left: hard tier against generated tokens, mean and standard error over seeds. Right: the end,
+    by tier."""
     arms = list(dict.fromkeys(arm for arm, _ in runs))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4) if len(arms) < 5 else (15, 5))
     width = 0.8 / len(arms)
     for i, arm in enumerate(arms):
         colour = COLOURS.get(arm, plt.cm.tab20(i))
         mine = [run for (name, _), run in runs.items() if name == arm]
-        for j, run in enumerate(mine):
-            points = [(record["tokens"] / 1000, record["eval/hard"]) for record in run["evals"]]
-            left.plot(
-                *zip(*points), marker=".", color=colour, label=arm.upper() if j == 0 else None
-            )
+        tokens, middle, low, high = [], [], [], []
+        for records in zip(*(run["evals"] for run in mine)):
+            mean, error = mean_and_error([record["eval/hard"] for record in records])
+            tokens.append(statistics.mean(record["tokens"] for record in records) / 1000)
+            middle.append(mean)
+            low.append(mean - error)
+            high.append(mean + error)
+        left.plot(tokens, middle, marker=".", color=colour, label=arm)
+        left.fill_between(tokens, low, high, color=colour, alpha=0.15)
         ends = [mean_and_error([run["evals"][-1][f"eval/{t}"] for run in mine]) for t in TIERS]
         places = [x + (i - (len(arms) - 1) / 2) * width for x in range(len(TIERS))]
         means, errors = zip(*ends)
-        right.bar(places, means, width, yerr=errors, color=colour, label=arm.upper(), capsize=3)
+        right.bar(places, means, width, yerr=errors, color=colour, label=arm, capsize=3)
     left.set(xlabel="generated tokens (thousands)", ylabel="accuracy", title="hard tier, no hints")
     right.set_xticks(range(len(TIERS)), list(TIERS))
     right.set(ylabel="accuracy", title="at the end, mean ± standard error over seeds")
@@ -276,8 +281,8 @@ def hints_row(arm: str, seed: int, run: dict) -> dict:
     }
 
 
-def print_arms(rows: list[dict]) -> None:
-    """Mean and standard error over seeds, a line an arm."""
+def arms_table(rows: list[dict]) -> list[list[str]]:
+    """Mean and standard error over seeds by tier, and tokens: a line an arm."""
     table = []
     for arm in dict.fromkeys(row["arm"] for row in rows):
         cells = [arm]
@@ -287,8 +292,7 @@ def print_arms(rows: list[dict]) -> None:
             cells.append(f"{mean:.3f} ± {error:.3f}")
         tokens = statistics.mean(row["generated_tokens"] for row in rows if row["arm"] == arm)
         table.append([*cells, f"{tokens:,.0f}"])
-    print("\nAccuracy without hints, greedy, mean ± standard error over seeds:\n")
-    print_table(["arm", *TIERS, "tokens"], table)
+    return table
 
 
 def compare(arms: list[str], seeds: int, jobs: int, settings: list[str], folder: Path) -> None:
@@ -307,7 +311,8 @@ def compare(arms: list[str], seeds: int, jobs: int, settings: list[str], folder:
     hinted = [hints_row(arm, seed, run) for (arm, seed), run in runs.items()]
     write_summary(folder, {"rows": rows, "hints": hinted})
     draw_compare(runs, folder / "compare.png")
-    print_arms(rows)
+    print("\nAccuracy without hints, greedy, mean ± standard error over seeds:\n")
+    print_table(["arm", *TIERS, "tokens"], arms_table(rows))
     print(f"\n{folder.relative_to(ROOT)}/compare.png, summary.json, and the folder of every run")
 
 
