@@ -414,7 +414,11 @@ class ServerEngine(Engine):
         super().__init__(tokenizer, eos_ids, max_model_len)
         host, port = config.vllm_server_host, config.vllm_server_port
         self.url, self.next_check, self.link = f"http://{host}:{port}", 0.0, None
-        self.version, self.n_engines, self.place = None, 1, {}  # version: of the weights sent last
+        self.version, self.n_engines, self.headers = (
+            None,
+            1,
+            {},
+        )  # version: of the weights sent last
         self.rank = int(os.environ.get("RANK", 0))
         # without the proxies of the environment and, since this is not https, certificates
         self.http = httpx2.AsyncClient(
@@ -472,17 +476,17 @@ class ServerEngine(Engine):
         """All samples of a problem go to one of the server's engines, which then has its prompt."""
         if self.n_engines > 1:
             engine = (request.slot + self.rank) % self.n_engines
-            self.place = {"X-data-parallel-rank": str(engine)}
+            self.headers = {"X-data-parallel-rank": str(engine)}
         super().submit(request)
 
     def _start(self, prompt, fields):
         body = {"token_ids": prompt, "sampling_params": fields}
-        return asyncio.run_coroutine_threadsafe(self._generate(body, self.place), self.loop)
+        return asyncio.run_coroutine_threadsafe(self._generate(body, self.headers), self.loop)
 
-    async def _generate(self, body, place):
+    async def _generate(self, body, headers):
         async with self.turns:
             path = "/inference/v1/generate"
-            return await self._http(path, body, "POST", GENERATE_SECONDS, place)
+            return await self._http(path, body, "POST", GENERATE_SECONDS, headers)
 
     def _ended(self):
         """What has come back, after 20 ms; raises when a call or the server has failed."""

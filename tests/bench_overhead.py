@@ -32,7 +32,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 os.environ |= {
@@ -123,16 +124,19 @@ def sampling(args, folder):
     longest = LONGEST_PROMPT + args.tokens
     fields = run.config, run.prompts.tokenizer, set(), longest, run.policy  # no EOS: all to the end
     sides, keys = {}, {"collect_over_generate": "vllm", "server_over_generate": "server"}
-    with server(args, run.config) if "server_over_generate" in args.only else no_server():
+    with server(args, run.config) if "server_over_generate" in args.only else nullcontext():
         local = rollout.VllmEngine(*fields)
         push(run, local)
         sides["generate"] = lambda salt: bare_generate(run, local, asked(run, args, salt))
+        forget = [local.llm.reset_prefix_cache]
         for key in args.only:
-            engine = local if keys[key] == "vllm" else rollout.ServerEngine(*fields)
-            if engine is not local:
+            engine = local
+            if keys[key] == "server":
+                engine = rollout.ServerEngine(*fields)
                 push(run, engine)
-            sides[key] = lambda salt, engine=engine: our_collect(run, engine, args, salt)
-        speeds = rounds(sides, args.pairs, local)
+                forget.append(partial(engine._call, "/reset_prefix_cache"))
+            sides[key] = partial(our_collect, run, engine, args)
+        speeds = rounds(sides, args.pairs, forget)
     run.pool.close()
     return {
         key: statistics.median(a / b for a, b in zip(speeds[key], speeds["generate"]))
@@ -189,14 +193,14 @@ def bare_generate(run, engine, groups_and_requests):
     return sum(len(output.outputs[0].token_ids) for output in outputs), seconds
 
 
-def rounds(sides, n_rounds, local):
-    """{side: tokens/s of each round}; a first round warms up. The order turns from round to round,
-    prompts are read anew by each side."""
+def rounds(sides, n_rounds, forget):
+    """{side: tokens/s of each round}; a first round warms up. The order turns from round to round;
+    forget: calls after which prompts are read anew."""
     speeds, names = {name: [] for name in sides}, list(sides)
     for number in range(-1, n_rounds):
         for name in names:
-            if not local.llm.reset_prefix_cache():
-                raise RuntimeError("vLLM kept its prefix cache")
+            for call in forget:
+                call()
             tokens, seconds = sides[name](f"{number}")
             if number >= 0:
                 speeds[name].append(tokens / seconds)
@@ -206,21 +210,13 @@ def rounds(sides, n_rounds, local):
 
 
 @contextmanager
-def no_server():
-    yield
-
-
-@contextmanager
 def server(args, config):
-    """`./run.sh serve` of this config, without prefix cache: each round reads its prompts anew."""
+    """`./run.sh serve` of this config."""
     from configs.plan import server_arguments
 
     argv, environment = server_arguments(config, 0)
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
-        process = subprocess.Popen(
-            [*argv, "--no-enable-prefix-caching"], env=environment, stdout=log, stderr=log
-        )
+        process = subprocess.Popen(argv, env=environment, stdout=log, stderr=log)
         try:
             wait_for(process, args.port, log)
             yield
