@@ -414,12 +414,8 @@ class ServerEngine(Engine):
         super().__init__(tokenizer, eos_ids, max_model_len)
         host, port = config.vllm_server_host, config.vllm_server_port
         self.url, self.next_check, self.link = f"http://{host}:{port}", 0.0, None
-        self.version, self.n_engines, self.headers = (
-            None,
-            1,
-            {},
-        )  # version: of the weights sent last
-        self.rank = int(os.environ.get("RANK", 0))
+        self.version = None  # of the weights that were sent last
+        self.rank, self.n_engines, self.headers = int(os.environ.get("RANK", 0)), 1, {}
         # without the proxies of the environment and, since this is not https, certificates
         self.http = httpx2.AsyncClient(
             base_url=self.url, headers=key_header(), trust_env=False, verify=False,
@@ -562,8 +558,7 @@ class ServerEngine(Engine):
         if self.link and self.version:
             self._need_our_weights({self._call("/weight_info", method="GET")["weight_version"]})
         # also a barrier: no rank is sampling any more
-        rank_0, *_ = gather_objects((uuid.uuid4().hex, self.n_engines))
-        self.version, self.n_engines = rank_0
+        self.version, self.n_engines = gather_objects((uuid.uuid4().hex, self.n_engines))[0]
         if self.link:
             self._call("/pause?mode=wait")  # empties the prefix cache too, or answers 500
             self._call("/start_weight_update")
