@@ -316,7 +316,7 @@ def server(tmp_path_factory):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    deadline = time.monotonic() + 1200  # ends with the process: this is for busy machines
+    deadline = time.monotonic() + 1200  # for busy machines: it ends with the process
     while socket.socket().connect_ex(("127.0.0.1", port)):
         if process.poll() is not None or time.monotonic() > deadline:
             kill()
