@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_scheduler, logging
 
+import configs.plan
 import fsdp_utils
 import hints
 import rollout
@@ -1326,6 +1327,8 @@ def dry_run(config: Config) -> None:
     n_params, n_gathered = sizes(config)
     memory = bytes_per_gpu(config, world, n_params, n_gathered)
     print(f"---- bytes per GPU, activations excluded: {memory}")
+    if config.engine == "server":
+        print(configs.plan.server_commands(config, torch.cuda.device_count()))
 
 
 def main() -> None:

@@ -6,14 +6,16 @@ stage or is final. Token ids in, token ids and behaviour log-probs out; text is 
 rewards only. To add an engine, subclass Engine and name the class in ENGINES.
 """
 
+import asyncio
 import itertools
 import os
 import socket
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,9 @@ from hints import Completion, Group, Problem, Stage
 CONNECT_SECONDS, CALL_SECONDS, GENERATE_SECONDS = 5, 120, 1800  # limits of calls to a server
 POLL_SECONDS, CHECK_SECONDS = 0.02, 5  # how often a server's answers, and it itself, are looked at
 ALIVE_SECONDS = 15  # within which a server shows that it lives, however long its engine computes
+KEEP_SECONDS = 2  # of an idle connection: the server ends one after 5
+MAX_CALLS = 512  # of a rank that the server computes at once
+BUCKET_BYTES = 2**30  # of weights that are sent with one call
 LOWEST_LOGP, HIGHEST_LOGP = -9000, 0.001  # over HTTP a NaN is -9999
 DRAW_BLOCK = 512  # tokens that are searched as one before each is
 SHOW_SECONDS = 0.5  # between two updates of the progress bar
@@ -409,10 +414,16 @@ class ServerEngine(Engine):
         super().__init__(tokenizer, eos_ids, max_model_len)
         host, port = config.vllm_server_host, config.vllm_server_port
         self.url, self.next_check, self.link = f"http://{host}:{port}", 0.0, None
-        self.version, self.key = None, key_header()  # version: of the weights that were sent last
-        self.pool = ThreadPool(512)  # of daemons: a server that hangs does not keep the process
-        self.probe = self.pool.apply_async(bool)  # of the server's engine
-        if os.environ.get("RANK", "0") == "0":
+        self.version = None  # of the weights that were sent last
+        self.rank, self.n_engines, self.headers = int(os.environ.get("RANK", 0)), 1, {}
+        # without the proxies of the environment and, since this is not https, certificates
+        self.http = httpx2.AsyncClient(
+            base_url=self.url, headers=key_header(), trust_env=False, verify=False,
+            limits=httpx2.Limits(keepalive_expiry=KEEP_SECONDS))  # fmt: skip
+        self.turns, self.loop = asyncio.Semaphore(MAX_CALLS), asyncio.new_event_loop()
+        in_thread(self.loop.run_forever)  # all calls
+        self.probe = self._begin("/is_paused", method="GET")  # of the server's engine
+        if self.rank == 0:
             self._need_same_model(config.model_name_or_path)
             self.link = self._open_link(host, port)
 
@@ -429,6 +440,8 @@ class ServerEngine(Engine):
     def _open_link(self, host, port):
         """The group in which this process is rank 0 and the server's workers are the others."""
         workers = self._call("/get_world_size", method="GET")["world_size"]
+        of_one = self._call("/get_world_size?include_dp=false", method="GET")["world_size"]
+        self.n_engines = workers // of_one
         with socket.create_connection((host, port), CONNECT_SECONDS) as probe:
             address = probe.getsockname()[0]  # ours, as the server can reach it
         place = {
@@ -442,20 +455,41 @@ class ServerEngine(Engine):
             import configs.vllm_cpu  # noqa: F401, puts gloo in the place of NCCL
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
-        link = self.pool.apply_async(trainer_init, [place])
-        self._call("/init_weight_transfer_engine", {"init_info": place})
-        return link.get(CALL_SECONDS)
+        # that of an earlier run; refused after a run that was killed while it sent weights
+        self._call("/shutdown_weight_transfer_engine")
+        joined = self._begin("/init_weight_transfer_engine", {"init_info": place})
+        try:
+            link, _ = self._results(in_thread(trainer_init, place), joined)
+        except RuntimeError as error:  # ours, or NCCL's
+            raise ServerError(
+                f"vLLM server {self.url}: no group for the weights: {error}. On GPUs: NCCL takes "
+                "one process each, so server and training need GPUs of their own; "
+                "CUDA_VISIBLE_DEVICES divides those of one machine"
+            ) from None
+        return link
+
+    def submit(self, request):
+        """All samples of a problem go to one of the server's engines, which then has its prompt."""
+        if self.n_engines > 1:
+            engine = (request.slot + self.rank) % self.n_engines
+            self.headers = {"X-data-parallel-rank": str(engine)}
+        super().submit(request)
 
     def _start(self, prompt, fields):
         body = {"token_ids": prompt, "sampling_params": fields}
-        return self.pool.apply_async(self._http, ["/inference/v1/generate", body, GENERATE_SECONDS])
+        return asyncio.run_coroutine_threadsafe(self._generate(body, self.headers), self.loop)
+
+    async def _generate(self, body, headers):
+        async with self.turns:
+            path = "/inference/v1/generate"
+            return await self._http(path, body, "POST", GENERATE_SECONDS, headers)
 
     def _ended(self):
         """What has come back, after 20 ms; raises when a call or the server has failed."""
         time.sleep(POLL_SECONDS)
         self._check()
-        for call in [call for call in self.calls if call.ready()]:
-            (out,) = call.get()["choices"]
+        for call in [call for call in self.calls if call.done()]:
+            (out,) = call.result()["choices"]
             self._need_our_weights({span["version"] for span in out["weight_versions"] or []})
             logp = [token["logprob"] for token in out["logprobs"]["content"]]
             self.progress.update(tokens=len(logp))
@@ -471,60 +505,124 @@ class ServerEngine(Engine):
     def _check(self):
         """ServerError when the server no longer lives, however long a call may still wait."""
         if time.monotonic() > self.next_check:
-            self._http("/health", None, ALIVE_SECONDS, "GET")
-            if self.probe.ready():  # the engine answers this one, between its steps
-                self.probe.get()
-                probe = ["/is_paused", None, CALL_SECONDS, "GET"]
-                self.probe = self.pool.apply_async(self._http, probe)
+            self._begin("/health", None, "GET", ALIVE_SECONDS).result()
+            if self.probe.done():  # the engine answers this one, between its steps
+                self.probe.result()
+                self.probe = self._begin("/is_paused", method="GET")
             self.next_check = time.monotonic() + CHECK_SECONDS
 
-    def _call(self, path, body=None, method="POST"):
-        """The answer of a server that is seen to live meanwhile."""
-        call = self.pool.apply_async(self._http, [path, body, CALL_SECONDS, method])
-        while not call.ready():
+    def _results(self, *calls):
+        """What calls that need each other return; what one raises at once, or that the server is
+        seen not to live meanwhile."""
+        deadline, waiting = time.monotonic() + CALL_SECONDS + ALIVE_SECONDS, calls
+        while waiting:
+            done, waiting = wait(calls, POLL_SECONDS, FIRST_EXCEPTION)
+            for call in done:
+                call.result()
             self._check()
-            call.wait(POLL_SECONDS)
-        return call.get()
+            if time.monotonic() > deadline:
+                raise self._error("", TimeoutError("nothing moves"))
+        return [call.result() for call in calls]
 
-    def _http(self, path, body, timeout, method="POST"):
+    def _call(self, path, body=None, method="POST"):
+        """The server's answer."""
+        (answer,) = self._results(self._begin(path, body, method))
+        return answer
+
+    def _begin(self, path, body=None, method="POST", timeout=CALL_SECONDS):
+        """The Future of the server's answer."""
+        call = self._http(path, body, method, timeout, {})
+        return asyncio.run_coroutine_threadsafe(call, self.loop)
+
+    async def _http(self, path, body, method, timeout, headers):
         """The server's JSON answer."""
         limits = httpx2.Timeout(timeout, connect=CONNECT_SECONDS)
-        try:  # without the proxies of the environment and, since this is not https, certificates
-            answer = httpx2.request(
-                method, self.url + path, json=body, timeout=limits, headers=self.key,
-                trust_env=False, verify=False)  # fmt: skip
+        try:
+            answer = await self.http.request(
+                method, path, json=body, timeout=limits, headers=headers
+            )
             if answer.is_error:
                 raise ValueError(f"{answer.status_code} {answer.text[:2000]}")
             return answer.json() if answer.content else None
         except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
-            raise ServerError(
-                f"vLLM server {self.url}{path}: {error!r}. Start it anew, ./run.sh serve CONFIG, "
-                "with the same VLLM_API_KEY as here; then the same command resumes this run"
-            ) from None
+            raise self._error(path, error) from None
+
+    def _error(self, path, error):
+        return ServerError(
+            f"vLLM server {self.url}{path}: {error!r}. Start it anew, ./run.sh serve CONFIG, "
+            "with the same VLLM_API_KEY as here; then the same command resumes this run"
+        )
 
     def update_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """vLLM's sequence of calls; it is told of each tensor while that is broadcast to it."""
+        """vLLM's sequence of calls, one for a bucket of tensors, which is broadcast meanwhile."""
         if self.link and self.version:
             self._need_our_weights({self._call("/weight_info", method="GET")["weight_version"]})
         # also a barrier: no rank is sampling any more
-        self.version = gather_objects(uuid.uuid4().hex)[0]
+        self.version, self.n_engines = gather_objects((uuid.uuid4().hex, self.n_engines))[0]
         if self.link:
             self._call("/pause?mode=wait")  # empties the prefix cache too, or answers 500
             self._call("/start_weight_update")
-        for name, tensor in tensors:  # on every rank: each is a collective
+        for bucket in buckets(tensors, BUCKET_BYTES if self.link else 0):  # gathered by all ranks
             if self.link:
-                self.pool.apply_async(self.link.broadcast, [tensor.contiguous(), 0])
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                info = {"names": [name], "shapes": [[*tensor.shape]], "dtype_names": [dtype]}
-                self._call("/update_weights", {"update_info": info})
+                self._send(bucket)
+            del bucket  # before the next one is gathered
         if self.link:
             self._call("/finish_weight_update", {"weight_version": self.version})
             self._call("/resume")
         barrier("the server has the weights")
 
+    def _send(self, bucket):
+        names, tensors = zip(*bucket)
+        info = {
+            "names": names,
+            "shapes": [[*tensor.shape] for tensor in tensors],
+            "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
+        }
+        tensors = [tensor.contiguous() for tensor in tensors]
+        # trap: a thread has a stream of its own, on which nothing waits for cast and gather
+        stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
+        taken = self._begin("/update_weights", {"update_info": info})
+        self._results(in_thread(self._broadcast, tensors, stream), taken)
+
+    def _broadcast(self, tensors, stream):
+        try:
+            for tensor in tensors:
+                self.link.broadcast(tensor, 0, stream)
+        except RuntimeError as error:  # NCCL's and gloo's
+            raise self._error(", broadcast of the weights", error) from error
+
     def close(self):
-        self.pool.terminate()
+        self.loop.call_soon_threadsafe(self.loop.stop)
         self.link = None  # frees port + 1 for the next run
+
+
+def in_thread(function: Callable, *args: Any) -> Future:
+    """The Future of a call in a thread, a daemon: if it hangs it does not keep the process."""
+    future = Future()
+
+    def run():
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def buckets(
+    tensors: Iterable[tuple[str, torch.Tensor]], n_bytes: int
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """The stream in lists, each of just so many tensors as reach n_bytes, the last of the rest."""
+    bucket, size = [], 0
+    for name, tensor in tensors:
+        bucket.append((name, tensor))
+        size += tensor.nbytes
+        if size >= n_bytes:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
 
 
 ENGINES = {"hf": HfEngine, "vllm": VllmEngine, "server": ServerEngine}

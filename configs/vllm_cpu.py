@@ -60,6 +60,9 @@ class Gloo:
     def broadcast(self, tensor, src, stream=None):
         self.group.broadcast([tensor], dist.BroadcastOptions()).wait()
 
+    def destroy(self):
+        self.group = None
+
 
 pynccl.PyNcclCommunicator = Gloo
 torch.accelerator.current_device_index = lambda: 0

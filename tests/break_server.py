@@ -196,7 +196,7 @@ class Trial:
         return time.monotonic()
 
     def in_sync(self, process):
-        return self.stop_server_in(process, b"/update_weights", b"/finish_weight_update")
+        return self.stop_server_in(process, b"/start_weight_update", b"/finish_weight_update")
 
     def in_generation(self, process):
         return self.stop_server_in(
@@ -277,7 +277,8 @@ def break_running(trial):
     process = trial.to_a_new_step()
     since = trial.in_sync(process)
     server.kill()
-    trial.judge("killed in mid-sync", process, since, BROKEN)
+    in_sync = f"(Read|RemoteProtocol|Connect)Error.*{AGAIN}|broadcast of the weights.*{AGAIN}"
+    trial.judge("killed in mid-sync", process, since, in_sync)
     server.start()
 
     process = trial.to_a_new_step()

@@ -77,7 +77,7 @@ train 1 180 "the run goes on from its checkpoint" "resuming .*checkpoint-000008"
 train 1 150 "weights and Adam in the host's memory" "done: " offload \
     engine=vllm cpu_offload=true max_steps=2
 check 1 420 "memory and speed at 1.5 B (48 GB; the table is in the log)" "tokens_trained_per_s" \
-    python tests/bench_gpu.py --steps 2 --sides padded
+    python tests/bench_gpu.py --steps 2 --sides packed
 train 2 240 "two ranks, an engine each" "done: " ranks engine=vllm sharding=zero3 max_steps=4
 check 2 420 "a server on the second GPU, weights by NCCL" "done: " bash -c '
     CUDA_VISIBLE_DEVICES=1 python -m configs.plan serve configs/tiny.yaml torch_dtype=bfloat16 &

@@ -4,7 +4,33 @@ import json
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
+
+from tests import bench_gpu
+
+
+@pytest.mark.parametrize(
+    "is_gpu, installed, side, taken",
+    [
+        (False, "flash_attn", "packed", "sdpa"),
+        (True, "flash_attn", "packed", "flash_attention_2"),
+        (True, "flash_attn", "trl", "flash_attention_2"),
+        (True, "flash_attn_4", "packed", "varlen"),
+        (True, "flash_attn_4", "trl", "sdpa"),
+        (True, None, "padded", "varlen"),
+    ],
+)
+def test_attention_goes_by_the_distribution(is_gpu, installed, side, taken, tmp_path, monkeypatch):
+    (tmp_path / "flash_attn").mkdir()  # both have a module of this name
+    (tmp_path / "flash_attn/__init__.py").touch()
+    if installed:
+        (tmp_path / f"{installed}-1.0.dist-info").mkdir()
+        metadata = f"Metadata-Version: 2.1\nName: {installed.replace('_', '-')}\nVersion: 1.0\n"
+        (tmp_path / f"{installed}-1.0.dist-info/METADATA").write_text(metadata)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(bench_gpu, "IS_GPU", is_gpu)
+    assert bench_gpu.attention(side) == taken
 
 
 def test_it_runs_at_toy_size_without_trl():

@@ -3,6 +3,8 @@
 import argparse
 import inspect
 import json
+import os
+import shlex
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, asdict, replace
@@ -917,6 +919,40 @@ def test_the_servers_command_line(monkeypatch):
     assert gpu["data-parallel-size"] == "4" and "worker-extension-cls" not in gpu
     assert environment["PYTHONPATH"].split(":") == [str(ROOT), "/elsewhere"]
     assert "data-parallel-size" not in options_of(plan.server_arguments(config, 1)[0])
+
+
+def test_the_server_has_one_command_in_two_forms(monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    config = make_config()
+    for n_gpus, taken in ((0, "module"), (1, "cli"), (8, "cli")):
+        forms, environment = plan.server_forms(config, n_gpus)
+        words = plan.server_options(config, n_gpus)
+        beside = Path(sys.executable).parent / "vllm"
+        assert forms["cli"] == [str(beside), "serve", config.model_name_or_path, *words]
+        module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+        assert forms["module"] == [*module, config.model_name_or_path, *words]
+        assert plan.server_arguments(config, n_gpus) == (forms[taken], environment)
+        lines = plan.server_commands(config, n_gpus).splitlines()
+        for line, form in zip(lines, ("cli", "module"), strict=True):
+            _, command = line.split(": ", 1)
+            env, *words = shlex.split(command)
+            assert env == "env" and words[-len(forms[form]) :] == forms[form]
+            shown = dict(word.split("=", 1) for word in words[: -len(forms[form])])
+            assert os.environ | shown == environment and "s3cret" not in line
+            assert shown["VLLM_SERVER_DEV_MODE"] == "1"
+
+
+def test_both_forms_are_printed(tmp_path, main, monkeypatch, capsys):
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump(settings(engine="server")))
+    monkeypatch.setattr(plan.os, "execve", pytest.fail)
+    plan.main(str(path), "--dry_run", "vllm_server_port=8123")
+    printed = capsys.readouterr().out
+    config = read_config(path, ["vllm_server_port=8123"])
+    assert printed == plan.server_commands(config, 0) + "\n"
+    assert "/vllm serve " in printed and " -m vllm.entrypoints.openai.api_server " in printed
+    done = main.command("--config", str(path), "vllm_server_port=8123", "--dry_run")
+    assert done.status in (0, None) and done.out.endswith(printed)
 
 
 def test_the_server_is_long_enough_for_the_evaluation_to_come(tmp_path, monkeypatch):

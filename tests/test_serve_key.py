@@ -134,12 +134,15 @@ def test_serve_refuses_the_network_without_a_key_and_a_port_that_is_taken(tmp_pa
 def test_the_trainer_shows_the_key_and_never_tells_it(key, monkeypatch):
     asked = []
 
-    def request(method, url, **arguments):
-        asked.append((url, arguments["headers"]))
+    def answer(request):
+        asked.append(request.headers["authorization"])
         return httpx2.Response(401, text="VLLM_API_KEY is wrong")
 
-    monkeypatch.setattr(httpx2, "request", request)
+    client, transport = httpx2.AsyncClient, httpx2.MockTransport(answer)
+    monkeypatch.setattr(
+        httpx2, "AsyncClient", lambda **options: client(**options, transport=transport)
+    )
     with pytest.raises(ServerError, match="401.*same VLLM_API_KEY as here") as caught:
         ServerEngine(make_config(), None, {1}, 10, None)
     assert KEY not in str(caught.value)
-    assert asked and all(headers == {"authorization": f"Bearer {KEY}"} for _, headers in asked)
+    assert asked and set(asked) == {f"Bearer {KEY}"}

@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 pytest.importorskip("vllm")
 
 import fsdp_utils
+import rollout
 from configs.plan import server_arguments
 from configs.settings import Config
 from ghpo import Policy
@@ -315,7 +316,7 @@ def server(tmp_path_factory):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 1200  # for busy machines: it ends with the process
     while socket.socket().connect_ex(("127.0.0.1", port)):
         if process.poll() is not None or time.monotonic() > deadline:
             kill()
@@ -360,7 +361,7 @@ def test_a_server_of_another_run_is_refused(server):
     weights.pop("lm_head.weight")  # tied
     mine.update_weights(weights.items())
     assert len(sample(mine, [ask(0)])) == 3
-    mine._http("/update_weight_version", {"new_version": "of another run"}, 60)
+    mine._call("/update_weight_version", {"new_version": "of another run"})
     with pytest.raises(RuntimeError, match="not this run's"):
         sample(mine, [ask(0)])
     with pytest.raises(RuntimeError, match="not this run's"):
@@ -374,14 +375,19 @@ def test_the_port_of_the_weights_may_be_taken(server):
             server_engine(server.port)
 
 
-def test_server_follows_weights(server, tmp_path):
+def test_server_follows_weights(server, monkeypatch):
     engine = server_engine(server.port)
     config = AutoConfig.from_pretrained(BASE)
     config.initializer_range = 0.25
-    for seed in range(2):
+    for seed, n_bytes in enumerate((rollout.BUCKET_BYTES, 2**18)):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).eval()
+        size = sum(p.nbytes for p in model.parameters())
+        monkeypatch.setattr(rollout, "BUCKET_BYTES", n_bytes)
+        before = server.log.read_text().count("POST /update_weights")
         engine.update_weights(model.named_parameters())
+        n_calls = server.log.read_text().count("POST /update_weights") - before
+        assert n_calls == 1 if size < n_bytes else 1 < n_calls <= 1 + size // n_bytes
         for temperature in (0.6, 1.0, 1.3):
             found = sample(engine, [ask(problem, temperature) for problem in range(4)])
             assert worst_difference(model, found, temperature) < 1e-3
@@ -390,6 +396,26 @@ def test_server_follows_weights(server, tmp_path):
         sample(engine, [ask(0, -1.0)])
     with pytest.raises(RuntimeError, match=f"{server.port}/update_weights.*500"):
         engine.update_weights(iter([("no.such.weight", torch.zeros(3))]))
+    engine.close()
+
+
+def test_a_server_left_in_mid_update_is_to_be_restarted(server):
+    """As by a trainer that was killed there."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(AutoConfig.from_pretrained(BASE)).eval()
+    killed = server_engine(server.port)
+    killed._call("/pause?mode=wait")
+    killed._call("/start_weight_update")
+    killed._send(list(model.named_parameters())[:3])
+    killed.close()
+    with pytest.raises(RuntimeError, match="during a weight update.*Start it anew.*run.sh serve"):
+        server_engine(server.port)
+    key = {"authorization": f"Bearer {KEY}"}  # in the place of a restart
+    url = f"http://127.0.0.1:{server.port}/finish_weight_update"
+    assert httpx2.post(url, headers=key, trust_env=False, timeout=60).status_code == 200
+    engine = server_engine(server.port)
+    engine.update_weights(model.named_parameters())
+    assert worst_difference(model, sample(engine, [ask(0)])) < 1e-3
     engine.close()
 
 
