@@ -4,6 +4,7 @@ import json
 
 import compare
 import pytest
+from conftest import DATA, read_jsonl, write_jsonl
 
 
 @pytest.fixture
@@ -69,3 +70,24 @@ def test_every_arm_is_a_config_that_loads():
 
     for settings in compare.ARMS.values():
         ghpo.load_config(compare.ROOT / compare.CONFIG, settings)
+
+
+def test_the_demo_prints_a_hard_problem_before_and_after(tmp_path, capsys):
+    """Of two held-out problems the one that is solved now; the base model slips at its third step,
+    the task's planted misconception."""
+    rows = read_jsonl(DATA / "eval_hard.jsonl")[:2]
+    lines = []
+    for row, score in zip(rows, (0.0, 1.0)):
+        sample = {"text": f"{row['solution_hint']}\n{row['solution']}", "accuracy": score}
+        prompt = f"<|user|>{row['problem']}<|end|><|assistant|>"
+        lines.append({"problem": row["problem"], "prompt": prompt, "gold": row["solution"],
+                      "completions": [sample]})  # fmt: skip
+    write_jsonl(tmp_path / "eval_hard.jsonl", lines)
+    compare.print_before_and_after(tmp_path)
+    told = capsys.readouterr().out
+    assert f"solved now: {rows[1]['problem']} gold {rows[1]['solution']}" in told
+    columns = [line.split() for line in told.splitlines()[3:]]
+    assert columns[0] == ["before", "after"]
+    before = [column[0] for column in columns[1:]]
+    steps = rows[1]["solution_hint"].splitlines()
+    assert before[1:3] == steps[:2] and before[3] != steps[2]
