@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from itertools import zip_longest
 from pathlib import Path
 
 import matplotlib
@@ -160,12 +159,10 @@ def print_before_and_after(folder: Path) -> None:
     solved = [line for line in lines if line["completions"][0].get("accuracy", 0) > 0]
     line = (solved or lines)[0]
     told = "the first that is solved now" if solved else "not solved yet"
-    print(f"\nA hard problem, {told}: {line['problem']} gold {line['gold']}\n")
+    print(f"\nA hard problem, {told}: {line['problem']}  gold {line['gold']}\n")
     before = greedy_text(ROOT / "tests/tiny/base", line["prompt"])
-    after = line["completions"][0]["text"]
-    pairs = zip_longest(before.splitlines(), after.splitlines(), fillvalue="")
-    for left, right in [("before", "after"), *pairs]:
-        print(f"    {left:24}{right}")
+    for name, text in [("before", before), ("after", line["completions"][0]["text"])]:
+        print(f"{name:8}{' '.join(text.split())}")
 
 
 def demo(settings: list[str]) -> None:

@@ -61,7 +61,7 @@ def try_filters(page: Page, groups: list[dict]) -> list[str]:
 def main() -> None:
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
-    run = Path(sys.argv[1]).resolve()
+    run = Path(sys.argv[1])
     path = run / "show.html"
     path.write_text(show.page(run), encoding="utf-8")
     program = (
@@ -75,7 +75,7 @@ def main() -> None:
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: errors.append(message.text))
         page.on("dialog", lambda dialog: errors.append(f"dialog: {dialog.message}"))
-        page.goto(path.as_uri())
+        page.goto(path.resolve().as_uri())
         with_hint = try_filters(page, groups_of(path.read_text(encoding="utf-8")))
         assert with_hint, "no group of this run was solved only with a hint"
         page.locator("#step").select_option(with_hint[-1])

@@ -85,9 +85,8 @@ def test_the_demo_prints_a_hard_problem_before_and_after(tmp_path, capsys):
     write_jsonl(tmp_path / "eval_hard.jsonl", lines)
     compare.print_before_and_after(tmp_path)
     told = capsys.readouterr().out
-    assert f"solved now: {rows[1]['problem']} gold {rows[1]['solution']}" in told
-    columns = [line.split() for line in told.splitlines()[3:]]
-    assert columns[0] == ["before", "after"]
-    before = [column[0] for column in columns[1:]]
-    steps = rows[1]["solution_hint"].splitlines()
-    assert before[1:3] == steps[:2] and before[3] != steps[2]
+    assert f"solved now: {rows[1]['problem']}  gold {rows[1]['solution']}" in told
+    before, after = (line.split() for line in told.splitlines()[3:])
+    steps = rows[1]["solution_hint"].split()
+    assert after == ["after", *steps, rows[1]["solution"]]
+    assert before[:4] == ["before", "<think>", *steps[:2]] and before[4] != steps[2]
