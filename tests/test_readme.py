@@ -1,4 +1,4 @@
-"""The README: its recipes run as they are written, its links and names are there, it can be read."""
+"""The README: its recipes run as they are written, its links and names exist, it can be read."""
 
 import re
 import runpy
@@ -21,8 +21,9 @@ import rollout
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = dict(re.findall(r"```(?:python|diff)\n# (my_\w+\.\w+)\n(.*?)```", TEXT, re.DOTALL))
-SMALL = """max_steps=2 start_hint_step=0 eval_strategy=no eval_datasets={} save_strategy=no
-    num_generations=4 per_device_train_batch_size=4 gradient_accumulation_steps=4""".split()
+SMALL = """max_steps=1 start_hint_step=0 eval_strategy=no eval_datasets={} save_strategy=no
+    num_generations=4 per_device_train_batch_size=4 gradient_accumulation_steps=2
+    max_completion_length=40 hint_ratio=[0.75]""".split()
 COLUMNS, LINES, PARAGRAPH, RECIPE = 100, 400, 5, 20
 
 
@@ -81,7 +82,7 @@ def test_there_is_a_short_recipe_for_each_of_five_things():
 
 def test_the_recipe_of_a_method(run):
     """Half of each group is hinted, and the controller's ratio goes from step to step."""
-    metrics, lines = run("my_method.py")
+    metrics, lines = run("my_method.py", "max_steps=2", "gradient_accumulation_steps=4")
     for line in lines[0]:
         assert [sample["hint_ratio"] for sample in line["completions"]] in ([0, 0, 0.5, 0.5],)
     omegas = [0.5, *[line["hint/omega"] for line in metrics]]
@@ -91,7 +92,7 @@ def test_the_recipe_of_a_method(run):
 
 
 def test_the_recipe_of_a_metric(run):
-    metrics, lines = run("my_metric.py")
+    metrics, lines = run("my_metric.py", "max_steps=2")
     for line, step in zip(metrics, lines, strict=True):
         always = [min(group["stages"][0]["passes"]) > 0 for group in step]
         assert line["always_right"] == np.mean(always)
@@ -100,8 +101,7 @@ def test_the_recipe_of_a_metric(run):
 
 def test_the_recipe_of_an_engine(run, monkeypatch):
     """Its log-probs are the trainer's, its texts are right as often as they should."""
-    metrics, lines = run("my_engine.py", "max_steps=1", "max_completion_length=40",
-                         "hint_ratio=[0.75]")  # fmt: skip
+    metrics, lines = run("my_engine.py", "gradient_accumulation_steps=3")
     assert rollout.ENGINES["hf"].__name__ == "MyEngine"
     (line,) = metrics
     assert line["compared"] == 0 or line["mismatch_k3"] < 1e-8
@@ -127,7 +127,7 @@ def test_the_recipe_of_a_setting(folder):
     subprocess.run(words[:middle], check=True)
     python, *command = words[middle + 1 :]
     assert python == "python"
-    done = subprocess.run([sys.executable, *command, *SMALL, "max_steps=1", "output_dir=out"],
+    done = subprocess.run([sys.executable, *command, *SMALL, "output_dir=out"],
                           capture_output=True, text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load((folder / "out/config.yaml").read_text())["reward_limit"] == 1.0
