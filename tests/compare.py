@@ -170,8 +170,9 @@ def demo(settings: list[str]) -> None:
     folder = ROOT / "runs" / "demo"
     set_aside(folder)
     print("GHPO on running totals: the base model solves easy problems and never a hard one.")
+    print("Its hard groups are asked again with 25, 50, 75 % of the solution as a hint, but in the")
     print(
-        "Its hard groups are asked again with 25, 50, 75 % of the solution as a hint.\n", flush=True
+        "first ten steps (start_hint_step): there nothing is learnt, grad_norm is 0.\n", flush=True
     )
     seconds = train(folder, ARMS["ghpo"] + settings)
     run = read_run(folder)

@@ -153,10 +153,12 @@ def page(run: Path, step: int | None = None) -> str:
     log = run / "metrics.jsonl"
     if step is not None:
         paths = [path for path in paths if int(path.stem.split("_")[1]) == step]
+    meant = "RUN is the output_dir of a training run"
     if not paths:
-        sys.exit(f"show: {run}/rollouts has no {'step' if step is None else f'step {step}'}")
+        wanted = "step" if step is None else f"step {step}"
+        sys.exit(f"show: {run}/rollouts has no {wanted}: {meant}")
     if not log.is_file():
-        sys.exit(f"show: {log} is not there: RUN is the output_dir of a training run")
+        sys.exit(f"show: {log} is not there: {meant}")
     groups = []
     for path in paths[-LAST_STEPS:]:
         number = int(path.stem.split("_")[1])

@@ -128,7 +128,7 @@ def test_the_recipe_of_a_setting(folder):
     python, *command = words[middle + 1 :]
     assert python == "python"
     done = subprocess.run([sys.executable, *command, *SMALL, "output_dir=out"],
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+                          capture_output=True, text=True, timeout=600)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load((folder / "out/config.yaml").read_text())["reward_limit"] == 1.0
     patched = runpy.run_path("hints.py")
