@@ -72,7 +72,7 @@ function draw() {
     && (!at("hinted").checked || group.only_with_hint)
     && (!at("format").checked || group.format_failed)
     && (!at("cut").checked || group.truncated));
-  at("count").textContent = `${wanted.length} groups`;
+  at("count").textContent = `groups: ${wanted.length}`;
   for (const group of wanted) {
     const box = add(at("groups"), "div", undefined, "group");
     add(box, "h3", `problem ${group.id}: ${group.outcome}`);

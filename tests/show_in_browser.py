@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import show
 
 FILTERS = {"hinted": "only_with_hint", "format": "format_failed", "cut": "truncated"}
-SIZE = {"width": 1000, "height": 900}
+SIZE = {"width": 1000, "height": 620}
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 
 
@@ -34,7 +34,7 @@ def groups_of(page_text: str) -> list[dict]:
 def titles(page: Page) -> list[str]:
     """Headings of the groups that are seen, which must be as many as the page says."""
     seen = page.locator("#groups h3").all_inner_texts()
-    assert page.locator("#count").inner_text() == f"{len(seen)} groups"
+    assert page.locator("#count").inner_text() == f"groups: {len(seen)}"
     return seen
 
 
