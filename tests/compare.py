@@ -29,6 +29,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/tiny.yaml"
 TIERS = {"easy": "easy (k=2)", "transfer": "transfer (k=4, never trained on)", "hard": "hard (k=8)"}
+DEMO_TOKENS = 96  # max_completion_length of CONFIG
 COLOURS = {"ghpo": "tab:blue", "grpo": "tab:orange"}
 
 # What distinguishes each arm from configs/tiny.yaml. max_steps: as many as generate the tokens that
@@ -159,13 +160,38 @@ def draw_demo(run: dict, path: Path) -> None:
     plt.close(figure)
 
 
+def greedy_text(model: Path, prompt: str) -> str:
+    """What a saved model answers to a rendered prompt."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging  # slow
+
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+    output = policy.generate(**inputs, do_sample=False, max_new_tokens=DEMO_TOKENS)
+    return tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def print_before_and_after(folder: Path) -> None:
+    """One hard held-out problem: the base model's answer, and that of the last evaluation."""
+    lines = [json.loads(line) for line in (folder / "eval_hard.jsonl").read_text().splitlines()]
+    solved = [line for line in lines if line["completions"][0].get("accuracy", 0) > 0]
+    line = (solved or lines)[0]
+    told = "the first that is solved now" if solved else "not solved yet"
+    print(f"\nA hard problem, {told}: {line['problem']}  gold {line['gold']}\n")
+    before = greedy_text(ROOT / "tests/tiny/base", line["prompt"])
+    for name, text in [("before", before), ("after", line["completions"][0]["text"])]:
+        print(f"{name:8}{' '.join(text.split())}")
+
+
 def demo(settings: list[str]) -> None:
     """Trains GHPO on the tiny task in the foreground, then prints and draws what came of it."""
     folder = ROOT / "runs" / "demo"
     set_aside(folder)
     print("GHPO on running totals: the base model solves easy problems and never a hard one.")
+    print("Its hard groups are asked again with 25, 50, 75 % of the solution as a hint, but in the")
     print(
-        "Its hard groups are asked again with 25, 50, 75 % of the solution as a hint.\n", flush=True
+        "first ten steps (start_hint_step): there nothing is learnt, grad_norm is 0.\n", flush=True
     )
     seconds = train(folder, ARMS["ghpo"] + settings)
     run = read_run(folder)
@@ -179,6 +205,7 @@ def demo(settings: list[str]) -> None:
     print("\nAccuracy without hints on problems not trained on, greedy:\n")
     rows = [[TIERS[t], f"{v['before']:.3f}", f"{v['after']:.3f}"] for t, v in tiers.items()]
     print_table(["tier", "before", "after"], rows)
+    print_before_and_after(folder)
     print(f"\n{after['step']} steps, {tokens:,} generated tokens, {seconds:.0f} s")
     print("runs/demo/demo.png       the curves")
     print("runs/demo/rollouts/      every prompt, hint and completion")

@@ -19,14 +19,16 @@ PAGE = """<!doctype html>
       content="default-src 'none'; style-src 'unsafe-inline'; script-src 'nonce-show'">
 <title>Rollouts</title>
 <style>
-  body { font: 14px/1.4 system-ui, sans-serif; margin: 1em auto; max-width: 70em; }
+  body { font: 14px/1.4 system-ui, sans-serif; margin: 1em auto; max-width: 70em;
+         padding: 0 1em; }
   pre { white-space: pre-wrap; background: #f4f4f4; padding: .5em; margin: .3em 0; }
   .group { border: 1px solid #bbb; margin: 1em 0; padding: .5em 1em; }
   .right { border-left: 4px solid #2a2; } .wrong { border-left: 4px solid #c33; }
-  svg { border: 1px solid #bbb; } label { margin-right: 1.5em; }
+  figure { display: inline-block; margin: 0 1.5em 0 0; }
+  svg { border: 1px solid #bbb; display: block; } label { margin: 0 1em 0 .5em; }
 </style>
 <h1 id="title"></h1>
-<p id="curves"></p>
+<div id="curves"></div>
 <p>Step <select id="step"></select>
   <label><input type="checkbox" id="hinted"> solved only with a hint</label>
   <label><input type="checkbox" id="format"> format failed</label>
@@ -59,7 +61,8 @@ function curve(name) {
   line.setAttribute("fill", "none");
   line.setAttribute("stroke", "#36c");
   svg.appendChild(line);
-  const figure = add(at("curves"), "span", `${name} (0 to 1) `);
+  const figure = add(at("curves"), "figure");
+  add(figure, "figcaption", `${name}, 0 to 1, by step`);
   figure.appendChild(svg);
 }
 
@@ -69,7 +72,7 @@ function draw() {
     && (!at("hinted").checked || group.only_with_hint)
     && (!at("format").checked || group.format_failed)
     && (!at("cut").checked || group.truncated));
-  at("count").textContent = `${wanted.length} groups`;
+  at("count").textContent = `groups: ${wanted.length}`;
   for (const group of wanted) {
     const box = add(at("groups"), "div", undefined, "group");
     add(box, "h3", `problem ${group.id}: ${group.outcome}`);
@@ -79,6 +82,8 @@ function draw() {
     if (group.hint) add(box, "pre", group.hint);
     for (const sample of group.samples) {
       add(box, "div", `${sample.scores}; ${sample.tokens} tokens, ${sample.finish_reason}`);
+      if (sample.hint !== group.hint) add(box, "div", `this sample's hint, ratio ${sample.ratio}:`);
+      if (sample.hint !== group.hint) add(box, "pre", sample.hint || "none");
       add(box, "pre", sample.text, sample.is_right ? "right" : "wrong");
     }
   }
@@ -110,6 +115,8 @@ def shown_group(line: dict, step: int) -> dict:
             "finish_reason": sample["finish_reason"],
             "scores": ", ".join(f"{name} {sample[name]:g}" for name in names),
             "is_right": sample[main] > 0,
+            "ratio": sample["hint_ratio"],
+            "hint": sample.get("hint", line["hint"]),  # its own where it differs from the first's
         })  # fmt: skip
     stages = [stage for stage in line["stages"] if not stage["is_skipped"]]
     solved = [max(stage["ratios"]) for stage in stages if any(p > 0 for p in stage["passes"])]
@@ -143,16 +150,21 @@ def shown_group(line: dict, step: int) -> dict:
 def page(run: Path, step: int | None = None) -> str:
     """The HTML of a run's rollouts; SystemExit when it has none."""
     paths = sorted((run / "rollouts").glob("step_*.jsonl"))
+    log = run / "metrics.jsonl"
     if step is not None:
         paths = [path for path in paths if int(path.stem.split("_")[1]) == step]
+    meant = "RUN is the output_dir of a training run"
     if not paths:
-        sys.exit(f"show: {run}/rollouts has no {'step' if step is None else f'step {step}'}")
+        wanted = "step" if step is None else f"step {step}"
+        sys.exit(f"show: {run}/rollouts has no {wanted}: {meant}")
+    if not log.is_file():
+        sys.exit(f"show: {log} is not there: {meant}")
     groups = []
     for path in paths[-LAST_STEPS:]:
         number = int(path.stem.split("_")[1])
         of_step = [shown_group(line, number) for line in read_jsonl(path)]
         groups += sorted(of_step, key=lambda group: -group["hardness"])
-    metrics = [line for line in read_jsonl(run / "metrics.jsonl") if "loss" in line]
+    metrics = [line for line in read_jsonl(log) if "loss" in line]
     data = {
         "title": f"Rollouts of {run}",
         "groups": groups,
@@ -164,7 +176,7 @@ def page(run: Path, step: int | None = None) -> str:
 
 
 def main() -> None:
-    if len(sys.argv) not in (2, 3):
+    if len(sys.argv) not in (2, 3) or not all(word.isdecimal() for word in sys.argv[2:]):
         sys.exit(__doc__)
     run = Path(sys.argv[1])
     step = int(sys.argv[2]) if len(sys.argv) == 3 else None

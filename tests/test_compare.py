@@ -4,6 +4,7 @@ import json
 
 import compare
 import pytest
+from conftest import DATA, read_jsonl, write_jsonl
 
 
 @pytest.fixture
@@ -93,3 +94,23 @@ def test_evaluations_stand_side_by_side(tmp_path):
     ]
     with pytest.raises(compare.RunFailed, match="three/eval.json is not there"):
         compare.evals([tmp_path / "three"])
+
+
+def test_the_demo_prints_a_hard_problem_before_and_after(tmp_path, capsys):
+    """Of two held-out problems the one that is solved now; the base model slips at its third step,
+    the task's planted misconception."""
+    rows = read_jsonl(DATA / "eval_hard.jsonl")[:2]
+    lines = []
+    for row, score in zip(rows, (0.0, 1.0)):
+        sample = {"text": f"{row['solution_hint']}\n{row['solution']}", "accuracy": score}
+        prompt = f"<|user|>{row['problem']}<|end|><|assistant|>"
+        lines.append({"problem": row["problem"], "prompt": prompt, "gold": row["solution"],
+                      "completions": [sample]})  # fmt: skip
+    write_jsonl(tmp_path / "eval_hard.jsonl", lines)
+    compare.print_before_and_after(tmp_path)
+    told = capsys.readouterr().out
+    assert f"solved now: {rows[1]['problem']}  gold {rows[1]['solution']}" in told
+    before, after = (line.split() for line in told.splitlines()[3:])
+    steps = rows[1]["solution_hint"].split()
+    assert after == ["after", *steps, rows[1]["solution"]]
+    assert before[:4] == ["before", "<think>", *steps[:2]] and before[4] != steps[2]

@@ -11,8 +11,9 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
 def stage(ratio, passes, is_skipped=False):
-    return {"ratios": [ratio] * len(passes), "hints": [""] * len(passes), "passes": passes,
-            "lengths": [3] * len(passes), "is_trimmed": False, "is_skipped": is_skipped}  # fmt: skip
+    n = len(passes)
+    return {"ratios": [ratio] * n, "hints": [""] * n, "passes": passes, "lengths": [3] * n,
+            "is_trimmed": False, "is_skipped": is_skipped}  # fmt: skip
 
 
 def group(number, stages, finish_reason="stop", form=1.0, text="a"):
@@ -63,3 +64,26 @@ def test_the_three_filters(data):
 def test_a_run_without_rollouts_is_named(tmp_path):
     with pytest.raises(SystemExit, match="has no step 7"):
         show.page(tmp_path, 7)
+
+
+def test_a_samples_own_hint_stands_with_it(tmp_path):
+    """Half of the group was hinted: the line has the first one's prompt, then what differs."""
+    line = group(4, [stage(0.5, [0, 1])])
+    plain, hinted = line["completions"][0], dict(line["completions"][1])
+    hinted |= {"hint_ratio": 0.5, "prompt": "q h", "hint": "h"}
+    shown = show.shown_group(line | {"completions": [plain, hinted]}, 1)
+    assert [(one["ratio"], one["hint"]) for one in shown["samples"]] == [(0.0, ""), (0.5, "h")]
+    assert shown["samples"][1]["scores"] == "accuracy 0, format 1"
+
+
+def test_a_folder_without_metrics_is_named(tmp_path):
+    (tmp_path / "rollouts").mkdir()
+    write_jsonl(tmp_path / "rollouts/step_000001.jsonl", [group(1, [stage(0, [1, 0])])])
+    with pytest.raises(SystemExit, match="metrics.jsonl is not there"):
+        show.page(tmp_path)
+
+
+def test_a_step_that_is_no_number_is_answered_with_the_usage(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["show.py", str(tmp_path), "last"])
+    with pytest.raises(SystemExit, match="show.py RUN"):
+        show.main()
