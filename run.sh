@@ -132,6 +132,14 @@ launch() {
         --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 3600 ghpo.py "$@"
 }
 
+need_config() {
+    if [ $# = 0 ]; then
+        echo "run.sh: which CONFIG? ./run.sh $command CONFIG [key=value ...], as in" \
+            "./run.sh $command configs/debug_1gpu.yaml" >&2
+        exit 2
+    fi
+}
+
 command="${1:-demo}"
 shift || true
 case "$command" in
@@ -162,23 +170,30 @@ case "$command" in
         exec python -m pytest tests/test_vllm*.py "$@"
         ;;
     train)
-        config="${1:?usage: ./run.sh train CONFIG [key=value ...]}"
+        need_config "$@"
+        config="$1"
         setup
         launch --config "$config" "${@:2}"
         ;;
     eval)
-        config="${1:?usage: ./run.sh eval CONFIG [key=value ...]}"
+        need_config "$@"
+        config="$1"
         setup
         launch --config "$config" --eval "${@:2}"
         ;;
     serve)
-        config="${1:?usage: ./run.sh serve CONFIG [key=value ...]}"
+        need_config "$@"
+        config="$1"
         setup
         setup_vllm
         exec python -m configs.plan serve "$config" "${@:2}"
         ;;
-    *)
+    help | --help | -h)
         usage
-        [ "$command" = help ] || [ "$command" = --help ] || [ "$command" = -h ]
+        ;;
+    *)
+        echo "run.sh: there is no command '$command'" >&2
+        usage >&2
+        exit 2
         ;;
 esac

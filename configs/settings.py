@@ -352,7 +352,10 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """The unchecked settings of a YAML file; UserError names it when it holds no mapping."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        told = f"{error.strerror}; configs/ has examples"
+        raise UserError(f"config: {path}: {told}") from None
+    except ValueError as error:
         raise UserError(f"config: {path}: {error}") from None
     values = read_yaml(text, path)
     need(isinstance(values, dict | None), f"config: {path}: no settings, but {shown('', values)}")
