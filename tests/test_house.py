@@ -1,4 +1,4 @@
-"""What forks rely on: the modules stand alone, hooks take effect, what a method remembers is kept."""
+"""What forks rely on: modules stand alone, hooks take effect, what a method remembers is kept."""
 
 import json
 import os
@@ -90,6 +90,13 @@ def test_the_five_modules_and_configs_stand_alone(tmp_path):
 def test_the_program_imports_nothing_from_tests():
     for path in [*ROOT.glob("*.py"), *(ROOT / "configs").glob("*.py")]:
         assert "import tests" not in path.read_text() and "from tests" not in path.read_text(), path
+
+
+@pytest.mark.skipif(not shutil.which("ruff"), reason="ruff is not installed")
+def test_one_format_and_no_finding_of_the_linter():
+    for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."]):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_verifier_worker_stays_light():

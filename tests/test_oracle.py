@@ -225,7 +225,7 @@ def test_verdicts_of_our_own_pairs(label, kind, gold, answer):
 
 def test_sympy_contradicts_no_positive_verdict():
     decided = 0
-    for label, kind, gold, answer in PAIRS:
+    for _, kind, gold, answer in PAIRS:
         if accuracy_reward("\\boxed{%s}" % answer, gold, strict_answers=False):
             verdict = judge(answer, gold)
             assert verdict is not False, (kind, gold, answer)

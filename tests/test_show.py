@@ -11,8 +11,14 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
 def stage(ratio, passes, is_skipped=False):
-    return {"ratios": [ratio] * len(passes), "hints": [""] * len(passes), "passes": passes,
-            "lengths": [3] * len(passes), "is_trimmed": False, "is_skipped": is_skipped}  # fmt: skip
+    return {
+        "ratios": [ratio] * len(passes),
+        "hints": [""] * len(passes),
+        "passes": passes,
+        "lengths": [3] * len(passes),
+        "is_trimmed": False,
+        "is_skipped": is_skipped,
+    }
 
 
 def group(number, stages, finish_reason="stop", form=1.0, text="a"):
