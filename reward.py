@@ -1288,20 +1288,23 @@ ADAPTER = (
 MAX_REWARD = 1e9  # larger ones would not stay finite in sums
 
 
-def resolve_reward(name: str):
+def resolve_reward(name: str) -> Callable:
     """The f(response, gold) -> float behind a key of REWARDS or "path/to/file.py:function"."""
     source, _, function = name.rpartition(":")
     try:
-        reward = REWARDS[name] if name in REWARDS else runpy.run_path(source)[function]
+        if name in REWARDS:
+            reward = REWARDS[name]
+        else:
+            reward = runpy.run_path(source)[function]
     except (Exception, SystemExit) as error:  # whatever the user's file does when it is imported
         raise UserError(f"reward {name!r}: none of {', '.join(REWARDS)}; {error!r}") from error
-    first = next(iter(inspect.signature(reward).parameters), "")
-    if first in ("completions", "prompts"):
+    parameters = list(inspect.signature(reward).parameters)
+    if parameters and parameters[0] in ("completions", "prompts"):
         raise UserError(f"reward {name!r} is written for TRL; wrap it: {ADAPTER}")
     return reward
 
 
-def wanted(reward) -> set[str] | None:
+def wanted_columns(reward: Callable) -> set[str] | None:
     """The columns that a reward asks for after (response, gold); None for all of them."""
     parameters = list(inspect.signature(reward).parameters.values())
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
@@ -1312,10 +1315,12 @@ def wanted(reward) -> set[str] | None:
 # ---- workers: one line of JSON in, one out ----
 
 
-def score(reward, text: str, gold: str, row: dict) -> tuple[float, str | None]:
+def score(reward: Callable, text: str, gold: str, row: dict) -> tuple[float, str | None]:
     """The reward of one text, or 0.0 and what went wrong."""
-    names = wanted(reward)
-    columns = {key: value for key, value in row.items() if names is None or key in names}
+    names = wanted_columns(reward)
+    columns = row
+    if names is not None:
+        columns = {name: row[name] for name in names if name in row}
     try:
         value = float(reward(text, gold, **columns))
         if not abs(value) <= MAX_REWARD:
@@ -1337,16 +1342,20 @@ def serve(timeout: str, *names: str) -> None:
     try:
         rewards = [resolve_reward(name) for name in names]
     except UserError as error:
-        return reply(refused=str(error))
-    asked = [wanted(reward) for reward in rewards]
-    reply(columns=None if None in asked else sorted(set().union(*asked)))
+        reply(refused=str(error))
+        return
+    asked = [wanted_columns(reward) for reward in rewards]
+    columns = None  # all
+    if None not in asked:
+        columns = sorted(set().union(*asked))
+    reply(columns=columns)
     group = {}
     for line in sys.stdin:
         message = json.loads(line)
         if isinstance(message, dict):
             group = message
             continue
-        # should the caller be gone: its deadline is the earlier one
+        # only should the caller be gone: its own deadline is the earlier one
         faulthandler.dump_traceback_later(float(timeout) + 2 * GRACE, exit=True)
         scores = [score(reward, message, group["gold"], group["row"]) for reward in rewards]
         faulthandler.cancel_dump_traceback_later()
@@ -1354,7 +1363,9 @@ def serve(timeout: str, *names: str) -> None:
         reply(rewards=values, errors=errors)
 
 
-GRACE, START = 0.25, 60.0  # seconds: for a reply on its way, and for a worker to start
+GRACE = 0.25  # seconds for a reply on its way
+START = 60.0  # seconds for a worker to start
+PIPE_BYTES = 1 << 16  # read at a time
 
 
 class Worker:
@@ -1364,7 +1375,10 @@ class Worker:
         self.process = Popen(command, stdin=PIPE, stdout=PIPE, bufsize=0, start_new_session=True)
         os.set_blocking(self.process.stdin.fileno(), False)
         self.group = None  # the last one whose gold and row it got
-        hello = json.loads(self.ask(b"", START) or '{"refused": "a worker does not start"}')
+        hello = {"refused": "a worker does not start"}
+        reply = self.ask(b"", START)
+        if reply:
+            hello = json.loads(reply)
         if "refused" in hello:
             self.kill()
             raise UserError(hello["refused"])
@@ -1372,7 +1386,8 @@ class Worker:
 
     def ask(self, request: bytes, seconds: float) -> bytes | None:
         """Its line of reply; b"" when it died, None when it is late. Never waits longer."""
-        deadline, reply = time.monotonic() + seconds, b""
+        deadline = time.monotonic() + seconds
+        reply = b""
         stdin, stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
         while not reply.endswith(b"\n"):
             poller = select.poll()
@@ -1386,12 +1401,14 @@ class Worker:
             try:
                 if stdin in ready:
                     request = request[os.write(stdin, request) :]
-                part = os.read(stdout, 1 << 16) if stdout in ready else None
+                if stdout not in ready:
+                    continue
+                part = os.read(stdout, PIPE_BYTES)
             except OSError:
                 return b""
-            if part == b"":
+            if not part:
                 return b""
-            reply += part or b""
+            reply += part
         return reply if reply.startswith(b"{") else b""  # else a reward wrote into the pipe
 
     def kill(self) -> None:
@@ -1409,45 +1426,51 @@ class VerifierPool:
     """
 
     def __init__(self, reward_funcs: list[str], workers: int, timeout: float = 5.0):
-        self.names, self.timeout = list(reward_funcs), timeout
+        self.names = list(reward_funcs)
+        self.timeout = timeout
         self.command = [sys.executable, os.path.abspath(__file__), str(timeout), *reward_funcs]
-        self.stats, self.error = {"timeouts": 0, "errors": 0}, None
+        self.stats = {"timeouts": 0, "errors": 0}
+        self.error = None
         self.groups = []  # (key, the futures of its texts)
-        self.lock, self.is_closed = threading.Lock(), False
+        self.lock = threading.Lock()
+        self.is_closed = False
         self.threads = ThreadPoolExecutor(workers)
         self.workers, self.idle = [], []  # one worker for each thread
+        starts = [self.threads.submit(self._start) for _ in range(workers)]
         try:
-            list(self.threads.map(lambda _: self._start(), range(workers)))
+            for start in starts:
+                start.result()
         except UserError:
             self.close()
             raise
         self.columns = self.workers[0].columns
 
-    def submit(self, key, texts: list[str], gold: str, row: dict | None = None) -> None:
+    def submit(self, key: Any, texts: list[str], gold: str, row: dict | None = None) -> None:
         """Queue the G `texts` of one problem; returns at once. `row`: JSON values by name, the
         "problem" and the data's columns; what the rewards' signatures name is sent."""
         group = self._group(gold, row or {})
-        self.groups.append((key, [self.threads.submit(self._ask, text, group) for text in texts]))
+        replies = [self.threads.submit(self._ask, text, group) for text in texts]
+        self.groups.append((key, replies))
 
     def poll(self, wait: bool) -> list[tuple]:
         """(key, rewards_GF) of the groups that are ready; with `wait`, of all submitted ones."""
         ready, waiting = [], []
-        for key, texts in self.groups:
-            if wait or all(text.done() for text in texts):
-                ready.append((key, [text.result()["rewards"] for text in texts]))
+        for key, replies in self.groups:
+            if wait or all(reply.done() for reply in replies):
+                ready.append((key, [reply.result()["rewards"] for reply in replies]))
             else:
-                waiting.append((key, texts))
+                waiting.append((key, replies))
         self.groups = waiting
         return ready
 
     def probe(self, examples: list[tuple[str, dict]]) -> None:
         """Try the rewards on the (gold, row) of up to four problems, with the gold and with nothing
         as response; UserError names one that fails every time."""
-        calls = [
-            self.threads.submit(self._ask, text, self._group(gold, row))
-            for gold, row in examples[:4]
-            for text in (gold, "")
-        ]
+        calls = []
+        for gold, row in examples[:4]:
+            group = self._group(gold, row)
+            for text in (gold, ""):
+                calls.append(self.threads.submit(self._ask, text, group))
         replies = [call.result() for call in calls]
         for index, name in enumerate(self.names):
             errors = [reply["errors"][index] for reply in replies]
@@ -1456,7 +1479,8 @@ class VerifierPool:
                     f"reward {name!r} failed in all {len(errors)} trials: {errors[0]}; "
                     "f(response, gold) -> float is wanted, or columns by their names"
                 )
-        self.stats, self.error = dict.fromkeys(self.stats, 0), None
+        self.stats = dict.fromkeys(self.stats, 0)
+        self.error = None
 
     def close(self) -> None:
         """Drop what is still queued and stop the workers. Can be called twice."""
@@ -1487,10 +1511,12 @@ class VerifierPool:
             self._start()
         if reply == b"" and may_retry and not self.is_closed:
             return self._ask(text, group, may_retry=False)
-        is_late = reply is None
-        why = f"no reply within {self.timeout} s" if is_late else "its worker died"
-        failed = {"rewards": [0.0] * len(self.names), "errors": [why] * len(self.names)}
-        return self._counted(failed, "timeouts" if is_late else "errors")
+        if reply is None:
+            return self._counted(self._failed(f"no reply within {self.timeout} s"), "timeouts")
+        return self._counted(self._failed("its worker died"), "errors")
+
+    def _failed(self, why: str) -> dict:
+        return {"rewards": [0.0] * len(self.names), "errors": [why] * len(self.names)}
 
     def _counted(self, reply: dict, kind: str) -> dict:
         errors = [error for error in reply["errors"] if error]

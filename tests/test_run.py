@@ -279,6 +279,22 @@ def test_deferred_hints_come_in_the_next_step(scripted_training):
     assert sum(generated) == sum(logged)
 
 
+def test_no_problem_is_twice_in_a_step(scripted_training):
+    """6 problems, 4 a step, none ever solved: those that return are soon due as fresh ones too."""
+    changes = {"reward_weights": [1.0, 0.0], "max_completion_length": 2, "learning_rate": 0.0}
+    run, _, steps = scripted_training(
+        lambda step, slot: 9, hard_rows(6), hint_timing="deferred", max_steps=9, **changes
+    )
+    ids = [[line["id"] for line in lines] for lines in steps]
+    assert [len(set(step)) for step in ids] == [4] * 9
+    assert set().union(*ids) == {0, 1, 2, 3, 4, 5}
+    run, _, steps = scripted_training(
+        lambda step, slot: 9, hard_rows(6), rl_type="grpo", flat_groups="replace",
+        replace_rounds=3, max_steps=3, **changes)  # fmt: skip
+    for lines in steps:  # 4 and the 2 others, for no more are left
+        assert sorted(line["id"] for line in lines) == [0, 1, 2, 3, 4, 5]
+
+
 def test_generated_tokens_count_every_sample_once(scripted_training):
     for timing in ("inline", "deferred"):
         run, seen, _ = scripted_training(
