@@ -54,6 +54,7 @@ WARN_LIMIT = 1e-2  # k3 that is told where mismatch_limit is null
 COLLAPSE_STEPS = 6  # the second half of them is compared with the first
 COLLAPSE_RISE = 0.1  # of another reward, added
 COLLAPSE_FALL = 0.8  # of accuracy and length, times
+IDLE_STEPS = 3  # in a row without a gradient are told
 START_STEPS = 2  # of the start-up pass: activations beside gradients, then beside Adam's moments
 PROMPT_DATE = datetime(2025, 1, 1)  # what a chat template shows as today
 THINK_OPENED = re.compile(r"<think>\s*$")
@@ -95,6 +96,7 @@ class State:
     mismatch: list = field(default_factory=list)  # k3 of the last steps that compared something
     trend: list = field(default_factory=list)  # metrics of the last steps, for watch_collapse
     nonfinite: int = 0  # updates left out in a row
+    idle: int = 0  # steps without a gradient in a row
     prompts_per_step: int = 0
     steps: int = 0  # that the run was to have
     data: str = ""  # fingerprint of the problems
@@ -664,7 +666,7 @@ def update(run: Run, rows: list[Row]) -> float:
         run.optimizer.step()
         run.state.nonfinite = 0
     else:
-        path = run.folder / f"nonfinite_step_{run.state.step}_rank_{run.rank}.pt"
+        path = run.folder / f"nonfinite_step_{run.state.step + 1:06d}_rank_{run.rank}.pt"
         torch.save(rows, path)
         run.state.nonfinite += 1
         allowed = MAX_NONFINITE if run.config.nonfinite == "skip" else 0
@@ -753,8 +755,7 @@ def train(run: Run, interrupt: Interrupt) -> int:
         metrics |= costs(run, rows, metrics["tokens/generated"], time.perf_counter() - started)
         state.step += 1
         write_metrics(run, metrics)
-        watch_mismatch(run, metrics)
-        watch_collapse(run, metrics)
+        watch(run, metrics)
         bar.update()
         is_last = state.step == plan.steps
         if c.eval_strategy == "steps" and (is_last or state.step % c.eval_steps == 0):
@@ -938,6 +939,13 @@ def costs(run: Run, rows: list[Row], n_generated: float, seconds: float) -> dict
     return metrics
 
 
+def watch(run: Run, metrics: dict) -> None:
+    """Looks at a step for what does not end a run by itself and should be known."""
+    watch_mismatch(run, metrics)
+    watch_collapse(run, metrics)
+    watch_idle(run, metrics)
+
+
 def watch_mismatch(run: Run, metrics: dict) -> None:
     """Warns of a step in which sampler and trainer disagree; stops, after a checkpoint, when the
     first step that compared tokens or the mean of the last ten does."""
@@ -994,6 +1002,26 @@ def watch_collapse(run: Run, metrics: dict) -> None:
                 f"collapse? In {COLLAPSE_STEPS} steps {told}: lower the weight of that reward in "
                 "reward_weights, or the learning rate"
             )
+
+
+def watch_idle(run: Run, metrics: dict) -> None:
+    """Warns when step after step has no gradient, as those of a policy that a learning rate far too
+    high has destroyed: its samples are all alike, and so are their rewards."""
+    state = run.state
+    if metrics["grad_norm"] != 0:
+        state.idle = 0
+        return
+    state.idle += 1
+    if state.idle % IDLE_STEPS == 0:
+        rewards = [f"reward/{name}" for name in run.config.reward_funcs]
+        keys = [*rewards, "truncated", "tokens/completion"]
+        told = ", ".join(f"{key} {metrics[key]:.3g}" for key in keys if key in metrics)
+        say(
+            f"nothing is learnt: {state.idle} steps in a row had no gradient, for in each of their "
+            f"groups all rewards were equal ({told}). Read rollouts/step_{state.step:06d}.jsonl: "
+            "if the samples are no text, learning_rate was too high, go back to a checkpoint; if "
+            "all are right or all wrong, take problems of another difficulty"
+        )
 
 
 def evaluate(run: Run) -> dict[str, dict]:
@@ -1295,14 +1323,14 @@ def check_policy(run: Run) -> None:
     """Compares the log-probs of the training pass with those of the whole causal LM on each
     sequence alone; UserError on a difference. Collective: every rank must call it."""
     c, model_type = run.config, run.policy.model.config.model_type
-    limits = CHECK_LIMITS.get(c.torch_dtype, EXACT)
+    mean_limit, largest_limit = CHECK_LIMITS.get(c.torch_dtype, EXACT)
     name = f"model_name_or_path={c.model_name_or_path}: {model_type}"
     with as_user_error(name), torch.no_grad():
         mean, largest = policy_error(run, c.packing)
-        is_right = mean <= limits[0] and largest <= limits[1]
+        is_right = mean <= mean_limit and largest <= largest_limit
         if c.packing and not is_right:
-            alone, _ = policy_error(run, False)
-            if alone <= limits[0]:
+            mean_alone, _ = policy_error(run, is_packed=False)
+            if mean_alone <= mean_limit:
                 raise UserError(
                     f"{name}: rows that are packed see each other, log-probs are off "
                     f"by {largest:.2g}: set packing=false"
@@ -1311,7 +1339,7 @@ def check_policy(run: Run) -> None:
     need(
         is_right,
         f"{name}: log-probs of the training pass are not the model's: off by {mean:.2g} "
-        f"in the mean, {largest:.2g} at most (allowed: {limits[0]:g}, {limits[1]:g}). Try "
+        f"in the mean, {largest:.2g} at most (allowed: {mean_limit:g}, {largest_limit:g}). Try "
         "attn_implementation=eager or torch_dtype=float32, else take another model",
     )
 
@@ -1385,32 +1413,42 @@ def resume(run: Run, is_eval: bool) -> None:
     if found:
         path, saved = found
         run.state.load(saved)
-        data = run.state.data
-        need(
-            is_eval or not data or data == fingerprint(run.problems),
-            f"{path} was made with other data: history and queue would mean other problems. "
-            "Bring dataset_name back as it was, or choose another output_dir",
-        )
-        before, now = run.state.prompts_per_step, run.plan.prompts
-        need(
-            is_eval or before == now,
-            f"{path} had {before} prompts a step, not {now}: change gradient_accumulation_steps",
-        )
-        c, planned = run.config, run.state.steps
-        is_other = not is_eval and planned not in (0, run.plan.steps)
-        if is_other and not c.lr_scheduler_type.startswith("constant"):
-            say(
-                f"max_steps was {planned} and is {run.plan.steps}: the {c.lr_scheduler_type} rate "
-                "goes on by the new one"
-            )
+        if not is_eval:
+            check_resumed(run, path)
         say(f"resuming {path}")
     run.state.steps = run.plan.steps
-    if run.rank == 0 and run.log.is_file() and not is_eval:  # later lines will be computed again
-        with open(run.log, "r+b") as file, open(f"{run.log}.stale", "ab") as stale:
-            kept = file.read(run.state.metrics_bytes).rfind(b"\n") + 1  # a crash may cut a line
-            file.seek(kept)
-            stale.write(file.read())
-            file.truncate(kept)
+    if run.rank == 0 and run.log.is_file() and not is_eval:
+        cut_log(run.log, run.state.metrics_bytes)
+
+
+def check_resumed(run: Run, path: Path) -> None:
+    """Refuses to go on with other data or another size of steps; tells of another end."""
+    c, state, plan = run.config, run.state, run.plan
+    need(
+        not state.data or state.data == fingerprint(run.problems),
+        f"{path} was made with other data: history and queue would mean other problems. "
+        "Bring dataset_name back as it was, or choose another output_dir",
+    )
+    need(
+        state.prompts_per_step == plan.prompts,
+        f"{path} had {state.prompts_per_step} prompts a step, not {plan.prompts}: change "
+        "gradient_accumulation_steps",
+    )
+    has_other_end = state.steps not in (0, plan.steps)
+    if has_other_end and not c.lr_scheduler_type.startswith("constant"):
+        say(
+            f"max_steps was {state.steps} and is {plan.steps}: the {c.lr_scheduler_type} rate "
+            "goes on by the new one"
+        )
+
+
+def cut_log(log: Path, length: int) -> None:
+    """The log as it was at the checkpoint; its later lines, which come again, go to LOG.stale."""
+    with open(log, "r+b") as file, open(f"{log}.stale", "ab") as stale:
+        kept = file.read(length).rfind(b"\n") + 1  # a crash may have cut a line
+        file.seek(kept)
+        stale.write(file.read())
+        file.truncate(kept)
 
 
 def dry_run(config: Config) -> None:
