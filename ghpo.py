@@ -53,7 +53,9 @@ SEED_BITS = 62  # of a request's seed: sample j adds j
 MISMATCH_STEPS = 10  # their mean is looked at
 WARN_LIMIT = 1e-2  # k3 that is told where mismatch_limit is null
 COLLAPSE_STEPS = 6  # the second half of them is compared with the first
-COLLAPSE_RISE, COLLAPSE_FALL = 0.1, 0.8  # of another reward, added; of accuracy and length, times
+COLLAPSE_RISE = 0.1  # of another reward, added
+COLLAPSE_FALL = 0.8  # of accuracy and length, times
+IDLE_STEPS = 3  # in a row without a gradient are told
 START_STEPS = 2  # of the start-up pass: activations beside gradients, then beside Adam's moments
 PROMPT_DATE = datetime(2025, 1, 1)  # what a chat template shows as today
 THINK_OPENED = re.compile(r"<think>\s*$")
@@ -63,24 +65,20 @@ USER_PROBE = {"role": "user", "content": "What is 1 + 2?"}
 CHECK_LENGTHS = [48, 48, 29]  # tokens of the sequences that check_policy compares
 CHECK_LIMITS = {"bfloat16": (0.02, 0.2)}  # mean and largest |dlogp|; of other types EXACT
 EXACT = (1e-4, 1e-4)
+HEAD_LOGITS = 2**25  # of a chunk of tokens, forward and backward
+HEAD_TOKENS = 64  # of a chunk at least
 HEAD_CHUNKS = 16  # of a micro-batch at most: in bfloat16 each rounds the sum of the head's gradient
 CHARS_PER_TOKEN = 8  # longer hints are not tried: to tokenise a whole book takes seconds
 MAX_NONFINITE = 10  # updates in a row that nonfinite: skip leaves out
-MENDABLE = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-}  # by the user: disk, rights
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_RIGHTS = {errno.EROFS, errno.EACCES, errno.EPERM}
+NO_SUCH_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+MENDABLE = DISK_FULL | NO_RIGHTS | NO_SUCH_PLACE  # by the user
 FILLER_IDS = [0, 0]  # of a row that runs and weighs nothing
-PADDED_SHARE, PADDED_TOKENS = 0.97, 512  # a micro-batch has so little padding, or so few tokens
+FILLED_SHARE = 0.97  # of a padded micro-batch that are tokens, at least,
+FEW_TOKENS = 512  # unless it has so few
 MAX_WORKERS = 8  # verifiers of a process
+N_PROBED = 4  # problems on which the rewards are tried
 SHOWN = re.compile(
     r"accuracy_|hard_|reward/|grad_norm|mismatch_k3|eval/(?!.*(?:stderr|tokens|truncated|_n|_k)$)"
 )
@@ -99,6 +97,7 @@ class State:
     mismatch: list = field(default_factory=list)  # k3 of the last steps that compared something
     trend: list = field(default_factory=list)  # metrics of the last steps, for watch_collapse
     nonfinite: int = 0  # updates left out in a row
+    idle: int = 0  # steps without a gradient in a row
     prompts_per_step: int = 0
     steps: int = 0  # that the run was to have
     data: str = ""  # fingerprint of the problems
@@ -126,7 +125,7 @@ class Run:
     log: Path  # metrics.jsonl, or eval.jsonl of an evaluation
     prompts: "Prompts"
     problems: list[Problem]
-    plan: Any  # prompts, steps, per_epoch, save_every
+    plan: Plan
     eval_sets: dict  # name: (config, problems)
     policy: "Policy"
     reference: "Policy | None"  # a frozen copy when beta > 0
@@ -142,7 +141,9 @@ class Run:
     def accuracy_column(self) -> int:
         """The reward that is reported as accuracy: the one named so, else the trigger."""
         names = self.config.reward_funcs
-        return names.index("accuracy") if "accuracy" in names else self.trigger_column
+        if "accuracy" in names:
+            return names.index("accuracy")
+        return self.trigger_column
 
     @property
     def trigger_column(self) -> int:
@@ -164,18 +165,20 @@ def system_in_user_turn(messages: list[dict]) -> list[dict]:
     return [*turns[:first], {**turns[first], "content": content}, *turns[first + 1 :]]
 
 
+def special_tokens(tokenizer: Any) -> list[str]:
+    """Those that a row's own text may not become: of roles too, but not <think> and <answer>."""
+    added = tokenizer.added_tokens_decoder.values()
+    texts = [str(token) for token in added if token.special]
+    return [text for text in texts if not re.fullmatch("</?(think|answer)>", text)]
+
+
 class Prompts:
     """The chat template: what the model reads for a problem and a hint."""
 
     def __init__(self, config: Config, state: State | None = None):
         self.config, self.state = config, state or State()
         self.tokenizer = load_tokenizer(config)
-        added = self.tokenizer.added_tokens_decoder.values()  # those of roles too
-        self.special = [
-            str(token)
-            for token in added
-            if token.special and not re.fullmatch("</?(think|answer)>", str(token))
-        ]
+        self.special = special_tokens(self.tokenizer)
         # the date that a template shows must not change the prompts when a run is resumed
         self.template_values = {"strftime_now": PROMPT_DATE.strftime}
         self.template_values |= config.chat_template_kwargs
@@ -223,15 +226,15 @@ class Prompts:
 
     def _encoded(self, text):
         """Token ids; special tokens of the row's own text are read as the plain text they are."""
-        ids = []
-        for i, piece in enumerate(MARK.split(text)):
-            if i % 2:
-                ids += self.tokenizer(
-                    self.special[int(piece)], add_special_tokens=False, split_special_tokens=True
-                ).input_ids
-            else:
-                ids += self.tokenizer(piece, add_special_tokens=False).input_ids
+        first, *others = MARK.split(text)  # text, number of a token, text, number, ...
+        ids = self._plain_ids(first)
+        for number, piece in zip(others[::2], others[1::2]):
+            ids += self._plain_ids(self.special[int(number)], split_special_tokens=True)
+            ids += self._plain_ids(piece)
         return ids
+
+    def _plain_ids(self, text, **options):
+        return self.tokenizer(text, add_special_tokens=False, **options).input_ids
 
     def fit(self, problem: Problem, ratio: float) -> tuple[str, bool]:
         """make_hint, shortened (the hint, never the problem) until max_prompt_length holds; of at
@@ -241,7 +244,8 @@ class Prompts:
         most = CHARS_PER_TOKEN * c.max_prompt_length
         if len(hint) <= most and self._fits(problem, hint):
             return hint, is_trimmed
-        hint, fitting, too_long = "", 0, min(len(hint), most) + 1  # limits, in characters
+        fitting, too_long = 0, min(len(hint), most) + 1  # limits, in characters
+        hint = ""
         while too_long - fitting > 1:
             limit = (fitting + too_long) // 2
             longer, _ = hints.make_hint(problem, ratio, c, state, limit)
@@ -258,14 +262,16 @@ class Prompts:
         """The Request for the group's next stage; its seed is a hash of run, salt (step), problem
         and stage, without the rank."""
         stage = group.next_stage
-        rendered = {hint: self.ids(group.problem, hint) for hint in set(stage.hints)}
+        ids_of_hint, prefix_of_hint = {}, {}
+        for hint in set(stage.hints):
+            ids_of_hint[hint], prefix_of_hint[hint] = self.ids(group.problem, hint)
         key = repr((config.seed, salt, group.problem.id, len(group.stages))).encode()
         digest = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
         return rollout.Request(
             problem=group.problem,
             stage=stage,
-            prompts=[rendered[hint][0] for hint in stage.hints],
-            prefixes=[rendered[hint][1] for hint in stage.hints],
+            prompts=[ids_of_hint[hint] for hint in stage.hints],
+            prefixes=[prefix_of_hint[hint] for hint in stage.hints],
             seed=digest >> (64 - SEED_BITS),
             config=config,
             slot=slot,
@@ -290,8 +296,17 @@ class Row:
     def weightless(cls, input_ids: list[int], n_context: int = 1) -> "Row":
         """A row that runs and moves nothing: all its tokens weigh 0 in the loss."""
         length = len(input_ids) - n_context
-        zeros, no = [0.0] * length, [False] * length
-        return cls(input_ids, n_context, zeros, zeros, zeros, no, advantage=0.0, n_tokens=0)
+        zeros = [0.0] * length
+        return cls(
+            input_ids=input_ids,
+            n_context=n_context,
+            behaviour_logp=zeros,
+            policy_weight=zeros,
+            sft_weight=zeros,
+            is_comparable=[False] * length,
+            advantage=0.0,
+            n_tokens=0,
+        )
 
     def has_gradient(self, config: Config) -> bool:
         if self.token_weight == 0:  # masked as truncated
@@ -324,18 +339,17 @@ def make_group_rows(group: Group, prompts: "Prompts", config: Config, state: Sta
         n_prompt = len(view.targets) - length  # targets that were part of the prompt
         is_as_sampled = input_ids == [*completion.prompt_ids, *completion.token_ids]
         is_masked = config.mask_truncated_completions and completion.finish_reason == "length"
-        rows.append(
-            Row(
-                input_ids=input_ids,
-                n_context=len(view.context),
-                behaviour_logp=[0.0] * n_prompt + completion.behaviour_logp,
-                policy_weight=view.policy_weight,
-                sft_weight=view.sft_weight,
-                is_comparable=[False] * n_prompt + [is_as_sampled] * length,
-                advantage=float(advantage),
-                n_tokens=0 if is_masked else length,
-            )
+        row = Row(
+            input_ids=input_ids,
+            n_context=len(view.context),
+            behaviour_logp=[0.0] * n_prompt + completion.behaviour_logp,
+            policy_weight=view.policy_weight,
+            sft_weight=view.sft_weight,
+            is_comparable=[False] * n_prompt + [is_as_sampled] * length,
+            advantage=float(advantage),
+            n_tokens=0 if is_masked else length,
         )
+        rows.append(row)
     return rows
 
 
@@ -423,7 +437,7 @@ class HiddenStates(tuple):
     """(hidden states,) as a transformer would answer: None for all else that a head may ask for."""
 
     @property
-    def last_hidden_state(self):
+    def last_hidden_state(self) -> torch.Tensor:
         return self[0]
 
     def __getattr__(self, name):
@@ -433,7 +447,7 @@ class HiddenStates(tuple):
 class GivenStates:
     """Stands where a causal LM keeps its transformer, and answers with the states it is given."""
 
-    def __init__(self, transformer):
+    def __init__(self, transformer: torch.nn.Module):
         self.transformer = transformer
         self.decoder = self  # OPT calls the decoder that its transformer wraps
 
@@ -460,7 +474,7 @@ def head_of(model: PreTrainedModel) -> PreTrainedModel:
 class Policy(torch.nn.Module):
     """The FSDP root: scoring and decoding under one forward, for only that gathers the weights."""
 
-    def __init__(self, model):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
 
@@ -491,13 +505,14 @@ class Policy(torch.nn.Module):
         )
         hidden_MH = out.last_hidden_state.flatten(0, 1)[predict]
         # One chunk of (tokens, V) logits exists at a time, forward and backward.
-        n_rows = 2**25 // self.model.config.vocab_size
-        chunk = max(64, n_rows, math.ceil(len(target) / HEAD_CHUNKS))
-        parts = [
-            checkpoint(self._score, h, t, temperature, use_reentrant=False)
-            for h, t in zip(hidden_MH.split(chunk), target.split(chunk))
-        ]
-        return tuple(torch.cat(part) for part in zip(*parts))
+        n_tokens = HEAD_LOGITS // self.model.config.vocab_size
+        chunk = max(HEAD_TOKENS, n_tokens, math.ceil(len(target) / HEAD_CHUNKS))
+        logp, entropy = [], []
+        for hidden, wanted in zip(hidden_MH.split(chunk), target.split(chunk)):
+            scored = checkpoint(self._score, hidden, wanted, temperature, use_reentrant=False)
+            logp.append(scored[0])
+            entropy.append(scored[1])
+        return torch.cat(logp), torch.cat(entropy)
 
     def _score(self, hidden, target, temperature):
         logits = head_of(self.model)(inputs_embeds=hidden[None]).logits[0]
@@ -528,7 +543,7 @@ def fits(rows: list[Row], budget: int, is_packed: bool) -> bool:
         return n_tokens <= budget
     n_padded = len(rows) * len(rows[0].input_ids)
     # a little more padding is let in: splitting further costs more than it saves
-    is_dense = n_tokens >= PADDED_SHARE * n_padded or n_padded <= PADDED_TOKENS
+    is_dense = n_tokens >= FILLED_SHARE * n_padded or n_padded <= FEW_TOKENS
     return n_padded <= budget and is_dense
 
 
@@ -538,7 +553,8 @@ def collate(
     """(arguments of Policy.forward, per-token tensors of the loss, each (M,)) for some rows."""
     lengths = [len(row.input_ids) for row in rows]
     if is_packed:
-        shape, starts = (1, sum(lengths)), np.cumsum([0, *lengths[:-1]])
+        shape = (1, sum(lengths))
+        starts = np.cumsum([0, *lengths[:-1]])
     else:
         shape = (len(rows), max(lengths))
         starts = np.arange(len(rows)) * max(lengths)
@@ -615,17 +631,16 @@ def optimize(run: Run, rows: list[Row], lr: float) -> dict[str, float]:
 def hint_reliance(run: Run, groups: list[Group]) -> dict[str, float]:
     """How much hinted samples owe to their hints (2604.00698): log p(y | q + h) - log p(y | q), the
     mean over their tokens, every reliance_steps steps. Every rank must call it."""
-    c, rows = run.config, []
-    if c.reliance_steps == 0 or run.state.step % c.reliance_steps:
+    c = run.config
+    if c.reliance_steps == 0 or run.state.step % c.reliance_steps != 0:
         return {}
+    rows = []
     for group in groups:
         plain_ids, _ = run.prompts.ids(group.problem)
         for completion in group.completions:
             if completion.hint:
-                for context, sign in ((completion.prompt_ids, 1.0), (plain_ids, -1.0)):
-                    row = Row.weightless([*context, *completion.token_ids], len(context))
-                    row.advantage = sign  # of its log-probs in the difference
-                    rows.append(row)
+                rows.append(signed_row(completion.prompt_ids, completion.token_ids, 1.0))
+                rows.append(signed_row(plain_ids, completion.token_ids, -1.0))
     difference, n_tokens = 0.0, 0
     for inputs, batch in collated(run, rows):
         logp, _ = run.policy(**inputs, temperature=c.temperature)
@@ -633,7 +648,16 @@ def hint_reliance(run: Run, groups: list[Group]) -> dict[str, float]:
         n_tokens += int((batch["advantage"] > 0).sum())
     fsdp_utils.reshard(run.policy)
     total = fsdp_utils.all_reduce_scalars({"difference": difference, "tokens": n_tokens})
-    return {"hint/reliance": total["difference"] / total["tokens"]} if total["tokens"] else {}
+    if not total["tokens"]:
+        return {}
+    return {"hint/reliance": total["difference"] / total["tokens"]}
+
+
+def signed_row(context: list[int], targets: list[int], sign: float) -> Row:
+    """A row whose advantage is the sign of its log-probs in a difference."""
+    row = Row.weightless([*context, *targets], len(context))
+    row.advantage = sign
+    return row
 
 
 def update(run: Run, rows: list[Row]) -> float:
@@ -643,7 +667,7 @@ def update(run: Run, rows: list[Row]) -> float:
         run.optimizer.step()
         run.state.nonfinite = 0
     else:
-        path = run.folder / f"nonfinite_step_{run.state.step}_rank_{run.rank}.pt"
+        path = run.folder / f"nonfinite_step_{run.state.step + 1:06d}_rank_{run.rank}.pt"
         torch.save(rows, path)
         run.state.nonfinite += 1
         allowed = MAX_NONFINITE if run.config.nonfinite == "skip" else 0
@@ -690,7 +714,8 @@ class Interrupt:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self.take)
 
-    def take(self, number, frame):
+    def take(self, number: int, frame: Any) -> None:
+        """The handler of the three signals."""
         if self.received:
             os._exit(128 + number)
         self.received = number
@@ -703,18 +728,18 @@ def train(run: Run, interrupt: Interrupt) -> int:
     """The algorithm: one pass of the loop is one rollout batch. run.state is alike on all ranks.
     Returns the signal that ended it, 0 when all steps are done."""
     c, state, plan = run.config, run.state, run.plan
-    is_shown = run.rank == 0 and sys.stderr.isatty()
-    bar = tqdm(total=plan.steps, desc=c.rl_type, initial=state.step, disable=not is_shown)
+    bar = progress_bar(run)
     saved_at = time.monotonic()
     stopped_by = 0
     while state.step < plan.steps and not stopped_by:
-        started, n_failed = time.perf_counter(), sum(run.pool.stats.values())
+        started = time.perf_counter()
+        n_failed = sum(run.pool.stats.values())
         fsdp_utils.seconds.clear()
 
         # 1. Roll out G samples a problem; 2. hint: a group that fails is asked again (E2).
-        blank = next_groups(run)[run.rank :: run.world]
-        groups = sample_groups(run, blank, c, state.step, bar.set_postfix_str)
-        groups = sample_more(run, groups)
+        blank = next_groups(run)
+        groups = sample_groups(run, of_rank(run, blank), c, state.step, bar.set_postfix_str)
+        groups = sample_more(run, groups, met={group.problem.id for group in blank})
         outcomes = write_groups(run, groups, f"rollouts/step_{state.step + 1:06d}.jsonl")
         check_rewards(run, outcomes, sum(run.pool.stats.values()) - n_failed)
         groups = [group for group in groups if hints.enters_batch(group, c, state)]
@@ -731,8 +756,7 @@ def train(run: Run, interrupt: Interrupt) -> int:
         metrics |= costs(run, rows, metrics["tokens/generated"], time.perf_counter() - started)
         state.step += 1
         write_metrics(run, metrics)
-        watch_mismatch(run, metrics)
-        watch_collapse(run, metrics)
+        watch(run, metrics)
         bar.update()
         is_last = state.step == plan.steps
         if c.eval_strategy == "steps" and (is_last or state.step % c.eval_steps == 0):
@@ -744,6 +768,17 @@ def train(run: Run, interrupt: Interrupt) -> int:
             saved_at = time.monotonic()
     bar.close()
     return stopped_by
+
+
+def progress_bar(run: Run) -> tqdm:
+    """On the terminal of rank 0, if there is one."""
+    is_shown = run.rank == 0 and sys.stderr.isatty()
+    return tqdm(
+        total=run.plan.steps,
+        desc=run.config.rl_type,
+        initial=run.state.step,
+        disable=not is_shown,
+    )
 
 
 def signal_and_minutes(interrupt: Interrupt, saved_at: float) -> tuple[int, float]:
@@ -769,38 +804,68 @@ def next_groups(run: Run) -> list[Group]:
     groups = []
     for problem_id, stages in returning:
         groups.append(Group(problem_of_id[problem_id], stages, n_earlier=len(stages)))
-    return groups + fresh_groups(run, run.plan.prompts - len(returning))
+    return groups + fresh_groups(run, run.plan.prompts - len(returning), ids)
 
 
-def fresh_groups(run: Run, size: int) -> list[Group]:
-    """The next problems of the epoch, or of the next one: none twice in one call."""
-    c, state, n = run.config, run.state, len(run.problems)
-    if c.curriculum:
-        n -= n % run.plan.prompts  # an epoch leaves out some of all problems, not the hardest
+def fresh_groups(run: Run, size: int, met: set[int]) -> list[Group]:
+    """The next problems of the epoch, or of the next one. Those that this step has met, by their
+    ids, are passed over: their turn in the epoch is the one that they had."""
+    state, n = run.state, epoch_length(run)
     epoch, start = divmod(state.cursor, n)
-    if start + size > n:
-        epoch, start = epoch + 1, 0
-    state.cursor = epoch * n + start + size
-    order = np.random.default_rng([c.seed, epoch]).permutation(len(run.problems))[:n]
-    if c.curriculum:
-        order = sorted(order, key=lambda i: run.problems[i].level)  # stable
-    return [Group(run.problems[i]) for i in order[start : start + size]]
+    places = unmet_places(run, epoch, start, met)
+    if len(places) < size:
+        epoch += 1
+        places = unmet_places(run, epoch, 0, met)
+    chosen = places[:size]
+    if chosen:
+        state.cursor = epoch * n + chosen[-1] + 1
+    order = epoch_order(run, epoch)
+    return [Group(run.problems[order[place]]) for place in chosen]
 
 
-def sample_more(run: Run, groups: list[Group]) -> list[Group]:
+def of_rank(run: Run, items: list) -> list:
+    """This rank's share of what all ranks have to do."""
+    return items[run.rank :: run.world]
+
+
+def epoch_length(run: Run) -> int:
+    n = len(run.problems)
+    if run.config.curriculum:
+        n -= n % run.plan.prompts  # an epoch leaves out some of all problems, not the hardest
+    return n
+
+
+def epoch_order(run: Run, epoch: int) -> list[int]:
+    """The places in run.problems of an epoch's problems, as they are met."""
+    rng = np.random.default_rng([run.config.seed, epoch])
+    order = rng.permutation(len(run.problems))[: epoch_length(run)].tolist()
+    if run.config.curriculum:
+        order.sort(key=lambda i: run.problems[i].level)  # stable
+    return order
+
+
+def unmet_places(run: Run, epoch: int, start: int, met: set[int]) -> list[int]:
+    """The places in an epoch's order, from start on, of the problems that this step has not met."""
+    order = epoch_order(run, epoch)
+    return [place for place in range(start, len(order)) if run.problems[order[place]].id not in met]
+
+
+def sample_more(run: Run, groups: list[Group], met: set[int]) -> list[Group]:
     """Dynamic sampling (DAPO) if flat_groups is replace: with groups of fresh problems in the place
-    of those that do not enter the batch; all of them are returned, and counted as generated."""
+    of those that do not enter the batch; all of them are returned, and counted as generated. met:
+    ids of the problems of all ranks' groups; where no others are left, fewer are replaced."""
     c, state = run.config, run.state
     if c.flat_groups != "replace":
         return groups
     for _ in range(c.replace_rounds):
-        n_entering = sum(hints.enters_batch(group, c, state) for group in groups)
-        total = fsdp_utils.all_reduce_scalars({"entering": n_entering})["entering"]
+        entering = [group for group in groups if hints.enters_batch(group, c, state)]
+        total = fsdp_utils.all_reduce_scalars({"entering": len(entering)})["entering"]
         n_missing = run.plan.prompts - int(total)
-        if n_missing <= 0:
+        fresh = fresh_groups(run, max(0, n_missing), met)
+        if not fresh:
             break
-        blank = fresh_groups(run, n_missing)[run.rank :: run.world]
-        groups = groups + sample_groups(run, blank, c, state.step)
+        met = met | {group.problem.id for group in fresh}
+        groups = groups + sample_groups(run, of_rank(run, fresh), c, state.step)
     return groups
 
 
@@ -875,6 +940,13 @@ def costs(run: Run, rows: list[Row], n_generated: float, seconds: float) -> dict
     return metrics
 
 
+def watch(run: Run, metrics: dict) -> None:
+    """Looks at a step for what does not end a run by itself and should be known."""
+    watch_mismatch(run, metrics)
+    watch_collapse(run, metrics)
+    watch_idle(run, metrics)
+
+
 def watch_mismatch(run: Run, metrics: dict) -> None:
     """Warns of a step in which sampler and trainer disagree; stops, after a checkpoint, when the
     first step that compared tokens or the mean of the last ten does."""
@@ -890,13 +962,13 @@ def watch_mismatch(run: Run, metrics: dict) -> None:
     mean = sum(seen) / MISMATCH_STEPS  # steps that are still to come count as 0
     limit = mismatch_limit(c)
     may_stop = limit is not None
-    if limit is None:
+    if not may_stop:
         limit = WARN_LIMIT
     if max(k3, mean) <= limit:
         return
     told = f"sampler and trainer disagree: mean k3 {k3:.2g} > {limit:g}: "
     if c.top_p < 1 or c.top_k:
-        say(told + "expected, for top_p and top_k change the sampler's distribution")
+        say(f"{told}expected, for top_p and top_k change the sampler's distribution")
         return
     told += "stale weights in the sampler, another dtype, or a model that it computes otherwise?"
     if may_stop and (is_first or mean > limit):
@@ -908,7 +980,8 @@ def watch_mismatch(run: Run, metrics: dict) -> None:
 def watch_collapse(run: Run, metrics: dict) -> None:
     """Warns when another reward rises while un-hinted accuracy and length fall: the model learns to
     please that reward by answering at once."""
-    trend, names = run.state.trend, run.config.reward_funcs
+    trend = run.state.trend
+    names = run.config.reward_funcs
     others = [f"reward/{name}" for name in names if name != names[run.trigger_column]]
     keys = ["accuracy_without_hint", "tokens/completion", *others]
     if not others or any(key not in metrics for key in keys):
@@ -920,15 +993,36 @@ def watch_collapse(run: Run, metrics: dict) -> None:
     half = COLLAPSE_STEPS // 2
     early = {key: np.mean([line[key] for line in trend[:half]]) for key in keys}
     late = {key: np.mean([line[key] for line in trend[half:]]) for key in keys}
-    if not all(late[key] < COLLAPSE_FALL * early[key] for key in keys[:2]):
+    fallen = keys[:2]
+    if not all(late[key] < COLLAPSE_FALL * early[key] for key in fallen):
         return
     for key in others:
         if late[key] >= early[key] + COLLAPSE_RISE:
-            told = ", ".join(f"{k} {early[k]:.3g} -> {late[k]:.3g}" for k in [key, *keys[:2]])
+            told = ", ".join(f"{k} {early[k]:.3g} -> {late[k]:.3g}" for k in [key, *fallen])
             say(
                 f"collapse? In {COLLAPSE_STEPS} steps {told}: lower the weight of that reward in "
                 "reward_weights, or the learning rate"
             )
+
+
+def watch_idle(run: Run, metrics: dict) -> None:
+    """Warns when step after step has no gradient, as those of a policy that a learning rate far too
+    high has destroyed: its samples are all alike, and so are their rewards."""
+    state = run.state
+    if metrics["grad_norm"] != 0:
+        state.idle = 0
+        return
+    state.idle += 1
+    if state.idle % IDLE_STEPS == 0:
+        rewards = [f"reward/{name}" for name in run.config.reward_funcs]
+        keys = [*rewards, "truncated", "tokens/completion"]
+        told = ", ".join(f"{key} {metrics[key]:.3g}" for key in keys if key in metrics)
+        say(
+            f"nothing is learnt: {state.idle} steps in a row had no gradient, for in each of their "
+            f"groups all rewards were equal ({told}). Read rollouts/step_{state.step:06d}.jsonl: "
+            "if the samples are no text, learning_rate was too high, go back to a checkpoint; if "
+            "all are right or all wrong, take problems of another difficulty"
+        )
 
 
 def evaluate(run: Run) -> dict[str, dict]:
@@ -938,7 +1032,10 @@ def evaluate(run: Run) -> dict[str, dict]:
     for name in run.eval_sets:
         table[name] = evaluate_set(run, name)
         for key, value in table[name].items():
-            metrics[f"eval/{name}" if key == "pass@1" else f"eval/{name}_{key}"] = value
+            if key == "pass@1":
+                metrics[f"eval/{name}"] = value
+            else:
+                metrics[f"eval/{name}_{key}"] = value
     write_metrics(run, metrics)
     return table
 
@@ -947,20 +1044,26 @@ def evaluate_set(run: Run, name: str) -> dict[str, float]:
     """n problems, k samples of each: accuracy_at_k of them, mean_tokens, the share truncated, and
     as `strict` pass@1 by the rule of training. The texts go to eval_NAME.jsonl."""
     c, problems = run.eval_sets[name]
-    blank = [Group(problem) for problem in problems[run.rank :: run.world]]
+    blank = [Group(problem) for problem in of_rank(run, problems)]
     groups = sample_groups(run, blank, c, name)
     outcomes = write_groups(run, groups, f"eval_{name}.jsonl")
     column = run.accuracy_column
     row = {"n": len(outcomes), "k": c.num_generations}
-    row |= accuracy_at_k([[s[column] > 0 for s in outcome.rewards] for outcome in outcomes])
+    row |= accuracy_at_k([rights(outcome.rewards, column) for outcome in outcomes])
     row["mean_tokens"] = float(np.mean([outcome.lengths for outcome in outcomes]))
     row["truncated"] = float(np.mean([outcome.is_truncated for outcome in outcomes]))
     if "accuracy" in c.reward_funcs:
         strict = judge(run, groups, replace(c, strict_answers=True))
-        mine = [[scores[column] > 0 for scores in rewards_GF] for rewards_GF in strict]
-        everyone = [rights for rank in fsdp_utils.gather_objects(mine) for rights in rank]
+        mine = [rights(rewards_GF, column) for rewards_GF in strict]
+        of_ranks = fsdp_utils.gather_objects(mine)
+        everyone = [right_G for of_rank in of_ranks for right_G in of_rank]
         row["strict"] = accuracy_at_k(everyone)["pass@1"]
     return row
+
+
+def rights(rewards_GF: list[list[float]], column: int) -> list[bool]:
+    """(G,) is a sample right, by a reward column?"""
+    return [scores[column] > 0 for scores in rewards_GF]
 
 
 def write_table(table: dict[str, dict], path: Path) -> None:
@@ -974,7 +1077,7 @@ def write_table(table: dict[str, dict], path: Path) -> None:
         print(f"{name:{width}}", *cells, flush=True)
 
 
-def judge(run: Run, groups: list[Group], config: Config) -> list:
+def judge(run: Run, groups: list[Group], config: Config) -> list[list[list[float]]]:
     """The rewards (G, F) of each group, again, under a config."""
     for slot, group in enumerate(groups):
         texts = [completion.prefix + completion.text for completion in group.completions]
@@ -1014,9 +1117,10 @@ def write_metrics(run: Run, metrics: dict) -> None:
             run.state.metrics_bytes = file.tell()  # only rank 0's state is saved
     if run.wandb:
         run.wandb.log(metrics, step=step)
-    if "loss" not in metrics or step % run.config.logging_steps == 0:
+    is_evaluation = "loss" not in metrics
+    if is_evaluation or step % run.config.logging_steps == 0:
         shown = [f"{key} {value:.3g}" for key, value in metrics.items() if SHOWN.match(key)]
-        say(f"step {step}: " + ", ".join(shown))
+        say(f"step {step}: {', '.join(shown)}")
 
 
 def save(run: Run) -> None:
@@ -1040,36 +1144,29 @@ def export(run: Run, folder: Path) -> None:
     for name, tensor in tensors:  # on all ranks: each is a collective
         if run.rank == 0:
             weights[name] = tensor.cpu()
-    if run.rank == 0:
-        with as_user_error(f"{folder} cannot be written"):
-            model.save_pretrained(folder, state_dict=weights)
-            run.prompts.tokenizer.save_pretrained(folder)
-        path = folder / "config.json"  # in which transformers has put the masters' dtype
-        exported = json.loads(path.read_text()) | {"dtype": run.config.torch_dtype}
-        path.write_text(json.dumps(exported, indent=2) + "\n")
+    if run.rank > 0:
+        return
+    with as_user_error(f"{folder} cannot be written"):
+        model.save_pretrained(folder, state_dict=weights)
+        run.prompts.tokenizer.save_pretrained(folder)
+    path = folder / "config.json"  # in which transformers has put the masters' dtype
+    exported = json.loads(path.read_text()) | {"dtype": run.config.torch_dtype}
+    path.write_text(json.dumps(exported, indent=2) + "\n")
 
 
 def setup(config: Config, is_eval: bool = False) -> Run:
     """What `train` needs, in an order that matters: the verifiers fork before the process group's
     threads are there, the folder is ours before it is read, memory is tried before Adam's moments
     are loaded, and the engine takes what is left of it."""
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    n_workers = max(1, min(MAX_WORKERS, cores))
-    pool = VerifierPool(config.reward_funcs, n_workers, config.verifier_timeout)
+    cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    pool = VerifierPool(config.reward_funcs, min(MAX_WORKERS, cores), config.verifier_timeout)
     place = fsdp_utils.setup_distributed()
     if config.cpu_offload:
-        torch.set_num_threads(max(1, cores))  # of Adam, which runs there; run.sh allows it one
+        torch.set_num_threads(cores)  # of Adam, which runs there; run.sh allows it one
     state = State()
     prompts = Prompts(config, state)
-    eval_sets = load_eval_sets(config, prompts)
-    if is_eval:
-        problems, plan = [], Plan(0, 0, 0, 0)
-        examples = [problem for _, problems_of in eval_sets.values() for problem in problems_of]
-    else:
-        examples = problems = load_problems(config, prompts)
-        plan = make_plan(config, place.world, len(problems))
-        tell_overlap(problems, eval_sets)
-    pool.probe([(one.gold, rollout.row_of(one, config)) for one in examples[:4]])
+    problems, plan, eval_sets = load_data(config, prompts, place.world, is_eval)
+    probe_rewards(pool, config, problems, eval_sets)
     state.prompts_per_step, state.data = plan.prompts, fingerprint(problems)
     compute_dtype, master_dtype = dtypes(config)
     logging.disable_progress_bar()
@@ -1077,13 +1174,7 @@ def setup(config: Config, is_eval: bool = False) -> Run:
     reference = None
     if config.beta:
         reference = load_policy(config).requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(
-        policy.parameters(),
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        betas=(config.adam_beta1, config.adam_beta2),
-        fused=place.device.type == "cuda",
-    )
+    optimizer = make_optimizer(config, policy, place.device)
     folder = Path(config.output_dir)
     open_folder(config, folder, place.rank, is_eval)
     run = Run(
@@ -1106,11 +1197,51 @@ def setup(config: Config, is_eval: bool = False) -> Run:
         compute_dtype=compute_dtype,
         pool=pool,
     )
+    return started(run, is_eval)
+
+
+def started(run: Run, is_eval: bool) -> Run:
+    """A run whose model is proven, whose memory is tried, and that has resumed; with its engine."""
     check_policy(run)
-    if not is_eval and wants_startup_pass(config):
+    if not is_eval and wants_startup_pass(run.config):
         startup_pass(run)
     resume(run, is_eval)
     return replace(run, engine=build_engine(run), wandb=start_wandb(run))
+
+
+def probe_rewards(
+    pool: VerifierPool, config: Config, problems: list[Problem], eval_sets: dict
+) -> None:
+    """Tries the rewards on the first problems: of training, else of the eval sets."""
+    examples = list(problems)
+    if not examples:
+        for _, held_out in eval_sets.values():
+            examples += held_out
+    pool.probe([(one.gold, rollout.row_of(one, config)) for one in examples[:N_PROBED]])
+
+
+def make_optimizer(config: Config, policy: "Policy", device: torch.device) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        policy.parameters(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
+        fused=device.type == "cuda",
+    )
+
+
+def load_data(
+    config: Config, prompts: Prompts, world: int, is_eval: bool
+) -> tuple[list[Problem], Plan, dict]:
+    """(the problems to train on, the plan of the run, the eval sets); an evaluation trains on
+    none."""
+    eval_sets = load_eval_sets(config, prompts)
+    if is_eval:
+        return [], Plan(prompts=0, per_epoch=0, steps=0, save_every=0), eval_sets
+    problems = load_problems(config, prompts)
+    plan = make_plan(config, world, len(problems))
+    tell_overlap(problems, eval_sets)
+    return problems, plan, eval_sets
 
 
 def load_eval_sets(config: Config, prompts: Prompts) -> dict[str, tuple[Config, list[Problem]]]:
@@ -1193,14 +1324,14 @@ def check_policy(run: Run) -> None:
     """Compares the log-probs of the training pass with those of the whole causal LM on each
     sequence alone; UserError on a difference. Collective: every rank must call it."""
     c, model_type = run.config, run.policy.model.config.model_type
-    limits = CHECK_LIMITS.get(c.torch_dtype, EXACT)
+    mean_limit, largest_limit = CHECK_LIMITS.get(c.torch_dtype, EXACT)
     name = f"model_name_or_path={c.model_name_or_path}: {model_type}"
     with as_user_error(name), torch.no_grad():
         mean, largest = policy_error(run, c.packing)
-        is_right = mean <= limits[0] and largest <= limits[1]
+        is_right = mean <= mean_limit and largest <= largest_limit
         if c.packing and not is_right:
-            alone, _ = policy_error(run, False)
-            if alone <= limits[0]:
+            mean_alone, _ = policy_error(run, is_packed=False)
+            if mean_alone <= mean_limit:
                 raise UserError(
                     f"{name}: rows that are packed see each other, log-probs are off "
                     f"by {largest:.2g}: set packing=false"
@@ -1209,7 +1340,7 @@ def check_policy(run: Run) -> None:
     need(
         is_right,
         f"{name}: log-probs of the training pass are not the model's: off by {mean:.2g} "
-        f"in the mean, {largest:.2g} at most (allowed: {limits[0]:g}, {limits[1]:g}). Try "
+        f"in the mean, {largest:.2g} at most (allowed: {mean_limit:g}, {largest_limit:g}). Try "
         "attn_implementation=eager or torch_dtype=float32, else take another model",
     )
 
@@ -1235,7 +1366,9 @@ def policy_error(run: Run, is_packed: bool) -> tuple[float, float]:
 
 
 def wants_startup_pass(config: Config) -> bool:
-    return torch.cuda.is_available() if config.startup_pass is None else config.startup_pass
+    if config.startup_pass is None:
+        return torch.cuda.is_available()
+    return config.startup_pass
 
 
 def startup_pass(run: Run) -> None:
@@ -1281,32 +1414,42 @@ def resume(run: Run, is_eval: bool) -> None:
     if found:
         path, saved = found
         run.state.load(saved)
-        data = run.state.data
-        need(
-            is_eval or not data or data == fingerprint(run.problems),
-            f"{path} was made with other data: history and queue would mean other problems. "
-            "Bring dataset_name back as it was, or choose another output_dir",
-        )
-        before, now = run.state.prompts_per_step, run.plan.prompts
-        need(
-            is_eval or before == now,
-            f"{path} had {before} prompts a step, not {now}: change gradient_accumulation_steps",
-        )
-        c, planned = run.config, run.state.steps
-        is_other = not is_eval and planned not in (0, run.plan.steps)
-        if is_other and not c.lr_scheduler_type.startswith("constant"):
-            say(
-                f"max_steps was {planned} and is {run.plan.steps}: the {c.lr_scheduler_type} rate "
-                "goes on by the new one"
-            )
+        if not is_eval:
+            check_resumed(run, path)
         say(f"resuming {path}")
     run.state.steps = run.plan.steps
-    if run.rank == 0 and run.log.is_file() and not is_eval:  # later lines will be computed again
-        with open(run.log, "r+b") as file, open(f"{run.log}.stale", "ab") as stale:
-            kept = file.read(run.state.metrics_bytes).rfind(b"\n") + 1  # a crash may cut a line
-            file.seek(kept)
-            stale.write(file.read())
-            file.truncate(kept)
+    if run.rank == 0 and run.log.is_file() and not is_eval:
+        cut_log(run.log, run.state.metrics_bytes)
+
+
+def check_resumed(run: Run, path: Path) -> None:
+    """Refuses to go on with other data or another size of steps; tells of another end."""
+    c, state, plan = run.config, run.state, run.plan
+    need(
+        not state.data or state.data == fingerprint(run.problems),
+        f"{path} was made with other data: history and queue would mean other problems. "
+        "Bring dataset_name back as it was, or choose another output_dir",
+    )
+    need(
+        state.prompts_per_step == plan.prompts,
+        f"{path} had {state.prompts_per_step} prompts a step, not {plan.prompts}: change "
+        "gradient_accumulation_steps",
+    )
+    has_other_end = state.steps not in (0, plan.steps)
+    if has_other_end and not c.lr_scheduler_type.startswith("constant"):
+        say(
+            f"max_steps was {state.steps} and is {plan.steps}: the {c.lr_scheduler_type} rate "
+            "goes on by the new one"
+        )
+
+
+def cut_log(log: Path, length: int) -> None:
+    """The log as it was at the checkpoint; its later lines, which come again, go to LOG.stale."""
+    with open(log, "r+b") as file, open(f"{log}.stale", "ab") as stale:
+        kept = file.read(length).rfind(b"\n") + 1  # a crash may have cut a line
+        file.seek(kept)
+        stale.write(file.read())
+        file.truncate(kept)
 
 
 def dry_run(config: Config) -> None:
@@ -1347,23 +1490,8 @@ def main() -> None:
         config = load_config(args.config, overrides, args.eval, will_run=not args.dry_run)
         if args.dry_run:
             dry_run(config)
-            return
-        run = setup(config, args.eval)
-        if args.eval:
-            table = evaluate(run)
-            if run.rank == 0:
-                write_table(table, run.folder / "eval.json")
         else:
-            if config.eval_strategy == "steps" and run.state.step == 0:
-                evaluate(run)
-            stopped_by = train(run, Interrupt())
-            if not stopped_by:
-                finish(run)
-        fsdp_utils.barrier("every rank is done")
-        run.engine.close()
-        run.pool.close()
-        if run.wandb:
-            run.wandb.finish()
+            stopped_by = run_config(config, args.eval)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
@@ -1377,6 +1505,28 @@ def main() -> None:
         stopped_by = signal.SIGINT
     if stopped_by:
         os._exit(128 + stopped_by)
+
+
+def run_config(config: Config, is_eval: bool) -> int:
+    """Trains, or evaluates only; returns the signal that ended it, 0 when all is done."""
+    run = setup(config, is_eval)
+    stopped_by = 0
+    if is_eval:
+        table = evaluate(run)
+        if run.rank == 0:
+            write_table(table, run.folder / "eval.json")
+    else:
+        if config.eval_strategy == "steps" and run.state.step == 0:
+            evaluate(run)
+        stopped_by = train(run, Interrupt())
+        if not stopped_by:
+            finish(run)
+    fsdp_utils.barrier("every rank is done")
+    run.engine.close()
+    run.pool.close()
+    if run.wandb:
+        run.wandb.finish()
+    return stopped_by
 
 
 def finish(run: Run) -> None:

@@ -29,8 +29,9 @@ import bisect
 import functools
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,7 +43,9 @@ HINT_SENTENCE = (
 ASSISTANT_OPENING = "<think>\n"  # before a hint in the assistant's turn, if the prompt asks for it
 STD_FLOOR = 1e-4  # E3: added to the standard deviation, as in the reference
 
+# What announces the answer: "The answer is 5", \boxed{5}; the end of the text where nothing does.
 MARKER = re.compile(r"\\boxed|\\fbox|####|answer is|<answer>|\Z", re.IGNORECASE)
+# What opens and what closes maths: \[ and \], \begin{align} and \end{align}, [asy] and [/asy].
 ENVIRONMENT = re.compile(r"(\\begin\{|\\\[|\\\(|\[asy\])|(\\end\{[^}]*\}|\\\]|\\\)|\[/asy\])")
 # Inline maths by pandoc's rule, so that "$5 and $10" is money: no space inside the dollars and no
 # digit after them, or a space on both sides ("$ x $").
@@ -50,7 +53,9 @@ DOLLARS = re.compile(
     r"(?<!\\)(?:\$\$.*?\$\$|\$(?=[^\s$])(?:\\.|[^$\\])*?(?<=\S)\$(?!\d)|\$ (?:\\.|[^$\\])*? \$)",
     re.DOTALL,
 )
+# The end of a line, or of a sentence with its quotes and brackets: 'He said "go." Then'.
 SENTENCE_END = re.compile(r"\n|(?<![\s.])[.!?][\"')\]$]*(?=\s)")
+WORD_END = re.compile(r"(?<=\S)\s")
 ENUMERATOR = re.compile(r"\s*\(?\w{1,2}[.)]\s*")  # "2." opens a list item, ends no sentence
 ENUMERATOR_CHARS = 40  # an enumerator's line is looked for so far back
 
@@ -268,10 +273,9 @@ def advance(group: Group, config: Any, state: Any, fit: Callable) -> Group:
         ratio = next_ratio(group, config, state)
         if ratio is None:
             break
-        wanted = list(ratio) if np.ndim(ratio) else [float(ratio)] * config.num_generations
+        wanted = as_list(ratio, config.num_generations)
         stage = make_stage(group.problem, wanted, fit)
-        is_new = not stages or (any(stage.hints) and stage.hints != stages[-1].hints)
-        if is_new:
+        if not stages or is_news(stage, stages[-1]):
             is_deferred = config.hint_timing == "deferred" and bool(group.completions)
             return replace(group, next_stage=stage, is_deferred=is_deferred)
         # a skipped stage keeps hints and passes of the one before, whose verdict still holds
@@ -279,18 +283,34 @@ def advance(group: Group, config: Any, state: Any, fit: Callable) -> Group:
             stages[-1], ratios=wanted, lengths=[], is_trimmed=stage.is_trimmed, is_skipped=True
         )
         stages = [*stages, skipped]
-    if not group.completions:  # it returned and its ladder is used up: asked without a hint
-        size = config.num_generations
-        return replace(group, next_stage=Stage([0.0] * size, [""] * size))
-    return group
+    if group.completions:
+        return group
+    # it returned and its ladder is used up: asked without a hint
+    size = config.num_generations
+    return replace(group, next_stage=Stage([0.0] * size, [""] * size))
+
+
+def as_list(ratio: float | list[float], size: int) -> list[float]:
+    """(G,) what next_ratio gives, one for each sample."""
+    if np.ndim(ratio) == 0:
+        return [float(ratio)] * size
+    return list(ratio)
+
+
+def is_news(stage: Stage, last: Stage) -> bool:
+    """Does a stage show something that the one before did not?"""
+    return any(stage.hints) and stage.hints != last.hints
 
 
 def make_stage(problem: Problem, wanted: list[float], fit: Callable) -> Stage:
     """What G samples are shown at the wanted ratios (G,); ratio 0 where there is no text."""
-    hint_at = {omega: fit(problem, omega) for omega in set(wanted)}
-    texts = [hint_at[omega][0] for omega in wanted]
+    text_at, has_trimmed = {}, False
+    for omega in set(wanted):
+        text_at[omega], is_trimmed = fit(problem, omega)
+        has_trimmed = has_trimmed or is_trimmed
+    texts = [text_at[omega] for omega in wanted]
     ratios = [omega if text else 0.0 for omega, text in zip(wanted, texts)]
-    return Stage(ratios, texts, is_trimmed=any(is_trimmed for _, is_trimmed in hint_at.values()))
+    return Stage(ratios, texts, is_trimmed=has_trimmed)
 
 
 def after_stage(
@@ -331,7 +351,10 @@ def remember(history: dict, problem_id: int, stages: list[Stage]) -> None:
     if problem_id in history:
         attempts += history[problem_id]["attempts"]
     history[problem_id] = {
-        "attempts": attempts, "pass_rate": last.pass_rate, "ratio": last.ratio}  # fmt: skip
+        "attempts": attempts,
+        "pass_rate": last.pass_rate,
+        "ratio": last.ratio,
+    }
 
 
 def rollout_metrics(outcomes: list[Outcome], config: Any) -> dict[str, float]:
@@ -347,7 +370,7 @@ def rollout_metrics(outcomes: list[Outcome], config: Any) -> dict[str, float]:
             counts.update(stage_counts(stage, config))
         if outcome.n_earlier == 0:
             first = outcome.stages[0]
-            plain = [passed for omega, passed in zip(first.ratios, first.passes) if omega == 0]
+            plain = [first.passes[j] for j, omega in enumerate(first.ratios) if omega == 0]
             values["accuracy_without_hint"].extend(plain)
             if plain:
                 values["hard_fraction"].append(is_failed(plain, config))
@@ -363,22 +386,30 @@ def rollout_metrics(outcomes: list[Outcome], config: Any) -> dict[str, float]:
 def stage_counts(stage: Stage, config: Any) -> Counter:
     """Stages tried and solved and tokens generated by ratio, each sample at the nearest rung of the
     ladder, so that continuous ratios do not make more keys."""
-    counts = Counter()
-    counts["hint/trimmed"] = int(stage.is_trimmed)
-    counts["hint/skipped"] = int(stage.is_skipped)
+    counts = Counter({"hint/trimmed": 0, "hint/skipped": 0})
+    if stage.is_trimmed:
+        counts["hint/trimmed"] = 1
+    if stage.is_skipped:
+        counts["hint/skipped"] = 1
     counts["tokens/generated"] = sum(stage.lengths)
-    ladder = [0.0, *config.hint_ratio]
     samples_by_rung = defaultdict(list)
     for j, omega in enumerate(stage.ratios):
-        samples_by_rung[min(ladder, key=lambda rung: abs(rung - omega))].append(j)
+        samples_by_rung[nearest_rung(omega, config)].append(j)
     for rung, samples in samples_by_rung.items():
-        is_solved = not is_failed([stage.passes[j] for j in samples], config)
-        counts[f"hint/tried@{rung:g}"] = int(not stage.is_skipped)
-        counts[f"hint/solved@{rung:g}"] = int(is_solved and not stage.is_skipped)
-        counts[f"tokens/generated@{rung:g}"] = 0
+        tried, solved, n_tokens = 0, 0, 0
         if not stage.is_skipped:
-            counts[f"tokens/generated@{rung:g}"] = sum(stage.lengths[j] for j in samples)
+            tried = 1
+            n_tokens = sum(stage.lengths[j] for j in samples)
+            if not is_failed([stage.passes[j] for j in samples], config):
+                solved = 1
+        counts[f"hint/tried@{rung:g}"] = tried
+        counts[f"hint/solved@{rung:g}"] = solved
+        counts[f"tokens/generated@{rung:g}"] = n_tokens
     return counts
+
+
+def nearest_rung(omega: float, config: Any) -> float:
+    return min([0.0, *config.hint_ratio], key=lambda rung: abs(rung - omega))
 
 
 @functools.lru_cache(maxsize=256)
@@ -393,13 +424,14 @@ def step_ends(solution: str) -> list[int]:
     is_inside = maths(solution)
     ends = []
     for match in SENTENCE_END.finditer(solution):
-        start = solution.rfind("\n", max(0, match.start() - ENUMERATOR_CHARS), match.start()) + 1
-        # from 0 where the line begins further back: too long for an enumerator then
+        # where its line begins; 0 where that is further back: too long for an enumerator then
+        earliest = max(0, match.start() - ENUMERATOR_CHARS)
+        start = solution.rfind("\n", earliest, match.start()) + 1
         if not ENUMERATOR.fullmatch(solution, start, match.end()):
             ends.append(match.end())
     if "\n" not in solution:  # a single line: also at the word ends before its first sentence end
         first = ends[0] if ends else len(solution)
-        words = [match.start() for match in re.finditer(r"(?<=\S)\s", solution[:first])]
+        words = [match.start() for match in WORD_END.finditer(solution[:first])]
         ends = words + ends
     return [end for end in ends if not is_inside[end]]
 
@@ -407,10 +439,12 @@ def step_ends(solution: str) -> list[int]:
 def maths(solution: str) -> np.ndarray:
     """(characters + 1,) booleans: would a cut here be inside dollars or an environment?"""
     is_inside = np.zeros(len(solution) + 1, dtype=bool)
-    depth, opened = 0, 0
+    depth = 0
+    opened = 0  # where the outermost one that is open begins
     for match in ENVIRONMENT.finditer(solution):
         is_inside[match.start() + 1 : match.end()] = True
-        if match[1]:
+        opens = bool(match[1])
+        if opens:
             if depth == 0:
                 opened = match.start()
             depth += 1

@@ -7,6 +7,10 @@ are Fractions while they can be and 100-digit numbers else; formulas are equal w
 fixed points. `is_worked_out` and `is_copied` refuse answers that repeat the question. Nothing is
 ever handed to eval or sympify; sizes are checked before any arithmetic; in doubt the reward is 0.
 
+Who calls what: ghpo.py makes a VerifierPool, rollout.collect submits texts to it and polls rewards;
+a Worker of the pool is this file run as a program (`serve`); configs/data.py asks `gold_answer` and
+`parse_gold` which rows have a gold that can be judged.
+
 More notation goes into configs/verifier.yaml, another reward into REWARDS, or into the config as
 "path/to/file.py:function": f(response, gold) -> float, with the names of further columns if wanted.
 """
@@ -27,12 +31,13 @@ import sys
 import threading
 import time
 import unicodedata
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from subprocess import PIPE, Popen
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from mpmath.ctx_mp import MPContext
@@ -40,22 +45,35 @@ from mpmath.ctx_mp import MPContext
 from configs import UserError
 
 NOTATION = yaml.safe_load((Path(__file__).parent / "configs/verifier.yaml").read_text("utf-8"))
-MAX_CHARS, MAX_ITEMS = 3000, 60  # of an answer that is read
+MAX_CHARS = 3000  # of an answer that is read
+MAX_ITEMS = 60  # of a list, and ends of a region
 MAX_SIZE = 60_000  # bits of exact operands and powers; logarithm of another power; argument
 REFUSED = (RecursionError, ValueError, ArithmeticError, TypeError, LookupError)
+
+Tree = tuple  # see Reader
+Number = Any  # a Fraction while it is exact, else an mpf or mpc of 100 digits
 
 
 # ---- where the answer stands in a response ----
 
 PATTERNS = {name: re.compile(pattern) for name, pattern in NOTATION["responses"].items()}
+STRAY_END = re.compile(PATTERNS["stray"].pattern + r"\Z")
 MAX_OPEN_BLOCK = 200  # characters of an <answer> that is never closed
+MIN_WORDS = 3  # of a sentence
+NUMERAL = re.compile(r"-?\d+(?:\.\d+)?")  # the 9 of \boxed 9
+TEXT_COMMAND = re.compile(r"\\text\w*|\\mathrm")
+WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # "so" and "is" of: so \sin x is 1
+CALCULATION = re.compile(r"\d.*[-+*/×÷]")  # 330 km / 110 km/h
+UNIT_AFTER = re.compile(r"\s*(?:\\text\w*\s*\{[^{}]*\}|[A-Za-z/]+)?")  # km/h, \text{ cats}
 
 
 def join_boxes(joint: re.Match) -> str:
     """Two boxes of one answer: "and" and commas make a list, "or" makes what cannot be read."""
     if joint["or"]:
         return r"\or "
-    return "," if joint["and"] else joint[0]
+    if joint["and"]:
+        return ","
+    return joint[0]
 
 
 def boxed(text: str) -> str | None:
@@ -65,64 +83,81 @@ def boxed(text: str) -> str | None:
     """
     text = PATTERNS["same_box"].sub("", text.replace("\\fbox", "\\boxed"))
     text = PATTERNS["joint"].sub(join_boxes, text)
-    for box in reversed(text.split("\\boxed")[1:]):
+    _, *boxes = text.split("\\boxed")
+    for box in reversed(boxes):
         box = box.lstrip()
-        numeral = re.match(r"-?\d+(?:\.\d+)?", box)
-        if numeral:  # \boxed 9
+        numeral = NUMERAL.match(box)
+        if numeral:
             return numeral[0]
         if box.startswith("{"):
-            end = closing(box, r"\\.|[{}]") or closing(box, "[{}]")
-            if not end:
+            end = closing(box, r"\\.|[{}]")
+            if end is None:
+                end = closing(box, "[{}]")  # as if no brace were written \{
+            if end is None:
                 return ""
             if box[1:end].strip():
                 return box[1:end].rstrip("\\")
     return None
 
 
-def closing(box: str, brace: str) -> int:
-    """Where the brace that opens `box` is closed, or 0."""
+def closing(box: str, brace: str) -> int | None:
+    """Where the brace that opens `box` is closed; `brace` finds braces and what to skip."""
     depth = 0
     for match in re.finditer(brace, box, re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if match[0] == "{":
+            depth += 1
+        if match[0] == "}":
+            depth -= 1
         if depth == 0:
             return match.start()
-    return 0
+    return None
 
 
 def answer_blocks(text: str) -> list[str]:
     """What stands in <answer>..</answer>; a last one that is not closed counts if it is short."""
-    blocks, pieces = [], text.split("<answer>")[1:]
-    for piece in pieces:
+    _, *pieces = text.split("<answer>")
+    blocks = []
+    for number, piece in enumerate(pieces, 1):
         body, end, _ = piece.partition("</answer>")
         body = body.strip()
-        if end or piece is pieces[-1] and len(body) <= MAX_OPEN_BLOCK:
-            tail = re.sub(PATTERNS["stray"].pattern + r"\Z", "", body[-MAX_OPEN_BLOCK:])
-            body = body[:-MAX_OPEN_BLOCK] + tail
-            blocks.append(body[PATTERNS["stray"].match(body).end() :])
+        is_last = number == len(pieces)
+        if end or (is_last and len(body) <= MAX_OPEN_BLOCK):
+            blocks.append(without_stray(body))
     return blocks
+
+
+def without_stray(body: str) -> str:
+    """Without tags, fences and end markers at its beginning and in its last 200 characters."""
+    end = STRAY_END.sub("", body[-MAX_OPEN_BLOCK:])
+    body = body[:-MAX_OPEN_BLOCK] + end
+    return body[PATTERNS["stray"].match(body).end() :]
 
 
 def from_sentence(text: str) -> str:
     """The one number of a sentence that neither negates nor hedges; what is no sentence, itself."""
     if len(text) > MAX_CHARS or PATTERNS["hedges"].search(text):
         return text
-    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]{2,}", re.sub(r"\\text\w*|\\mathrm", "", text))
+    words = WORD.findall(TEXT_COMMAND.sub("", text))
     calculation, _, result = text.rpartition("=")
-    if words and re.search(r"\d.*[-+*/×÷]", calculation):  # 330 km / 110 km/h = 3 hours
+    if words and CALCULATION.search(calculation):  # 330 km / 110 km/h = 3 hours
         return result
     numbers = list(PATTERNS["number"].finditer(text))
-    if calculation or len(words) < 3 or len(numbers) != 1:
+    if calculation or len(words) < MIN_WORDS or len(numbers) != 1:
         return text
-    rest = text[numbers[0].end() :]
-    return numbers[0][0] + re.match(r"\s*(?:\\text\w*\s*\{[^{}]*\}|[A-Za-z/]+)?", rest)[0]
+    (number,) = numbers
+    unit = UNIT_AFTER.match(text, number.end())
+    return number[0] + unit[0]
 
 
 def announced(text: str) -> str | None:
     """What follows the last "the answer is" or its like, up to the end of the clause."""
     *before, last = PATTERNS["phrase"].split(text)
-    line = last[PATTERNS["before"].match(last).end() :][:MAX_CHARS].partition("\n")[0]
-    clause = PATTERNS["after"].split(line + " ")[0].strip(" *,")
-    return from_sentence(clause) if before else None
+    if not before:
+        return None
+    start = PATTERNS["before"].match(last).end()
+    line, _, _ = last[start : start + MAX_CHARS].partition("\n")
+    clause, *_ = PATTERNS["after"].split(line + " ")
+    return from_sentence(clause.strip(" *,"))
 
 
 def extract_answer(response: str) -> str | None:
@@ -134,10 +169,11 @@ def extract_answer(response: str) -> str | None:
     the last box, the last \boxed{} (or a list of boxes joined by "," or "and"), else what follows
     the usual phrases.
     """
-    text = response.rpartition("</think>")[2]
+    _, _, text = response.rpartition("</think>")
     blocks = answer_blocks(text)
     if "<think>" in text:
-        after = text.rpartition("<answer>")[2].partition("</answer>")[2]
+        _, _, last_block = text.rpartition("<answer>")
+        _, _, after = last_block.partition("</answer>")
         if not PATTERNS["stray"].fullmatch(after):
             return None
         text, blocks = "", blocks[-1:]
@@ -145,10 +181,12 @@ def extract_answer(response: str) -> str | None:
         return None
     if blocks:
         box = boxed(blocks[0])
-        return from_sentence(blocks[0]) if box is None else box or None
-    *_, last = text.rpartition("\\boxed")
+        if box is None:
+            return from_sentence(blocks[0])
+        return box or None
     box = boxed(text)
-    if box is None or PATTERNS["answer_line"].search(last):
+    _, _, after_box = text.rpartition("\\boxed")
+    if box is None or PATTERNS["answer_line"].search(after_box):
         return announced(text)
     return box or None
 
@@ -158,7 +196,7 @@ def gold_answer(text: str) -> str:
 
     What follows the last "####", else the last box, else all of the text.
     """
-    *_, mark, answer = text.rpartition("####")
+    _, mark, answer = text.rpartition("####")
     if mark:
         return answer.strip()
     return boxed(text) or text
@@ -167,9 +205,22 @@ def gold_answer(text: str) -> str:
 # ---- from text to a tree ----
 
 
-def by_word(table: dict) -> dict:
+def by_word(table: dict[str, str]) -> dict[str, str]:
     """{word: sign} of a table {sign: "word word .."}."""
-    return {word: sign for sign, words in table.items() for word in words.split()}
+    sign_of_word = {}
+    for sign, words in table.items():
+        for word in words.split():
+            sign_of_word[word] = sign
+    return sign_of_word
+
+
+def by_unit(measures: dict[str, dict]) -> dict[str, tuple[str, Tree]]:
+    """{unit: (what it measures, its size)} of a table {measure: {unit: size}}."""
+    found = {}
+    for measure, sizes in measures.items():
+        for unit, size in sizes.items():
+            found[unit] = measure, ("num", Fraction(size))
+    return found
 
 
 COMMANDS, UNITS = by_word(NOTATION["commands"]), by_word(NOTATION["units"])
@@ -177,12 +228,14 @@ FUNCTIONS, PAIRS = NOTATION["functions"], NOTATION["pairs"]
 INFIX, BRACKETS = NOTATION["infix"], NOTATION["brackets"]
 NUMBERS = NOTATION["numbers"]
 MULTIPLIERS = {word: Fraction(factor) for word, factor in NOTATION["multipliers"].items()}
-ENDS = {token for closings, _ in BRACKETS.values() for token in closings}
+NUMBER_WORDS = {*NUMBERS, *MULTIPLIERS}
+CLOSERS = {token for closers, _ in BRACKETS.values() for token in closers}
 REWRITES = [(re.compile(pattern), new) for pattern, new in NOTATION["rewrites"]]
-NAME = re.compile(r"[^\W_]|∅|∞|" + NOTATION["tokens"]["opaque"])
+NAME = re.compile(r"[^\W_]|∅|∞|" + NOTATION["tokens"]["opaque"])  # begins with: x, θ, \vec{v}
 TOKEN = re.compile("|".join(NOTATION["tokens"].values()))
-REPEATING = re.compile(r"(\d*)\.(\d*)\((\d+)\)")
-ITEM = re.compile(r"\\[{}]|(?:\([^()]*\)|\\[^{}]|[^,\\])+")  # of a list; (a, b) is one
+COMMAND = re.compile(r"\\([A-Za-z]+)")  # \dfrac
+REPEATING = re.compile(r"(\d*)\.(\d*)\((\d+)\)")  # 0.1(6)
+ITEM = re.compile(r"\\[{}]|(?:\([^()]*\)|\\[^{}]|[^,\\])+")  # of a list: 5, x, (a, b)
 UPPER, LOWER = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
 
 
@@ -192,7 +245,13 @@ def sign_of(command: re.Match) -> str:
 
 def both_signs(item: re.Match) -> str:
     """An item with ± stands for two."""
-    return ",".join(dict.fromkeys([item[0].translate(UPPER), item[0].translate(LOWER)]))
+    upper, lower = item[0].translate(UPPER), item[0].translate(LOWER)
+    return upper if upper == lower else f"{upper},{lower}"
+
+
+def is_quoted(token: str) -> bool:
+    """Is the token words, which stand in quotes?"""
+    return token.startswith('"')
 
 
 def tokenise(text: str) -> list[str]:
@@ -202,10 +261,10 @@ def tokenise(text: str) -> list[str]:
         text = unicodedata.normalize("NFKC", text)
     for pattern, new in REWRITES:
         text = pattern.sub(new, text)
-    text = re.sub(r"\\([A-Za-z]+)", sign_of, text)
+    text = COMMAND.sub(sign_of, text)
     if "±" in text:
         text = ITEM.sub(both_signs, text)
-    return [token.lower() if token[0] == '"' else token for token in TOKEN.findall(text)]
+    return [token.lower() if is_quoted(token) else token for token in TOKEN.findall(text)]
 
 
 CHAINS = {"sum", "product", "list", "and", "or", "∧", "∨", "row", "cell", "ratio", "relation"}
@@ -214,12 +273,8 @@ CHAINS = {"sum", "product", "list", "and", "or", "∧", "∨", "row", "cell", "r
 UNIT, PRODUCT, ARGUMENT, POWER, DEGREE = 13, 15, 16, 17, 18
 ZERO, ONE, TEN = [("num", Fraction(n)) for n in (0, 1, 10)]
 FACTORS = {"%": ("num", Fraction(1, 100)), "°": ("°",)}  # units that are numbers
-NO_UNITS = {*NOTATION["not_units"], *NUMBERS, *MULTIPLIERS}
-SIZES = {
-    unit: (measure, ("num", Fraction(size)))  # of units that measure the same
-    for measure, sizes in NOTATION["measures"].items()
-    for unit, size in sizes.items()
-}
+NO_UNITS = {*NOTATION["not_units"], *NUMBER_WORDS}
+SIZES = by_unit(NOTATION["measures"])  # of units that measure the same
 
 
 class Reader:
@@ -242,46 +297,53 @@ class Reader:
         self.tokens = ["", *reversed(tokens)]  # the next one last; "" ends them all
         self.in_bars = False
 
-    def whole(self) -> tuple:
+    def read_all(self) -> Tree:
         """All tokens: as if "" were the bracket that the last one, "", closes."""
         return self.bracket("")
 
-    def tree(self, level: int = 1) -> tuple:
+    def tree(self, level: int = 1) -> Tree:
         """A prefix and all operators of at least this strength; two factors are a product."""
         left = self.prefix(level)
         while True:
             token = self.tokens[-1]
-            if token in ENDS and (token != "|" or self.in_bars):
+            if token in CLOSERS and (token != "|" or self.in_bars):
                 return left
             strength, kind = self.operator(token, level)
             if strength < level:
                 return left
-            if token in INFIX or kind == "unit":
-                self.tokens.pop()
             if kind == "unit":
+                self.tokens.pop()
                 left = self.measured(left, token.strip('"'))
                 continue
-            right = self.tree(strength if kind == "power" else strength + 1)
-            if kind == "difference":
-                kind, right = "sum", ("negative", right)
-            link = (token, right) if kind == "relation" else (right,)
-            is_longer = kind == left[0] and kind in CHAINS
-            left = (*left, *link) if is_longer else (kind, left, *link)
+            if token in INFIX:
+                self.tokens.pop()
+            if kind == "power":  # 2^3^4 is 2^(3^4)
+                right = self.tree(strength)
+            else:
+                right = self.tree(strength + 1)
+            left = linked(left, kind, token, right)
 
     def operator(self, token: str, level: int) -> tuple[int, str]:
         """How strongly a token binds to what stands before it, and the kind of tree it makes."""
         if token in INFIX:
-            return INFIX[token]
-        if token[0] == '"':
-            return (DEGREE if token == '"°"' else UNIT), "unit"
-        is_in_argument = level == ARGUMENT and token not in "([|" and token[1:] not in FUNCTIONS
-        return (ARGUMENT if is_in_argument else PRODUCT), "product"
+            strength, kind = INFIX[token]
+            return strength, kind
+        if token == '"°"':
+            return DEGREE, "unit"
+        if is_quoted(token):
+            return UNIT, "unit"
+        ends_argument = token in ("(", "[", "|") or token[1:] in FUNCTIONS
+        if level == ARGUMENT and not ends_argument:
+            return ARGUMENT, "product"
+        return PRODUCT, "product"
 
-    def prefix(self, level: int = POWER) -> tuple:
+    def prefix(self, level: int = POWER) -> Tree:
+        """What begins with the next token: a sign and its operand, brackets, a function, a name."""
         token = self.tokens.pop()
-        if token in ("+", "-"):
-            operand = self.tree(max(level, PRODUCT))
-            return operand if token == "+" else ("negative", operand)
+        if token == "+":
+            return self.tree(max(level, PRODUCT))
+        if token == "-":
+            return ("negative", self.tree(max(level, PRODUCT)))
         if token in BRACKETS:
             return self.bracket(token)
         if token in PAIRS:
@@ -290,16 +352,17 @@ class Reader:
             return self.function(token[1:])
         if REPEATING.fullmatch(token) or token.replace(".", "", 1).isdecimal():
             return ("num", number(token))
-        if token[0] == '"':
+        if is_quoted(token):
             return self.words(token.strip('"').split())
         if not NAME.match(token):
             raise ValueError(token)
         if token in CONSTANTS:
             return (token,)
         name, mark, index = re.sub('[{} "]', "", token).partition("_")
-        return ("var", name + mark + str(NUMBERS.get(index, index)))
+        index = NUMBERS.get(index, index)  # x_one is x_1
+        return ("var", f"{name}{mark}{index}")
 
-    def function(self, name: str) -> tuple:
+    def function(self, name: str) -> Tree:
         """f_b^n x: a logarithm's base, a power of the function, its argument."""
         base = self.script("_")
         exponent = self.script("^")
@@ -308,24 +371,30 @@ class Reader:
         tree = (name, argument)
         if base:
             tree = ("quotient", ("ln", argument), ("ln", base))
-        return ("power", tree, exponent) if exponent else tree
+        if exponent:
+            tree = ("power", tree, exponent)
+        return tree
 
-    def script(self, mark: str) -> tuple | None:
+    def script(self, mark: str) -> Tree | None:
+        """The index or exponent that comes next, if one does."""
         if self.tokens[-1] != mark:
             return None
         self.tokens.pop()
         return self.prefix()
 
-    def words(self, words: list[str]) -> tuple:
+    def words(self, words: list[str]) -> Tree:
         """Words that stand where a value should: a number, perhaps with its unit, or just words."""
         if words[0] not in NUMBERS:
             return ("word", unit_name(" ".join(words)))
-        numbers = list(itertools.takewhile((NUMBERS | MULTIPLIERS).__contains__, words))
-        value = ("num", spelled(numbers))
-        rest = words[len(numbers) :]
-        return self.measured(value, " ".join(rest)) if rest else value
+        length = 1
+        while length < len(words) and words[length] in NUMBER_WORDS:
+            length += 1
+        value = ("num", spelled(words[:length]))
+        if length == len(words):
+            return value
+        return self.measured(value, " ".join(words[length:]))
 
-    def measured(self, value: tuple, words: str) -> tuple:
+    def measured(self, value: Tree, words: str) -> Tree:
         """A value and the words after it: a unit, or a multiplier and perhaps a unit."""
         first, _, rest = words.partition(" ")
         factor = MULTIPLIERS.get(first.rstrip("s"))
@@ -335,41 +404,64 @@ class Reader:
         if PATTERNS["hedges"].search(words) or not NO_UNITS.isdisjoint(words.split()):
             raise ValueError(words)
         name = unit_name(words)
-        return ("unit", value, *SIZES.get(name, (name, ONE)))
+        measure, size = SIZES.get(name, (name, ONE))
+        return ("unit", value, measure, size)
 
-    def bracket(self, opening: str) -> tuple:
-        closings, kind = BRACKETS[opening]
-        outside, self.in_bars = self.in_bars, opening == "|"
+    def bracket(self, opening: str) -> Tree:
+        """What stands in brackets, up to and with the closing one."""
+        closers, kind = BRACKETS[opening]
+        outside = self.in_bars
+        self.in_bars = opening == "|"
         inner = ("list",)  # nothing in the brackets
-        if self.tokens[-1] not in ENDS or self.tokens[-1] == "|":
+        if self.tokens[-1] not in CLOSERS or self.tokens[-1] == "|":
             inner = self.tree()
         self.in_bars = outside
-        closing = self.tokens.pop()
-        if closing not in closings:
-            raise ValueError(f"{opening} is closed by {closing}")
+        closer = self.tokens.pop()
+        if closer not in closers:
+            raise ValueError(f"{opening} is closed by {closer}")
         if opening in ("(", "[") and inner[0] == "list":
-            return ("tuple", opening + closing, *inner[1:])
+            return ("tuple", opening + closer, *inner[1:])
         if kind == "set":
             items = inner[1:] if inner[0] == "list" else (inner,)
-            return ("set", *map(element, items))
-        return (kind, inner) if kind else inner
+            return ("set", *map(as_element, items))
+        if kind:
+            return (kind, inner)
+        return inner
 
 
-def element(item: tuple) -> tuple:
+def linked(left: Tree, kind: str, token: str, right: Tree) -> Tree:
+    """Two trees under the operator between them; a + b + c is one sum of three."""
+    if kind == "difference":
+        kind, right = "sum", ("negative", right)
+    link = (token, right) if kind == "relation" else (right,)
+    if kind in CHAINS and kind == left[0]:
+        return (*left, *link)
+    return (kind, left, *link)
+
+
+def as_element(item: Tree) -> Tree:
     """An item of a set; a set in a set is one element: {{1}} is not {1}."""
-    return ("element", item) if item[0] == "set" or item == ("var", "∅") else item
+    if item[0] == "set" or item == ("var", "∅"):
+        return ("element", item)
+    return item
 
 
 def spelled(words: list[str]) -> Fraction:
     """The value of "two thousand three hundred forty five", of "one third"."""
     largest = max(words, key=lambda word: MULTIPLIERS.get(word, 0), default="")
     if largest in MULTIPLIERS:
-        start, rest = words[: words.index(largest)], words[words.index(largest) + 1 :]
-        after = spelled(rest) if rest else 0
+        place = words.index(largest)
+        after = Fraction(0)
+        if words[place + 1 :]:
+            after = spelled(words[place + 1 :])
         if after < MULTIPLIERS[largest]:
-            return spelled(start) * MULTIPLIERS[largest] + after
+            return spelled(words[:place]) * MULTIPLIERS[largest] + after
     values = [NUMBERS[word] for word in words]
-    if len(values) > 2 or len(values) == 2 and not values[0] >= 20 > 10 > values[1] > 0:
+    is_one_number = len(values) < 2
+    if len(values) == 2:  # forty five, not five forty
+        tens, ones = values
+        is_one_number = tens >= 20 and 0 < ones < 10
+    if not is_one_number:
         raise ValueError("several numbers")
     return Fraction(sum(values))
 
@@ -381,7 +473,7 @@ def unit_name(words: str) -> str:
 
 
 def number(token: str) -> Fraction:
-    """Of a numeral; 0.1(6) is 0.1666..."""
+    """The value of a numeral; 0.1(6) is 0.1666..."""
     match = REPEATING.fullmatch(token)
     if not match:
         return Fraction(token)
@@ -395,50 +487,62 @@ def number(token: str) -> Fraction:
 
 MP = MPContext()
 MP.dps = 100
+EQUAL_DIGITS = 60  # of two numbers that are not exact
 CONSTANTS = {"π": +MP.pi, "e": +MP.e, "i": MP.j, "∞": MP.inf, "°": MP.pi / 180}
 
 
-def bits(value) -> int:
+def bits(value: Number) -> int:
     """The size of an exact number."""
     if not isinstance(value, Fraction):
         return 0
     return max(value.numerator.bit_length(), value.denominator.bit_length())
 
 
-def power(base, exponent):
+def is_integer(value: Number) -> bool:
+    """Is it a whole number, exactly?"""
+    return getattr(value, "denominator", 0) == 1
+
+
+def power(base: Number, exponent: Number) -> Number:
     """Exact where base and exponent say so, after a look at the size of the result."""
     if base == 0 < exponent:
         return base
-    is_exact = isinstance(base, Fraction) and getattr(exponent, "denominator", 0) == 1
+    is_exact = isinstance(base, Fraction) and is_integer(exponent)
     size = bits(base) if is_exact else abs(MP.ln(base))
     if abs(exponent) * size > MAX_SIZE:
         raise ValueError("power too large")
-    return base ** int(exponent) if is_exact else MP.power(base, exponent)
+    if is_exact:
+        return base ** int(exponent)
+    return MP.power(base, exponent)
 
 
-def root(index, base):
+def root(index: Number, base: Number) -> Number:
     """The real root where there is one: the third root of -8 is -2."""
-    if base < 0 and getattr(index, "denominator", 0) == 1 and index % 2:
+    if base < 0 and is_integer(index) and index % 2 == 1:
         return -power(-base, 1 / index)
     return power(base, 1 / index)
 
 
 SUMS, PRODUCTS = {"sum", "mixed"}, {"product", "magnitude"}
-COUNTS, COUNTED = {"fac": math.factorial, "binomial": math.comb}, set(range(3001))
+COUNTS = {"fac": math.factorial, "binomial": math.comb}
+MAX_COUNT = 3000  # whose factorial is computed
+COUNTED = set(range(MAX_COUNT + 1))
 UNBOUNDED = {"ln", "fabs", "floor", "ceil"}  # their arguments may have any size
 # Where a variable is sampled: near and far, negative and positive, so that |x - 5| is not 5 - x
 # and floor(x/5) not floor(x/6).
 RANGES = [(0, 1), (1, 4), (-2.5, -0.5), (100, 500), (-9000, -2000), (10**7, 10**8)]
+SHARES = 9973  # a prime: variables take one of so many places of a range
 
 
 def sample(name: str, point: int) -> Fraction:
     """A variable's fixed value, within RANGES[point]."""
     low, high = map(Fraction, RANGES[point])
-    share = Fraction(int.from_bytes(f"{name} {point}".encode(), "big") % 9973 + 1, 9974)
+    code = int.from_bytes(f"{name} {point}".encode(), "big")
+    share = Fraction(code % SHARES + 1, SHARES + 1)
     return low + share * (high - low)
 
 
-def evaluate(tree: tuple, point: int = 0, x=None):
+def evaluate(tree: Tree, point: int = 0, x: Number | None = None) -> Number:
     """The value at a sample point, or with all variables equal to the number x."""
     kind, *parts = tree
     if kind == "num":
@@ -456,7 +560,11 @@ def evaluate(tree: tuple, point: int = 0, x=None):
             if holds(when, point, x):
                 return evaluate(value, point, x)
         raise ValueError("no piece holds")
-    values = [evaluate(part, point, x) for part in parts]
+    return operate(kind, [evaluate(part, point, x) for part in parts])
+
+
+def operate(kind: str, values: list[Number]) -> Number:
+    """The value of one operation or function, after a look at the size of its operands."""
     if sum(map(bits, values)) > MAX_SIZE:
         raise ValueError("too large")
     if kind in SUMS:
@@ -467,31 +575,35 @@ def evaluate(tree: tuple, point: int = 0, x=None):
         return -values[0]
     if kind == "quotient":
         return values[0] * (1 / values[1])  # a Fraction cannot be divided by an mpf
-    if kind in ("power", "root"):
-        return power(*values) if kind == "power" else root(*values)
+    if kind == "power":
+        return power(*values)
+    if kind == "root":
+        return root(*values)
     if kind in COUNTS and COUNTED.issuperset(values):
         return Fraction(COUNTS[kind](*map(int, values)))
-    limit = max(COUNTED) if kind in COUNTS else MAX_SIZE
-    if kind not in FUNCTIONS or kind not in UNBOUNDED and any(abs(v) > limit for v in values):
-        raise ValueError(f"{kind} has no value, or too large an argument")
+    if kind not in FUNCTIONS:
+        raise ValueError(f"{kind} has no value")
+    limit = MAX_COUNT if kind in COUNTS else MAX_SIZE
+    if kind not in UNBOUNDED and any(abs(value) > limit for value in values):
+        raise ValueError(f"too large an argument of {kind}")
     return getattr(MP, kind)(*map(MP.convert, values))
 
 
-def near(a, b) -> bool:
+def near(a: Number, b: Number) -> bool:
     """Equal: exactly for Fractions, else to 60 digits."""
     if a == b:
         return True
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return False
     a, b = MP.convert(a), MP.convert(b)
-    return abs(a - b) <= max(abs(a), abs(b)) / 10**60 < MP.inf
+    return abs(a - b) <= max(abs(a), abs(b)) / 10**EQUAL_DIGITS < MP.inf
 
 
-def is_real(value) -> bool:
+def is_real(value: Number) -> bool:
     return not MP.im(MP.convert(value))
 
 
-def walk(tree: tuple):
+def walk(tree: Tree) -> Iterator[Tree]:
     """All subtrees of a tree, itself first."""
     yield tree
     for part in tree[1:]:
@@ -499,19 +611,27 @@ def walk(tree: tuple):
             yield from walk(part)
 
 
-def variables(tree: tuple) -> set[str]:
+def with_parts(tree: Tree, function: Callable) -> tuple:
+    """The tree with function(part) in the place of each part that is a tree itself."""
+    kind, *parts = tree
+    changed = [function(part) if isinstance(part, tuple) else part for part in parts]
+    return (kind, *changed)
+
+
+def variables(tree: Tree) -> set[str]:
     """The names in a tree, and the words, which have no value either."""
     return {part[1] for part in walk(tree) if part[0] in ("var", "word")}
 
 
 @functools.lru_cache(maxsize=4096)
-def equal(a: tuple, b: tuple) -> bool:
+def equal(a: Tree, b: Tree) -> bool:
     """The same value wherever both have one; with variables at two sample points at least."""
     names = variables(a)
     if names != variables(b):
         return False
-    points, agreements = range(len(RANGES) if names else 1), 0
-    for point in points:
+    n_points = len(RANGES) if names else 1
+    agreements = 0
+    for point in range(n_points):
         try:
             x, y = evaluate(a, point), evaluate(b, point)
         except (ValueError, ArithmeticError, LookupError):
@@ -520,14 +640,14 @@ def equal(a: tuple, b: tuple) -> bool:
             agreements += 1
         elif is_real(x) or is_real(y):  # two complex values may be branches of one
             return False
-    return agreements >= min(2, len(points))
+    return agreements >= min(2, n_points)
 
 
-def substituted(tree: tuple, values: dict) -> tuple:
+def substituted(tree: Tree, tree_of_name: dict[str, Tree]) -> Tree:
     """The tree with trees in place of variables, by their names."""
     if tree[0] == "var":
-        return values.get(tree[1], tree)
-    return tuple(substituted(part, values) if isinstance(part, tuple) else part for part in tree)
+        return tree_of_name.get(tree[1], tree)
+    return with_parts(tree, lambda part: substituted(part, tree_of_name))
 
 
 # ---- from a tree to an answer ----
@@ -545,34 +665,42 @@ QUANTITIES = {"quotient", "ratio", *FUNCTIONS}  # cos A = 1/2 is an answer of 1/
 class Equation:
     """name = value, as of x = 5; `whole` is left side - right side, for lines and conics."""
 
-    name: tuple | None
-    value: tuple | None
-    whole: tuple | None
+    name: Tree | None
+    value: Tree | None
+    whole: Tree | None
 
 
-def settle(tree: tuple):
+Answer = Tree | Equation  # a settled tree: its parts are answers, or the signs of a relation
+
+
+def kind_of(answer: Answer) -> str:
+    """The kind of a tree, "" of an equation."""
+    return "" if isinstance(answer, Equation) else answer[0]
+
+
+def settle(tree: Tree) -> Answer:
     """The tree as an answer: lists opened, equations set apart, matrices carried out."""
     kind, *parts = tree
     if kind in ("matrix", "cases"):
         return settle_rows(kind, parts[0])
     if kind not in STRUCTURES:
         return settle_value(tree)
-    parts = [settle(part) if isinstance(part, tuple) else part for part in parts]
+    settled = with_parts(tree, settle)
     if kind == "relation":
-        return settle_relation(parts)
+        return settle_relation(settled[1:])
     if kind in ITEMS:
-        return settle_items(kind, parts)
-    return (kind, *parts)
+        return settle_items(kind, settled[1:])
+    return settled
 
 
-def settle_value(tree: tuple):
+def settle_value(tree: Tree) -> Answer:
     """A value; what multiplies a matrix or transposes it is carried out, i + 2j is a vector."""
     kind, *parts = tree
-    if variables(tree) & set(BASIS):
+    if not variables(tree).isdisjoint(BASIS):
         return vector(tree)
-    has_matrix = any(part[0] == "matrix" for part in walk(tree))
     if kind == "unit" and parts[1] == "transposed":
         return transposed(settle(parts[0]))
+    has_matrix = any(part[0] == "matrix" for part in walk(tree))
     if has_matrix and kind == "negative":
         return times(settle(parts[0]), ("num", Fraction(-1)))
     if has_matrix and kind == "product":
@@ -580,24 +708,28 @@ def settle_value(tree: tuple):
     return tree
 
 
-def times(matrix: tuple, factor: tuple) -> tuple:
+def times(matrix: Tree, factor: Tree) -> Tree:
     """A settled matrix or vector with all its cells multiplied."""
-    kind, *parts = matrix
-    if kind not in ("matrix", "cells", "tuple"):
+    if matrix[0] not in ("matrix", "cells", "tuple"):
         return ("product", factor, matrix)
-    return (kind, *(times(part, factor) if isinstance(part, tuple) else part for part in parts))
+    return with_parts(matrix, lambda part: times(part, factor))
 
 
-def transposed(matrix: tuple) -> tuple:
+def transposed(matrix: Tree) -> Tree:
     """A column is a tuple, and so is what a row becomes."""
     if matrix[0] != "matrix":
         return matrix
-    if len(matrix) == 2:
-        return ("tuple", "()", *matrix[1][1:])
-    return ("matrix", *(("cells", *column) for column in zip(*(row[1:] for row in matrix[1:]))))
+    rows = [row[1:] for row in matrix[1:]]
+    if len(rows) == 1:
+        return ("tuple", "()", *rows[0])
+    return as_matrix(zip(*rows))
 
 
-def vector(tree: tuple) -> tuple:
+def as_matrix(rows: Any) -> Tree:
+    return ("matrix", *(("cells", *row) for row in rows))
+
+
+def vector(tree: Tree) -> Tree:
     """2i - 3j + k as the tuple (2, -3, 1)."""
     size = 3 if BASIS[2] in variables(tree) else 2
     nothing = dict.fromkeys(BASIS, ZERO)
@@ -607,56 +739,69 @@ def vector(tree: tuple) -> tuple:
     return ("tuple", "()", *axes)
 
 
-def settle_rows(kind: str, tree: tuple):
+def settle_rows(kind: str, tree: Tree) -> Answer:
     """A matrix; a vector is a tuple; a system is a list of its equations."""
-    rows = tree[1:] if tree[0] == "row" else [tree]
-    rows = [row[1:] if row[0] == "cell" else (row,) for row in rows]
+    lines = tree[1:] if tree[0] == "row" else [tree]
+    rows = [line[1:] if line[0] == "cell" else (line,) for line in lines]
     if kind == "cases" and all(len(row) == 2 for row in rows):
-        return ("piecewise", *(part for row in rows for part in row))
+        return ("piecewise", *itertools.chain(*rows))
     rows = [[settle(cell) for cell in row] for row in rows]
-    cells = [cell for row in rows for cell in row]
+    cells = list(itertools.chain(*rows))
     if kind == "cases" or any(isinstance(cell, Equation) for cell in cells):
         return settle_items("and", cells)
     if len(cells) == len(rows):
         return ("tuple", "()", *cells)
-    return ("matrix", *(("cells", *row) for row in rows))
+    return as_matrix(rows)
 
 
-def settle_items(kind: str, parts: list):
+def settle_items(kind: str, parts: Any) -> Answer:
     """A list or set of several items; conditions are a region; 2 h and 15 min are one value."""
     items = []
     for part in parts:
-        is_nested = isinstance(part, tuple) and part[0] == "list"
-        items.extend(part[1:] if is_nested else [part])
+        if kind_of(part) == "list":
+            items += part[1:]
+        else:
+            items.append(part)
     if not 0 < len(items) <= MAX_ITEMS:
         raise ValueError("no items, or too many")
-    if any(isinstance(item, tuple) and item[0] in REGIONS for item in items):
+    kinds = [kind_of(item) for item in items]
+    if not REGIONS.isdisjoint(kinds):
         conditions = [as_condition(item, items[0]) for item in items]  # 1/2 or x < 3: x = 1/2
         return ("union" if kind in ("or", "∨") else "intersection", *conditions)
-    if kind in LOGIC and not any(isinstance(item, Equation) for item in items):
+    if kind in LOGIC and "" not in kinds:
         return (kind, *parts)
     if len(items) == 1:
         return items[0]
-    units = [item[1:] for item in items if isinstance(item, tuple) and item[0] == "unit"]
-    measures, sizes = {unit[1] for unit in units}, {unit[2] for unit in units}
-    if kind == "and" and len(measures) == 1 < len(sizes):
-        values = [evaluate(("product", value, size)) for value, _, size in units]
-        return ("unit", ("num", sum(values)), *measures, ONE)
+    if kind == "and":
+        total = total_of_units([item for item in items if kind_of(item) == "unit"])
+        if total:
+            return total
     return ("set" if kind == "set" else "list", *items)
 
 
-def as_condition(item, first) -> tuple:
+def total_of_units(items: list[Tree]) -> Tree | None:
+    """2 hours and 15 minutes as one value in seconds; None if they are no parts of one measure."""
+    measures = {measure for _, _, measure, _ in items}
+    sizes = {size for _, _, _, size in items}
+    if len(measures) != 1 or len(sizes) < 2:
+        return None
+    total = sum(evaluate(("product", value, size)) for _, value, _, size in items)
+    return ("unit", ("num", total), *measures, ONE)
+
+
+def as_condition(item: Answer, first: Answer) -> Tree:
     """An item among conditions: x = 2 as a region; the 3 after "x != 2," as x != 3."""
     if isinstance(item, Equation) and item.value:
-        is_region = item.value[0] in STRUCTURES
-        return item.value if is_region else ("relation", item.name, "=", item.value)
-    is_exclusion = isinstance(first, tuple) and first[0] == "relation" and first[2] == "≠"
+        if item.value[0] in STRUCTURES:
+            return item.value
+        return ("relation", item.name, "=", item.value)
+    is_exclusion = kind_of(first) == "relation" and first[2] == "≠"
     if is_exclusion and item[0] not in STRUCTURES:
         return ("relation", first[1], "≠", item)
     return item
 
 
-def settle_relation(parts: list):
+def settle_relation(parts: tuple) -> Answer:
     """An inequality as it is; an equation with its name, if a side is one, and its value.
 
     x = 5                  name x, value 5
@@ -672,24 +817,27 @@ def settle_relation(parts: list):
     if set(signs) - set("=≡∈≈"):
         return ("relation", *parts)
     names = [side for side in sides if side[0] in ("var", "word")]
-    values = [side for side in sides if side not in names] or names[-1:]
+    values = [side for side in sides if side not in names]
+    if not values:
+        values = names[-1:]
     if not names and len(sides) == 2 and sides[0][0] in QUANTITIES and not variables(sides[1]):
-        names = sides[:1]
+        names = [sides[0]]
+    name = names[0] if names else None
     value = values[-1]
-    results = [side for side in values if not variables(side)]
-    is_standard = not names and value == ZERO  # x^2 - 5x + 6 = 0 is no answer of 0
-    if is_standard or any(not same(results[0], other) for other in results[1:]):  # 7 = 5
+    numbers = [side for side in values if not variables(side)]
+    is_wrong = any(not same(numbers[0], other) for other in numbers[1:])  # 7 = 5
+    if is_wrong or (name is None and value == ZERO):
         value = None
     whole = None
-    if signs == ["="] and any(map(variables, sides)):
+    if list(signs) == ["="] and any(map(variables, sides)):
         whole = ("scaled", ("sum", sides[0], ("negative", sides[1])))
-    return Equation(names[0] if names else None, value, whole)
+    return Equation(name, value, whole)
 
 
 # ---- when two answers are the same ----
 
 
-def same(answer, gold) -> bool:
+def same(answer: Answer, gold: Answer) -> bool:
     """Do two settled trees mean the same?"""
     if answer == gold:
         return True
@@ -700,48 +848,59 @@ def same(answer, gold) -> bool:
     kinds = {answer[0], gold[0]}
     if kinds & REGIONS:
         return same_region(answer, gold)
-    if kinds <= {"list", "tuple", "set"} or kinds <= LOGIC and len(kinds) == 1:
+    if kinds <= {"list", "tuple", "set"} or kinds in ({"∧"}, {"∨"}):
         return same_sequence(answer, gold)
     if kinds == {"mod"}:
-        (a, modulus), (b, other) = answer[1:], gold[1:]
-        steps = evaluate(("quotient", ("sum", a, ("negative", b)), modulus))
-        return equal(modulus, other) and getattr(steps, "denominator", 0) == 1
+        return same_residue(answer, gold)
     if kinds & STRUCTURES:
         return same_parts(answer, gold)
     return same_value(answer, gold)
 
 
-def same_parts(answer: tuple, gold: tuple) -> bool:
+def same_parts(answer: Tree, gold: Tree) -> bool:
     return len(answer) == len(gold) and all(map(same, answer, gold))
 
 
-def same_equation(answer, gold) -> bool:
+def same_residue(answer: Tree, gold: Tree) -> bool:
+    """9 mod 7 is 2 mod 7."""
+    _, a, modulus = answer
+    _, b, other = gold
+    steps = evaluate(("quotient", ("sum", a, ("negative", b)), modulus))
+    return equal(modulus, other) and is_integer(steps)
+
+
+def same_equation(answer: Answer, gold: Answer) -> bool:
     """x = 5 is 5 and 5 = x; x + y = 5 is 5 as an answer, but as a gold it is an equation."""
     if not isinstance(gold, Equation):
         return answer.value is not None and same(answer.value, gold)
-    is_named = gold.value is not None and gold.name is not None
+    is_named = gold.name is not None and gold.value is not None
     if not isinstance(answer, Equation):
         return is_named and same(answer, gold.value)
     if answer.whole and gold.whole and equal(answer.whole, gold.whole):
         return True
-    is_known = answer.name and gold.name and answer.name[0] == gold.name[0]
-    if not is_named or answer.value is None or is_known and answer.name != gold.name:
+    if not is_named or answer.value is None:
         return False
+    if answer.name and answer.name[0] == gold.name[0] and answer.name != gold.name:
+        return False  # two variables, two words
     return same(answer.value, gold.value)
 
 
-def by_name(answer: tuple) -> tuple | None:
+def by_name(answer: Tree) -> Tree | None:
     """x = 3, y = -4 as the tuple of its values in the order of the names."""
-    items = answer[1:]
-    if answer[0] != "list" or not all(isinstance(item, Equation) for item in items):
+    kind, *items = answer
+    if kind != "list" or not all(isinstance(item, Equation) for item in items):
         return None
-    values = {item.name[1]: item.value for item in items if item.name and item.name[0] == "var"}
-    if len(values) < len(items):
+    value_of_name = {}
+    for item in items:
+        if item.name and item.name[0] == "var":
+            value_of_name[item.name[1]] = item.value
+    if len(value_of_name) < len(items):
         return None
-    return ("tuple", "()", *(values[name] for name in sorted(values)))
+    values = [value_of_name[name] for name in sorted(value_of_name)]
+    return ("tuple", "()", *values)
 
 
-def same_sequence(answer: tuple, gold: tuple) -> bool:
+def same_sequence(answer: Tree, gold: Tree) -> bool:
     """Lists and sets in any order, tuples and named values in theirs."""
     named, gold_named = by_name(answer), by_name(gold)
     if named and gold[0] == "tuple":
@@ -751,53 +910,64 @@ def same_sequence(answer: tuple, gold: tuple) -> bool:
         return same_parts(("tuple", "()", *items), gold_named)
     if "tuple" in (answer[0], gold[0]):
         return same_parts(answer, gold)
-    rest = list(gold[1:])
-    if len(answer) != len(gold):
+    return same_items(answer[1:], gold[1:])
+
+
+def same_items(items: tuple, gold_items: tuple) -> bool:
+    """Has each item its own equal among those of the gold, and none is left over?"""
+    if len(items) != len(gold_items):
         return False
-    for item in answer[1:]:
-        match = next((other for other in rest if same(item, other)), None)
+    left = list(gold_items)
+    for item in items:
+        match = next((other for other in left if same(item, other)), None)
         if match is None:
             return False
-        rest.remove(match)
+        left.remove(match)
     return True
 
 
-def bare(tree: tuple) -> tuple:
-    """(the value without its units, the value times the sizes of its units, their names)."""
+class Quantity(NamedTuple):
+    """A value and its units: of 5 % the 5, the product of 5 and 1/100, and {"%"}."""
+
+    bare: Tree
+    sized: Tree
+    units: set[str]
+
+
+def quantity(tree: Tree) -> Quantity:
     if tree[0] != "unit":
-        return tree, tree, set()
-    _, inner, name, size = tree
-    value, sized, names = bare(inner)
-    return value, ("product", sized, FACTORS.get(name, size)), names | {name}
+        return Quantity(tree, tree, set())
+    _, value, name, size = tree
+    inner = quantity(value)
+    sized = ("product", inner.sized, FACTORS.get(name, size))
+    return Quantity(inner.bare, sized, inner.units | {name})
 
 
-def same_value(answer: tuple, gold: tuple) -> bool:
+def same_value(answer: Tree, gold: Tree) -> bool:
     """With units ignored when one side has none; a % or ° may also be a factor."""
-    answer = with_names_of(gold, answer)
-    (a, a_sized, a_units), (b, b_sized, b_units) = bare(answer), bare(gold)
-    if a_units and b_units:
-        return (a_units <= b_units or b_units <= a_units) and equal(a_sized, b_sized)
-    is_factor = a_units | b_units <= set(FACTORS)
-    return equal(a, b) or is_factor and equal(a_sized, b_sized)
+    a, b = quantity(with_names_of(gold, answer)), quantity(gold)
+    if a.units and b.units:
+        is_comparable = a.units <= b.units or b.units <= a.units
+        return is_comparable and equal(a.sized, b.sized)
+    if equal(a.bare, b.bare):
+        return True
+    is_factor = a.units | b.units <= FACTORS.keys()
+    return is_factor and equal(a.sized, b.sized)
 
 
 INTEGER_NAMES, CONSTANT_NAMES = set("kmnl"), set("CcKk")
 
 
-def with_names_of(gold: tuple, answer: tuple) -> tuple:
+def with_names_of(gold: Tree, answer: Tree) -> Tree:
     """Another letter for the integer of k pi, or for the constant of an integral, is no matter."""
     ours, theirs = variables(answer) - variables(gold), variables(gold) - variables(answer)
     if len(ours) != 1 or len(theirs) != 1:
         return answer
-    name, other = *ours, *theirs
+    (name,), (other,) = ours, theirs
     is_period = {name, other} <= INTEGER_NAMES and ("π",) in walk(gold)
-    is_constant = (
-        other == "C"
-        and name in CONSTANT_NAMES
-        and gold[0] == answer[0] == "sum"
-        and (("var", other) in gold and ("var", name) in answer)
-    )
-    if is_period or is_constant:
+    is_constant = other == "C" and name in CONSTANT_NAMES
+    are_sums = gold[0] == answer[0] == "sum" and ("var", other) in gold and ("var", name) in answer
+    if is_period or (is_constant and are_sums):
         return substituted(answer, {name: ("var", other)})
     return answer
 
@@ -805,37 +975,46 @@ def with_names_of(gold: tuple, answer: tuple) -> tuple:
 # ---- regions of the real line ----
 
 
-def same_region(answer: tuple, gold: tuple) -> bool:
+def same_region(answer: Tree, gold: Tree) -> bool:
     """Do they agree at all their ends, between them and beyond?"""
     names = variables(answer) | variables(gold)
-    if len(names) > 1 and answer[0] == gold[0] == "intersection":  # x > 0, y > 0 in any order
-        return same_sequence(("list", *answer[1:]), ("list", *gold[1:]))
-    if len(names) > 1 or answer[0] == gold[0] == "relation" and not names:
+    kinds = {answer[0], gold[0]}
+    if len(names) > 1 and kinds == {"intersection"}:  # x > 0, y > 0 in any order
+        return same_items(answer[1:], gold[1:])
+    if len(names) > 1 or (not names and kinds == {"relation"}):
         return same_parts(answer, gold)
     marks = sorted(end for end in ends(answer) + ends(gold) if abs(end) < MP.inf)
+    if len(marks) > MAX_ITEMS:
+        return False
     between = [(low + high) / 2 for low, high in itertools.pairwise(marks)]
     outside = [marks[0] - 1, marks[-1] + 1] if marks else [MP.zero]
     points = [*marks, *between, *outside]
-    inside = [(holds(answer, x=x), holds(gold, x=x)) for x in points[: 3 * MAX_ITEMS]]
-    is_empty = not any(in_b for _, in_b in inside)
-    return len(marks) <= MAX_ITEMS and not is_empty and all(in_a == in_b for in_a, in_b in inside)
+    in_answer = [holds(answer, x=x) for x in points]
+    in_gold = [holds(gold, x=x) for x in points]
+    return any(in_gold) and in_answer == in_gold
 
 
-def ends(tree: tuple) -> list:
+def ends(tree: Tree) -> list[Number]:
     """All points where the region may begin or end; ValueError when a condition is not linear."""
     kind, *parts = tree
+    found = []
     if kind in ("union", "intersection", "without", "list", "set"):
-        return [end for part in parts for end in ends(part)]
+        for part in parts:
+            found += ends(part)
+        return found
     if (kind == "relation") != bool(variables(tree)):
         raise ValueError("neither a condition on a variable nor a number")
-    if kind == "tuple" and len(parts) == 3:
-        return [MP.convert(evaluate(part)) for part in parts[1:]]
     if kind == "relation":
-        return [end for left, right in itertools.pairwise(parts[::2]) for end in roots(left, right)]
+        for left, right in itertools.pairwise(parts[::2]):
+            found += roots(left, right)
+        return found
+    if kind == "tuple" and len(parts) == 3:
+        _, low, high = parts
+        return [MP.convert(evaluate(low)), MP.convert(evaluate(high))]
     return [MP.convert(evaluate(tree))]
 
 
-def roots(left: tuple, right: tuple) -> list:
+def roots(left: Tree, right: Tree) -> list[Number]:
     """Where two sides are equal, |u| = v at u = v and u = -v."""
     if right[0] == "fabs":
         left, right = right, left
@@ -845,10 +1024,12 @@ def roots(left: tuple, right: tuple) -> list:
     if degree(difference) > 1:
         raise ValueError("not linear")
     at_0, at_1 = evaluate(difference, x=Fraction(0)), evaluate(difference, x=Fraction(1))
-    return [] if at_0 == at_1 else [MP.convert(at_0 * (1 / (at_0 - at_1)))]
+    if at_0 == at_1:
+        return []
+    return [MP.convert(at_0 * (1 / (at_0 - at_1)))]
 
 
-def degree(tree: tuple) -> int:
+def degree(tree: Tree) -> int:
     """0 of a constant, 1 of what is linear in its variable, more of all else."""
     kind, *parts = tree
     if not variables(tree):
@@ -864,7 +1045,7 @@ def degree(tree: tuple) -> int:
     return 2
 
 
-def holds(tree: tuple, point: int = 0, x=None) -> bool:
+def holds(tree: Tree, point: int = 0, x: Number | None = None) -> bool:
     """Is the number x in the region? Conditions of pieces are also asked at sample points."""
     kind, *parts = tree
     if kind in ("union", "list", "set"):
@@ -873,9 +1054,11 @@ def holds(tree: tuple, point: int = 0, x=None) -> bool:
         return all(holds(part, point, x) for part in parts)
     if kind == "without":
         return holds(parts[0], point, x) and not holds(parts[1], point, x)
-    if kind == "tuple" and len(parts) == 3:
-        low, high = ["≤" if bracket in "[]" else "<" for bracket in parts[0]]
-        parts = [parts[1], low, ("var", ""), high, parts[2]]
+    if kind == "tuple" and len(parts) == 3:  # [2, 3) is 2 ≤ x < 3
+        brackets, low, high = parts
+        above = "≤" if brackets[0] == "[" else "<"
+        below = "≤" if brackets[1] == "]" else "<"
+        parts = [low, above, ("var", ""), below, high]
     elif kind != "relation":
         parts = [("var", ""), "=", tree]
     values = [evaluate(side, point, x) for side in parts[::2]]
@@ -883,47 +1066,57 @@ def holds(tree: tuple, point: int = 0, x=None) -> bool:
     return all(compares(a, sign, b) for a, sign, b in steps)
 
 
-def compares(a, sign: str, b) -> bool:
+def compares(a: Number, sign: str, b: Number) -> bool:
+    """Does a stand so to b?"""
     if near(a, b):
         return sign in "=≤≥"
-    return sign in ("<≤≠" if MP.convert(a) < MP.convert(b) else ">≥≠")
+    if MP.convert(a) < MP.convert(b):
+        return sign in "<≤≠"
+    return sign in ">≥≠"
 
 
 # ---- an answer must be as worked out as the gold ----
 
 
-def is_number(tree, with_pi: bool = False) -> bool:
+def is_number(tree: Answer | str, with_pi: bool = False) -> bool:
     """A numeral, fraction, mixed number or a times a power of ten, with sign, unit or percent."""
     if not isinstance(tree, tuple):
         return False
     kind, *parts = tree
-    if kind == "num" or kind == "π" and with_pi:
+    if kind == "num":
         return True
+    if kind == "π":
+        return with_pi
     if kind in ("negative", "unit", "magnitude"):
         return is_number(parts[0], with_pi)
     if kind == "power":
         return parts[0] == TEN and is_number(parts[1])
     if kind == "sum" and len(parts) == 2:  # 3 + 1/8
-        return parts[0][0] == "num" and parts[1][0] == "quotient" and is_number(parts[1])
-    is_scientific = (
-        kind == "product" and len(parts) == 2 and (parts[1] == TEN or parts[1][0] == "power")
-    )
-    is_of_pi = kind == "product" and with_pi
-    if kind in ("quotient", "mixed") or is_scientific or is_of_pi:
-        return all(is_number(part, with_pi) for part in parts)
-    return False
+        whole, rest = parts
+        return whole[0] == "num" and rest[0] == "quotient" and is_number(rest)
+    is_wanted = kind in ("quotient", "mixed")
+    if kind == "product" and len(parts) == 2:  # 5 * 10^3
+        is_wanted = parts[1] == TEN or parts[1][0] == "power"
+    if kind == "product" and with_pi:
+        is_wanted = True
+    return is_wanted and all(is_number(part, with_pi) for part in parts)
 
 
-def is_solved(region: tuple) -> bool:
+def is_solved(region: Tree) -> bool:
     """Is the variable alone, or in |x - c|, wherever it stands in these inequalities?"""
     kind, *parts = region
     if kind == "relation":
         sides = [side for side in parts[::2] if variables(side)]
-        return all(
-            side[0] in ("var", "fabs") or side[0] == "negative" and side[1][0] == "var"
-            for side in sides
-        )
+        return all(is_alone(side) for side in sides)
     return all(is_solved(part) for part in parts if isinstance(part, tuple))
+
+
+def is_alone(side: Tree) -> bool:
+    """x, -x or |x - c|."""
+    kind, *parts = side
+    if kind == "negative":
+        return parts[0][0] == "var"
+    return kind in ("var", "fabs")
 
 
 def is_unsolved(equation: Equation) -> bool:
@@ -933,7 +1126,7 @@ def is_unsolved(equation: Equation) -> bool:
     return bool(variables(equation.value)) and equation.value[0] != "quotient"
 
 
-def is_worked_out(answer, gold) -> bool:
+def is_worked_out(answer: Answer, gold: Answer) -> bool:
     """A number wants a number, what is solved for its variable something solved."""
     if isinstance(gold, Equation):
         if is_unsolved(gold):
@@ -950,23 +1143,28 @@ def is_worked_out(answer, gold) -> bool:
     return True
 
 
-def is_plain(tree) -> bool:
+def is_plain(tree: Answer | str) -> bool:
     """Has it no operator and no function: a number, a letter, words, or several of these?"""
     if isinstance(tree, Equation):
         return bool(tree.name and tree.value) and is_plain(tree.value)
-    if isinstance(tree, str) or is_number(tree) or tree[0] in ("var", "word") or len(tree) == 1:
+    if isinstance(tree, str) or is_number(tree):
         return True
-    return tree[0] in STRUCTURES and all(map(is_plain, tree[1:]))
+    kind, *parts = tree
+    if kind in ("var", "word") or not parts:
+        return True
+    return kind in STRUCTURES and all(map(is_plain, parts))
 
 
 def is_copied(answer: str, gold: str, problem: str) -> bool:
     """Does the answer stand in the problem's text as it is, and the gold not?"""
-    answer, gold = (re.escape(squeezed(text).strip("$")) for text in (answer, gold))
     problem = squeezed(problem)
-    stands = [
-        re.search(rf"(?<![A-Za-z0-9\\]){text}(?![A-Za-z0-9])", problem) for text in (answer, gold)
-    ]
-    return bool(stands[0]) and not stands[1]
+    return stands_in(problem, answer) and not stands_in(problem, gold)
+
+
+def stands_in(problem: str, answer: str) -> bool:
+    """Is the answer in a squeezed text, not as a part of a word or number?"""
+    answer = re.escape(squeezed(answer).strip("$"))
+    return bool(re.search(rf"(?<![A-Za-z0-9\\]){answer}(?![A-Za-z0-9])", problem))
 
 
 def squeezed(text: str) -> str:
@@ -982,20 +1180,21 @@ class Reading(NamedTuple):
     """What an answer may stand for: words, a settled tree, and the letter of "(B) 17"."""
 
     text: str
-    tree: object
+    tree: Answer | None
     choice: str | None
 
 
-LETTERS = re.compile(r"[A-J](?:(?:,|and)+[A-J])+|\([A-J]\)")
-CHOICE = re.compile(r"\(([A-J])\)|([A-J])[).:]")
-SIMPLE = re.compile(r"-?\d{1,40}(?:\.\d{1,40})?\Z")
+LETTERS = re.compile(r"[A-J](?:(?:,|and)+[A-J])+|\([A-J]\)")  # A,B,andD of several choices; (B)
+CHOICE = re.compile(r"\(([A-J])\)|([A-J])[).:]")  # (B) or B. before its text
+SIMPLE = re.compile(r"-?\d{1,40}(?:\.\d{1,40})?\Z")  # 17, -0.5
 MAX_DIGITS = 12  # of a gold that only a number answers
 
 
 def split_choice(tokens: list[str]) -> tuple[str | None, list[str]]:
     """The letter of "(B) 17" or "B: 17" and the other tokens; not of A:B, (B) or C, (B) maybe."""
     size = 3 if tokens[:1] == ["("] else 2
-    start, rest = CHOICE.fullmatch("".join(tokens[:size])), "".join(tokens[size:])
+    start = CHOICE.fullmatch("".join(tokens[:size]))
+    rest = "".join(tokens[size:])
     if not start or PATTERNS["hedges"].search(rest) or PATTERNS["no_choice"].search(rest):
         return None, tokens
     return start[1] or start[2], tokens[size:]
@@ -1011,23 +1210,29 @@ def read(text: str) -> Reading:
         return Reading("", None, None)
     if LETTERS.fullmatch(plain):  # A, B and D are \text{ABD}
         plain = re.sub(r"[(),]|and", "", plain)
-        plain = plain.lower() if len(plain) > 1 else plain
+        if len(plain) > 1:
+            plain = plain.lower()
     tree = None
     with contextlib.suppress(*REFUSED):
-        tree = settle(Reader(tokens).whole())
+        tree = settle(Reader(tokens).read_all())
     return Reading(plain, tree, choice)
 
 
 def parse_gold(gold: str) -> str | None:
     """Why `gold` cannot be compared as mathematics or as words, or None when it can."""
     answer = gold_answer(gold).strip()
-    if not answer or len(answer) > MAX_CHARS:
-        return f"answer longer than {MAX_CHARS} characters" if answer else "no answer"
-    has_words = re.search("[A-Za-z]{2}", re.sub(r"\\[A-Za-z]+", "", answer))
-    return None if has_words or read(answer).tree is not None else "answer not read"
+    if not answer:
+        return "no answer"
+    if len(answer) > MAX_CHARS:
+        return f"answer longer than {MAX_CHARS} characters"
+    has_words = re.search("[A-Za-z]{2}", COMMAND.sub("", answer))
+    if has_words or read(answer).tree is not None:
+        return None
+    return "answer not read"
 
 
 def is_right(answer: str, gold: str, problem: str | None, strict: bool) -> bool:
+    """Does the answer mean what the gold does? strict: and as worked out, and not copied."""
     ours, theirs = read(answer), read(gold)
     if not ours.text or not theirs.text:
         return False
@@ -1039,9 +1244,10 @@ def is_right(answer: str, gold: str, problem: str | None, strict: bool) -> bool:
         return False
     if not strict:
         return True
-    has_copied = problem and not is_plain(ours.tree) and is_copied(answer, gold, problem)
-    is_short = sum(map(str.isdigit, theirs.text)) <= MAX_DIGITS
-    return not has_copied and (not is_short or is_worked_out(ours.tree, theirs.tree))
+    if problem and not is_plain(ours.tree) and is_copied(answer, gold, problem):
+        return False
+    n_digits = len([char for char in theirs.text if char.isdigit()])
+    return n_digits > MAX_DIGITS or is_worked_out(ours.tree, theirs.tree)
 
 
 def accuracy_reward(
@@ -1054,18 +1260,24 @@ def accuracy_reward(
     stands in the `problem`; evaluations whose numbers are compared with others' do without.
     """
     answer, gold = (extract_answer(response) or "").strip(), gold_answer(gold).strip()
+    is_correct = False
     if SIMPLE.match(answer) and SIMPLE.match(gold):
-        return float(Fraction(answer) == Fraction(gold))
-    with contextlib.suppress(*REFUSED):
-        return float(is_right(answer, gold, problem, strict_answers))
-    return 0.0
+        is_correct = Fraction(answer) == Fraction(gold)
+    else:
+        with contextlib.suppress(*REFUSED):
+            is_correct = is_right(answer, gold, problem, strict_answers)
+    return 1.0 if is_correct else 0.0
 
 
 def format_reward(response: str, gold: str = "") -> float:
     """1.0 for exactly <think>..</think><answer>..</answer> with two non-blank bodies, else 0.0."""
     parts = re.split("(</?think>|</?answer>)", response)
-    is_filled = [bool(part.strip()) for part in parts[::2]] == [False, True, False, True, False]
-    return float(is_filled and parts[1::2] == ["<think>", "</think>", "<answer>", "</answer>"])
+    texts, tags = parts[::2], parts[1::2]
+    if tags != ["<think>", "</think>", "<answer>", "</answer>"]:
+        return 0.0
+    before, thought, between, answer, after = map(str.strip, texts)
+    is_right_shape = thought and answer and not (before or between or after)
+    return 1.0 if is_right_shape else 0.0
 
 
 REWARDS = {"accuracy": accuracy_reward, "format": format_reward}
@@ -1076,20 +1288,23 @@ ADAPTER = (
 MAX_REWARD = 1e9  # larger ones would not stay finite in sums
 
 
-def resolve_reward(name: str):
+def resolve_reward(name: str) -> Callable:
     """The f(response, gold) -> float behind a key of REWARDS or "path/to/file.py:function"."""
     source, _, function = name.rpartition(":")
     try:
-        reward = REWARDS[name] if name in REWARDS else runpy.run_path(source)[function]
+        if name in REWARDS:
+            reward = REWARDS[name]
+        else:
+            reward = runpy.run_path(source)[function]
     except (Exception, SystemExit) as error:  # whatever the user's file does when it is imported
         raise UserError(f"reward {name!r}: none of {', '.join(REWARDS)}; {error!r}") from error
-    first = next(iter(inspect.signature(reward).parameters), "")
-    if first in ("completions", "prompts"):
+    parameters = list(inspect.signature(reward).parameters)
+    if parameters and parameters[0] in ("completions", "prompts"):
         raise UserError(f"reward {name!r} is written for TRL; wrap it: {ADAPTER}")
     return reward
 
 
-def wanted(reward) -> set[str] | None:
+def wanted_columns(reward: Callable) -> set[str] | None:
     """The columns that a reward asks for after (response, gold); None for all of them."""
     parameters = list(inspect.signature(reward).parameters.values())
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
@@ -1100,10 +1315,12 @@ def wanted(reward) -> set[str] | None:
 # ---- workers: one line of JSON in, one out ----
 
 
-def score(reward, text: str, gold: str, row: dict) -> tuple[float, str | None]:
+def score(reward: Callable, text: str, gold: str, row: dict) -> tuple[float, str | None]:
     """The reward of one text, or 0.0 and what went wrong."""
-    names = wanted(reward)
-    columns = {key: value for key, value in row.items() if names is None or key in names}
+    names = wanted_columns(reward)
+    columns = row
+    if names is not None:
+        columns = {name: row[name] for name in names if name in row}
     try:
         value = float(reward(text, gold, **columns))
         if not abs(value) <= MAX_REWARD:
@@ -1125,16 +1342,20 @@ def serve(timeout: str, *names: str) -> None:
     try:
         rewards = [resolve_reward(name) for name in names]
     except UserError as error:
-        return reply(refused=str(error))
-    asked = [wanted(reward) for reward in rewards]
-    reply(columns=None if None in asked else sorted(set().union(*asked)))
+        reply(refused=str(error))
+        return
+    asked = [wanted_columns(reward) for reward in rewards]
+    columns = None  # all
+    if None not in asked:
+        columns = sorted(set().union(*asked))
+    reply(columns=columns)
     group = {}
     for line in sys.stdin:
         message = json.loads(line)
         if isinstance(message, dict):
             group = message
             continue
-        # should the caller be gone: its deadline is the earlier one
+        # only should the caller be gone: its own deadline is the earlier one
         faulthandler.dump_traceback_later(float(timeout) + 2 * GRACE, exit=True)
         scores = [score(reward, message, group["gold"], group["row"]) for reward in rewards]
         faulthandler.cancel_dump_traceback_later()
@@ -1142,7 +1363,9 @@ def serve(timeout: str, *names: str) -> None:
         reply(rewards=values, errors=errors)
 
 
-GRACE, START = 0.25, 60.0  # seconds: for a reply on its way, and for a worker to start
+GRACE = 0.25  # seconds for a reply on its way
+START = 60.0  # seconds for a worker to start
+PIPE_BYTES = 1 << 16  # read at a time
 
 
 class Worker:
@@ -1152,7 +1375,10 @@ class Worker:
         self.process = Popen(command, stdin=PIPE, stdout=PIPE, bufsize=0, start_new_session=True)
         os.set_blocking(self.process.stdin.fileno(), False)
         self.group = None  # the last one whose gold and row it got
-        hello = json.loads(self.ask(b"", START) or '{"refused": "a worker does not start"}')
+        hello = {"refused": "a worker does not start"}
+        reply = self.ask(b"", START)
+        if reply:
+            hello = json.loads(reply)
         if "refused" in hello:
             self.kill()
             raise UserError(hello["refused"])
@@ -1160,7 +1386,8 @@ class Worker:
 
     def ask(self, request: bytes, seconds: float) -> bytes | None:
         """Its line of reply; b"" when it died, None when it is late. Never waits longer."""
-        deadline, reply = time.monotonic() + seconds, b""
+        deadline = time.monotonic() + seconds
+        reply = b""
         stdin, stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
         while not reply.endswith(b"\n"):
             poller = select.poll()
@@ -1174,12 +1401,14 @@ class Worker:
             try:
                 if stdin in ready:
                     request = request[os.write(stdin, request) :]
-                part = os.read(stdout, 1 << 16) if stdout in ready else None
+                if stdout not in ready:
+                    continue
+                part = os.read(stdout, PIPE_BYTES)
             except OSError:
                 return b""
-            if part == b"":
+            if not part:
                 return b""
-            reply += part or b""
+            reply += part
         return reply if reply.startswith(b"{") else b""  # else a reward wrote into the pipe
 
     def kill(self) -> None:
@@ -1197,45 +1426,51 @@ class VerifierPool:
     """
 
     def __init__(self, reward_funcs: list[str], workers: int, timeout: float = 5.0):
-        self.names, self.timeout = list(reward_funcs), timeout
+        self.names = list(reward_funcs)
+        self.timeout = timeout
         self.command = [sys.executable, os.path.abspath(__file__), str(timeout), *reward_funcs]
-        self.stats, self.error = {"timeouts": 0, "errors": 0}, None
+        self.stats = {"timeouts": 0, "errors": 0}
+        self.error = None
         self.groups = []  # (key, the futures of its texts)
-        self.lock, self.is_closed = threading.Lock(), False
+        self.lock = threading.Lock()
+        self.is_closed = False
         self.threads = ThreadPoolExecutor(workers)
         self.workers, self.idle = [], []  # one worker for each thread
+        starts = [self.threads.submit(self._start) for _ in range(workers)]
         try:
-            list(self.threads.map(lambda _: self._start(), range(workers)))
+            for start in starts:
+                start.result()
         except UserError:
             self.close()
             raise
         self.columns = self.workers[0].columns
 
-    def submit(self, key, texts: list[str], gold: str, row: dict | None = None) -> None:
+    def submit(self, key: Any, texts: list[str], gold: str, row: dict | None = None) -> None:
         """Queue the G `texts` of one problem; returns at once. `row`: JSON values by name, the
         "problem" and the data's columns; what the rewards' signatures name is sent."""
         group = self._group(gold, row or {})
-        self.groups.append((key, [self.threads.submit(self._ask, text, group) for text in texts]))
+        replies = [self.threads.submit(self._ask, text, group) for text in texts]
+        self.groups.append((key, replies))
 
     def poll(self, wait: bool) -> list[tuple]:
         """(key, rewards_GF) of the groups that are ready; with `wait`, of all submitted ones."""
         ready, waiting = [], []
-        for key, texts in self.groups:
-            if wait or all(text.done() for text in texts):
-                ready.append((key, [text.result()["rewards"] for text in texts]))
+        for key, replies in self.groups:
+            if wait or all(reply.done() for reply in replies):
+                ready.append((key, [reply.result()["rewards"] for reply in replies]))
             else:
-                waiting.append((key, texts))
+                waiting.append((key, replies))
         self.groups = waiting
         return ready
 
     def probe(self, examples: list[tuple[str, dict]]) -> None:
         """Try the rewards on the (gold, row) of up to four problems, with the gold and with nothing
         as response; UserError names one that fails every time."""
-        calls = [
-            self.threads.submit(self._ask, text, self._group(gold, row))
-            for gold, row in examples[:4]
-            for text in (gold, "")
-        ]
+        calls = []
+        for gold, row in examples[:4]:
+            group = self._group(gold, row)
+            for text in (gold, ""):
+                calls.append(self.threads.submit(self._ask, text, group))
         replies = [call.result() for call in calls]
         for index, name in enumerate(self.names):
             errors = [reply["errors"][index] for reply in replies]
@@ -1244,7 +1479,8 @@ class VerifierPool:
                     f"reward {name!r} failed in all {len(errors)} trials: {errors[0]}; "
                     "f(response, gold) -> float is wanted, or columns by their names"
                 )
-        self.stats, self.error = dict.fromkeys(self.stats, 0), None
+        self.stats = dict.fromkeys(self.stats, 0)
+        self.error = None
 
     def close(self) -> None:
         """Drop what is still queued and stop the workers. Can be called twice."""
@@ -1275,10 +1511,12 @@ class VerifierPool:
             self._start()
         if reply == b"" and may_retry and not self.is_closed:
             return self._ask(text, group, may_retry=False)
-        is_late = reply is None
-        why = f"no reply within {self.timeout} s" if is_late else "its worker died"
-        failed = {"rewards": [0.0] * len(self.names), "errors": [why] * len(self.names)}
-        return self._counted(failed, "timeouts" if is_late else "errors")
+        if reply is None:
+            return self._counted(self._failed(f"no reply within {self.timeout} s"), "timeouts")
+        return self._counted(self._failed("its worker died"), "errors")
+
+    def _failed(self, why: str) -> dict:
+        return {"rewards": [0.0] * len(self.names), "errors": [why] * len(self.names)}
 
     def _counted(self, reply: dict, kind: str) -> dict:
         errors = [error for error in reply["errors"] if error]

@@ -270,7 +270,7 @@ def summary(generate, train, tokens):
 
 
 def against_trl(python, steps, rounds=3):
-    """Ratios of medians; runs alternate and each side keeps its fastest round (a shared machine)."""
+    """Ratios of medians; runs alternate and a side keeps its fastest round (a shared machine)."""
     best = {}
     for _ in range(rounds):
         for name, interpreter in (("ours", sys.executable), ("trl", python)):

@@ -185,7 +185,7 @@ class Trial:
         """SIGSTOPs the server between the answer to one call and the n-th one to another."""
         while True:
             mark = self.server.log.stat().st_size
-            self.until(process, lambda: begin in self.server.calls_since(mark))
+            self.until(process, lambda mark=mark: begin in self.server.calls_since(mark))
             time.sleep(delay)
             self.server.send(signal.SIGSTOP)
             calls = self.server.calls_since(mark)

@@ -52,8 +52,14 @@ def make_config(**changes):
 def sampling(temperature=1.0, length=2048, top_p=1.0, top_k=0):
     """A config that samples so, greedily at temperature 0."""
     samples = 4 if temperature else 1
-    return replace(make_config(), temperature=temperature, num_generations=samples, max_completion_length=length,
-                   top_p=top_p, top_k=top_k)  # fmt: skip
+    return replace(
+        make_config(),
+        temperature=temperature,
+        num_generations=samples,
+        max_completion_length=length,
+        top_p=top_p,
+        top_k=top_k,
+    )
 
 
 def read_jsonl(path):

@@ -54,7 +54,8 @@ READ = [  # as YAML text, or as the command line has it
     ("micro_batch_tokens", "1e4", 10_000), ("max_steps", "'8'", 8), ("max_steps", "8.0", 8),
     ("seed", "9007199254740993", 2**53 + 1), ("seed", "'9007199254740993'", 2**53 + 1),
     ("eval_strategy", "no", "no"), ("save_strategy", "'no'", "no"), ("save_strategy", "No", "no"),
-    ("save_total_limit", "null", None), ("importance_cap", "~", None), ("mismatch_limit", "1e-3", 1e-3),
+    ("save_total_limit", "null", None), ("importance_cap", "~", None),
+    ("mismatch_limit", "1e-3", 1e-3),
     ("mismatch_limit", "null", None), ("mismatch_limit", "auto", "auto"),
     ("hint_ratio", "0.5", (0.5,)), ("hint_ratio", "[0, '1']", (0.0, 1.0)),
     ("reward_weights", "[1, 2e-1]", (1.0, 0.2)), ("report_to", "none", ()), ("report_to", "[]", ()),
@@ -122,25 +123,31 @@ REFUSED = [
     ("importance_cap", 0, "importance_cap=0 must be greater than 0"),
     ("epsilon", -0.2, "epsilon=-0.2 must be greater than or equal to 0"),
     ("max_grad_norm", -1, "max_grad_norm=-1 must be greater than or equal to 0"),
-    ("max_completion_length", 1e9, "max_completion_length=1000000000.0 must be less than or equal to 1048576"),
+    ("max_completion_length", 1e9,
+     "max_completion_length=1000000000.0 must be less than or equal to 1048576"),
     ("max_prompt_length", 0, "max_prompt_length=0 must be greater than or equal to 1"),
     ("verifier_timeout", 0, "verifier_timeout=0 must be greater than or equal to 0.01"),
     ("verifier_timeout", 1e30, "verifier_timeout=1e+30 must be less than or equal to 3600"),
     ("save_steps", 0, "save_steps=0 must be greater than or equal to 1"),
     ("save_minutes", 0, "save_minutes=0 must be greater than 0"),
     ("save_total_limit", -1, "save_total_limit=-1 must be greater than or equal to 1"),
-    ("vllm_gpu_memory_utilization", 1.5, "vllm_gpu_memory_utilization=1.5 must be less than or equal to 1"),
+    ("vllm_gpu_memory_utilization", 1.5,
+     "vllm_gpu_memory_utilization=1.5 must be less than or equal to 1"),
     ("vllm_server_port", 65535, "vllm_server_port=65535 must be less than 65535"),
     ("mismatch_limit", "off", "mismatch_limit='off' must be 'auto' or must be a valid number"),
     ("mismatch_limit", 0, "mismatch_limit=0 must be 'auto' or must be greater than 0"),
     ("attn_implementation", "foo", "attn_implementation='foo' must be 'sdpa', 'eager', "
-     "'varlen', 'flash_attention_2', 'kernels-community/flash-attn2' or 'kernels-community/flash-attn3'"),
+     "'varlen', 'flash_attention_2', 'kernels-community/flash-attn2' or "
+     "'kernels-community/flash-attn3'"),
     ("loss_type", "ppo", "loss_type='ppo' must be 'bnpo', 'dapo', 'grpo' or 'dr_grpo'"),
     ("engine", "sglang", "engine='sglang' must be 'hf', 'vllm' or 'server'"),
     ("eval_datasets", "x.jsonl", "eval_datasets='x.jsonl' must be a valid dictionary"),
-    ("chat_template", "no_such_file", "chat_template='no_such_file' is neither Jinja text nor a file"),
-    ("chat_template", "x" * 5000, "chat_template='" + "x" * 89 + "... is neither Jinja text nor a file"),
-    ("system_prompt", {"a": "b" * 99}, "system_prompt={'a': '" + "b" * 83 + "... must be a valid string"),
+    ("chat_template", "no_such_file",
+     "chat_template='no_such_file' is neither Jinja text nor a file"),
+    ("chat_template", "x" * 5000,
+     "chat_template='" + "x" * 89 + "... is neither Jinja text nor a file"),
+    ("system_prompt", {"a": "b" * 99},
+     "system_prompt={'a': '" + "b" * 83 + "... must be a valid string"),
 ]  # fmt: skip
 
 
@@ -165,7 +172,8 @@ def test_all_mistakes_are_told_at_once():
         "num_generations=True must be a valid integer",
         "learning_rate='fast' must be a valid number",
         "model_name_or_path='' must be set, to a hub name or a folder",
-        "reward_funcs=('accuracy', 'format') and reward_weights=(1.0,) need one weight for each reward",
+        "reward_funcs=('accuracy', 'format') and reward_weights=(1.0,) "
+        "need one weight for each reward",
         "hint_ratio=(1.0, 0.0) must ascend",
     ]  # fmt: skip
 
@@ -192,17 +200,23 @@ def test_unknown_keys(key, hint):
     ({"reward_funcs": ["accuracy", "accuracy"]}, "('accuracy', 'accuracy') names a reward twice"),
     ({"reward_funcs": ["acuracy", "format"]}, "'acuracy': none of accuracy, format"),
     ({"reward_funcs": ["accuracy", "none.py:f"]}, "'none.py:f': none of accuracy, format, no file"),
-    ({"hint_trigger": "acuracy"}, "hint_trigger='acuracy' and reward_funcs=('accuracy', 'format') disagree"),
+    ({"hint_trigger": "acuracy"},
+     "hint_trigger='acuracy' and reward_funcs=('accuracy', 'format') disagree"),
     ({"hint_ratio": []}, "hint_ratio=() shows no hint"),
     ({"hint_ratio": [], "hint_exhausted": "drop", "hint_trigger": "always"}, "shows no hint"),
-    ({"hint_timing": "deferred", "deferred_share": 0}, "hint_timing='deferred' and deferred_share=0.0"),
+    ({"hint_timing": "deferred", "deferred_share": 0},
+     "hint_timing='deferred' and deferred_share=0.0"),
     ({"temperature": 0}, "temperature=0.0 and num_generations=8 are several greedy samples"),
     ({"lr_scheduler_type": "cosine_with_min_lr"}, "must name one of min_lr and min_lr_rate"),
-    ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 0, "min_lr_rate": 0}},
+    ({"lr_scheduler_type": "cosine_with_min_lr",
+      "lr_scheduler_kwargs": {"min_lr": 0, "min_lr_rate": 0}},
      "must name one of min_lr and min_lr_rate"),
-    ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_kwargs={} must name num_decay_steps"),
-    ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"power": 1}}, "the schedule takes nothing"),
-    ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"powr": 1}}, "takes lr_end, power"),
+    ({"lr_scheduler_type": "warmup_stable_decay"},
+     "lr_scheduler_kwargs={} must name num_decay_steps"),
+    ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"power": 1}},
+     "the schedule takes nothing"),
+    ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"powr": 1}},
+     "takes lr_end, power"),
 ])  # fmt: skip
 def test_contradictions(changes, line):
     (found,) = mistakes(from_dict, MODEL | changes)
@@ -277,7 +291,8 @@ def test_overrides(words, values):
 @pytest.mark.parametrize("words, message", [
     (["a"], "a: an override is written key=value"), (["--a"], "--a has no value"),
     (["--a", "--b=1"], "--a has no value"), (["a=1", "b"], "b: an override"),
-    (["--a=1", "b"], "b: an override"), (["a=[1"], "a=[1: "), (["a=1", "2b=3"], "2b=3: an override"),
+    (["--a=1", "b"], "b: an override"), (["a=[1"], "a=[1: "),
+    (["a=1", "2b=3"], "2b=3: an override"),
     (["a={b: 1, b: 2}"], "b stands there twice"),
 ])  # fmt: skip
 def test_bad_overrides(words, message):
@@ -288,8 +303,8 @@ def test_bad_overrides(words, message):
 def test_the_three_forms_on_the_command_line(main, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(settings()))
-    done = main.command("--config", str(path), "max_steps=7", "--learning_rate", "2e-6", "--dry_run",
-                        "--reward_weights", "1", "0.25", "--seed=5")  # fmt: skip
+    words = ("max_steps=7", "--learning_rate", "2e-6", "--reward_weights", "1", "0.25", "--seed=5")
+    done = main.command("--config", str(path), "--dry_run", *words)
     assert done.status in (0, None)
     shown = yaml.safe_load(done.out.split("\n----")[0])
     assert (shown["max_steps"], shown["learning_rate"], shown["seed"]) == (7, 2e-6, 5)
@@ -297,9 +312,11 @@ def test_the_three_forms_on_the_command_line(main, tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("a: [1\nb", "expected ',' or ']'"), ("- a\n- b\n", "no settings, but"), ("5", "no settings, but"),
+    ("a: [1\nb", "expected ',' or ']'"), ("- a\n- b\n", "no settings, but"),
+    ("5", "no settings, but"),
     ("seed: 1\nseed: 2\n", "line 2: seed stands there twice"),
-    ("eval_datasets:\n  x: {dataset_name: a, dataset_name: b}\n", "dataset_name stands there twice"),
+    ("eval_datasets:\n  x: {dataset_name: a, dataset_name: b}\n",
+     "dataset_name stands there twice"),
     ("seed: " + "[" * 600, "recursion"), ("seed: \x00", "unacceptable character"),
     ("seed: *x", "undefined alias"), ("? [a]\n: 1\n", "unhashable key"),
 ])  # fmt: skip
@@ -559,7 +576,8 @@ def test_neutral_values_change_nothing_and_others_are_refused(key, accepted, ref
 
 
 @pytest.mark.parametrize("changes, ours", [
-    ({"dtype": "float32"}, {"torch_dtype": "float32"}), ({"scale_rewards": "none"}, {"scale_rewards": False}),
+    ({"dtype": "float32"}, {"torch_dtype": "float32"}),
+    ({"scale_rewards": "none"}, {"scale_rewards": False}),
     ({"use_vllm": True, "vllm_mode": "server"}, {"use_vllm": True, "engine": "server"}),
     ({"warmup_steps": 0.1}, {"warmup_ratio": 0.1}), ({"max_grad_norm": None}, {"max_grad_norm": 0}),
     ({"use_vllm": False, "vllm_mode": "server"}, {"use_vllm": False}),
@@ -602,12 +620,14 @@ CORRECTION, CAP = "vllm_importance_sampling_correction", "vllm_importance_sampli
     ({"use_vllm": True, "vllm_mode": "server"}, ["vllm_mode=colocate"], {"use_vllm": True}),
     ({"engine": "server"}, ["vllm_mode=colocate"], {"engine": "vllm"}),
     ({"use_vllm": True, "vllm_mode": "server"}, ["use_vllm=false"], {"use_vllm": False}),
-    ({"use_vllm": True, "vllm_mode": "colocate"}, ["engine=server"], {"use_vllm": True, "engine": "server"}),
+    ({"use_vllm": True, "vllm_mode": "colocate"}, ["engine=server"],
+     {"use_vllm": True, "engine": "server"}),
     # others
     ({"scale_rewards": "none"}, ["scale_rewards=group"], {}),
     ({"warmup_steps": 0.1}, ["warmup_ratio=0.2"], {"warmup_ratio": 0.2}),
     ({"warmup_ratio": 0.2}, ["warmup_steps=0.1"], {"warmup_ratio": 0.1}),
-    ({"steps_per_generation": 2}, ["gradient_accumulation_steps=2"], {"gradient_accumulation_steps": 2}),
+    ({"steps_per_generation": 2}, ["gradient_accumulation_steps=2"],
+     {"gradient_accumulation_steps": 2}),
 ])  # fmt: skip
 def test_the_command_line_wins_in_whatever_words(file, words, ours, tmp_path):
     """And the order of a file's keys means nothing."""
@@ -654,7 +674,7 @@ def test_a_command_line_without_loggers_leaves_those_of_the_file():
 def test_the_tables_of_other_trainers_name_no_setting_of_ours():
     assert not DEFAULTS.keys() & {*foreign.TABLES["ignored"], *foreign.TABLES["renamed"]}
     assert not set(foreign.TABLES["ignored"]) & foreign.TABLES["meanings"].keys()
-    for key, meanings in foreign.TABLES["meanings"].items():
+    for meanings in foreign.TABLES["meanings"].values():
         for ours in meanings.values():
             Config(**MODEL, **ours)  # each is a setting with a value that is allowed
 
@@ -718,7 +738,8 @@ def test_an_eval_sets_config():
 
 
 @pytest.mark.parametrize("key, value, line", [
-    ("chat_template", "{{ x }}", "that of the run"), ("chat_template_kwargs", {}, "that of the run"),
+    ("chat_template", "{{ x }}", "that of the run"),
+    ("chat_template_kwargs", {}, "that of the run"),
     ("model_name_or_path", "m", "that of the run"), ("learning_rate", 0.1, "that of the run"),
     ("rl_type", "grpo", "that of the run"), ("engine", "hf", "that of the run"),
     ("eval_steps", 5, "that of the run"), ("reward_funcs", ["format"], "that of the run"),
@@ -731,13 +752,15 @@ def test_what_has_no_meaning_in_an_eval_set(key, value, line):
 
 
 @pytest.mark.parametrize("sets, lines", [
-    ({"x": None}, ["eval_datasets={'x': None} must be a valid string or must be a valid dictionary"]),
+    ({"x": None}, [
+        "eval_datasets={'x': None} must be a valid string or must be a valid dictionary"]),
     ({"x": {}, "y": {"dataset_name": "d", "temperature": 0.6, "what": 1}}, [
         "eval_datasets: x: has no dataset_name",
         "eval_datasets: y: temperature has no meaning there, use eval_temperature",
         "eval_datasets: y: unknown key 'what'"]),
     ({"x": {"dataset_name": "d", "eval_samples": 4}}, [
-        "eval_datasets: x: eval_temperature=0.0 and eval_samples=4 are several greedy samples, all the same"]),
+        "eval_datasets: x: eval_temperature=0.0 and eval_samples=4 are several greedy samples, "
+        "all the same"]),
     ({"x": {"dataset_name": "d", "eval_temperature": "hot"}}, [
         "eval_datasets: x: eval_temperature='hot' must be a valid number"]),
     ({"x": {"dataset_name": "d", "max_prompt_length": 0}}, [
@@ -840,8 +863,10 @@ def test_plan_arithmetic():
 
 
 @pytest.mark.parametrize("changes, problems, message", [
-    ({"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}, 9, "3 .* 2 = 6 is not divisible"),
-    ({"num_generations": 1}, 9, "num_generations=1: .* takes 2"), ({}, 3, "3 usable problems, a step takes 4"),
+    ({"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}, 9,
+     "3 .* 2 = 6 is not divisible"),
+    ({"num_generations": 1}, 9, "num_generations=1: .* takes 2"),
+    ({}, 3, "3 usable problems, a step takes 4"),
     ({"replicas": 2}, 9, "replicas=2 does not divide 1 ranks"),
 ])  # fmt: skip
 def test_plans_that_cannot_be(changes, problems, message):
@@ -985,17 +1010,22 @@ def test_positions_are_counted_for_evaluation_too():
 def test_serve_refuses_a_bad_config(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text(yaml.safe_dump(settings()))
-    done = subprocess.run([sys.executable, "-m", "configs.plan", "serve", str(path), "--top_p", "2"],
-                          cwd=ROOT, capture_output=True, text=True, timeout=120)  # fmt: skip
-    assert done.returncode == 2 and done.stderr == (
-        "error: config: top_p=2 must be less than or equal to 1\n")  # fmt: skip
+    command = [sys.executable, "-m", "configs.plan", "serve", str(path), "--top_p", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr == "error: config: top_p=2 must be less than or equal to 1\n"
 
 
 def test_what_importing_takes():
     """The package alone is imported by every verifier; its settings need no torch."""
     heavy = ("torch", "transformers", "vllm")
-    for module, absent in (("configs", (*heavy, "pydantic", "yaml")), ("reward", (*heavy, "pydantic")),
-                           ("configs.settings", heavy), ("configs.plan", heavy)):  # fmt: skip
+    absent_from = {
+        "configs": (*heavy, "pydantic", "yaml"),
+        "reward": (*heavy, "pydantic"),
+        "configs.settings": heavy,
+        "configs.plan": heavy,
+    }
+    for module, absent in absent_from.items():
         code = f"import sys, {module}; print([name for name in {absent} if name in sys.modules])"
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""What forks rely on: the modules stand alone, hooks take effect, what a method remembers is kept."""
+"""What forks rely on: modules stand alone, hooks take effect, what a method remembers is kept."""
 
 import json
 import os
@@ -90,6 +90,13 @@ def test_the_five_modules_and_configs_stand_alone(tmp_path):
 def test_the_program_imports_nothing_from_tests():
     for path in [*ROOT.glob("*.py"), *(ROOT / "configs").glob("*.py")]:
         assert "import tests" not in path.read_text() and "from tests" not in path.read_text(), path
+
+
+@pytest.mark.skipif(not shutil.which("ruff"), reason="ruff is not installed")
+def test_one_format_and_no_finding_of_the_linter():
+    for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."]):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_verifier_worker_stays_light():
@@ -329,6 +336,21 @@ def test_accuracy_alone_cannot_collapse_to_something_else():
     run = SimpleNamespace(config=config, state=ghpo.State(), trigger_column=0)
     ghpo.watch_collapse(run, {"accuracy_without_hint": 0.5, "tokens/completion": 9.0})
     assert run.state.trend == []
+
+
+def test_steps_without_a_gradient_are_told(capsys):
+    """A policy that a learning rate of 1 has destroyed says nothing by itself."""
+    run = SimpleNamespace(config=make_config(), state=ghpo.State())
+    metrics = {"grad_norm": 0.0, "truncated": 1.0, "reward/accuracy": 0.0}
+    told = []
+    for step, norm in enumerate([0.5, 0, 0, 0.1, 0, 0, 0, 0, 0, 0], 1):
+        run.state.step = step
+        ghpo.watch_idle(run, metrics | {"grad_norm": norm})
+        text = capsys.readouterr().err
+        if text:
+            told.append(step)
+            assert "reward/accuracy 0, truncated 1" in text and f"step_{step:06d}.jsonl" in text
+    assert told == [7, 10]
 
 
 def test_a_long_step_is_visible(make_run, prompts, monkeypatch):

@@ -338,7 +338,7 @@ def test_micro_batches_keep_the_budget_and_every_row():
 
 
 def test_rows_without_advantage_count_but_need_no_forward(make_run, prompts):
-    """Group 1 of the recording has equal rewards: dropping it would change the scale of the rest."""
+    """Group 1 of the recording has equal rewards: without it the scale of the rest would change."""
     config = float64(loss_type="dapo")
     groups = recorded_groups()
     _, moved = step_of(make_run(config), groups, prompts)
@@ -384,7 +384,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(make_run, prompts, tmp_path
     before = weights_of(run).clone()
     with pytest.raises(ghpo.UserError, match="gradient norm is nan"):
         step_of(run, groups, prompts)
-    assert list(tmp_path.glob("nonfinite_step_0*"))
+    assert list(tmp_path.glob("nonfinite_step_000001_rank_0.pt"))
     run = make_run(float64(nonfinite="skip"), folder=tmp_path)
     for _ in range(ghpo.MAX_NONFINITE):
         step_of(run, groups, prompts)
@@ -417,8 +417,8 @@ def test_rows_that_are_masked_do_not_run(prompts):
     completions = [c for group in groups for c in group.completions]
     cut = [c.finish_reason == "length" for c in completions]
     assert any(cut) and not all(cut)
-    for row, is_cut in zip(rows, cut, strict=True):
-        assert row.has_gradient(config) == (row.advantage != 0 and not is_cut)
+    for one, is_cut in zip(rows, cut, strict=True):
+        assert one.has_gradient(config) == (one.advantage != 0 and not is_cut)
 
 
 def test_the_reference_goes_back_to_its_shards(make_run, prompts, monkeypatch):

@@ -178,10 +178,10 @@ def as_tuple(tree, other):
 
 def agree_values(a, b) -> bool:
     """Without their units or, as percent and degrees, with them."""
-    (x, x_sized, x_units), (y, y_sized, y_units) = reward.bare(a), reward.bare(b)
-    if x_units and y_units:
-        return is_zero(expression(x_sized) - expression(y_sized))
-    pairs = [(x, y)] + [(x_sized, y_sized)] * bool(x_units | y_units)
+    x, y = reward.quantity(a), reward.quantity(b)
+    pairs = [(x.sized, y.sized)]
+    if not x.units or not y.units:
+        pairs.append((x.bare, y.bare))
     return any(is_zero(expression(left) - expression(right)) for left, right in pairs)
 
 
@@ -225,7 +225,7 @@ def test_verdicts_of_our_own_pairs(label, kind, gold, answer):
 
 def test_sympy_contradicts_no_positive_verdict():
     decided = 0
-    for label, kind, gold, answer in PAIRS:
+    for _, kind, gold, answer in PAIRS:
         if accuracy_reward("\\boxed{%s}" % answer, gold, strict_answers=False):
             verdict = judge(answer, gold)
             assert verdict is not False, (kind, gold, answer)

@@ -257,7 +257,7 @@ def test_a_signal_finishes_the_step_on_all_ranks_and_saves(number, status, tmp_p
 
 
 def test_a_finished_run_can_be_extended(tmp_path):
-    """With a constant rate it is the longer run bit for bit; a decaying one says that it changes."""
+    """With a constant rate it is the longer run bit for bit; a decaying one tells of its change."""
     whole, longer = tmp_path / "whole", tmp_path / "longer"
     constant = ("lr_scheduler_type=constant", "warmup_steps=0", "save_total_limit=1")
     soak_resume.finish(whole, 1, "inline", *constant, "max_steps=4")

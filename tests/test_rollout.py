@@ -1,4 +1,4 @@
-"""The hf engine against transformers and the trainer; collect; what is scored is what was sampled."""
+"""The hf engine against transformers and trainer; collect; what is scored is what was sampled."""
 
 import itertools
 import json
@@ -377,7 +377,7 @@ def test_every_sequence_of_stages_is_scored_as_it_was_sampled(scripted_training)
             assert len(hint) == [0, 7, 15, 23][failed]  # 2, 4, 6 lines of "a37"
             expected = run.prompts.ids(group.problem, hint)[0]
             assert len(group.completions) == len(group.rewards) == 2
-            for j, completion in enumerate(group.completions):
+            for completion in group.completions:
                 row = next(scored)
                 assert expected == list(completion.prompt_ids)
                 assert list(row.input_ids) == [*expected, *completion.token_ids]

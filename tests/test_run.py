@@ -207,10 +207,15 @@ def test_two_runs_with_one_seed_are_bit_identical(main, tmp_path):
     here = main(tmp_path, **changes)
     assert here.status == 0
     there = tmp_path / "there"
+    command = [sys.executable, "ghpo.py", "--config", str(tmp_path / "config.json")]
     done = subprocess.run(
-        [sys.executable, "ghpo.py", "--config", str(tmp_path / "config.json"), f"output_dir={there}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=180,
-        env=os.environ | {"PYTHONHASHSEED": "7"})  # fmt: skip
+        [*command, f"output_dir={there}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=os.environ | {"PYTHONHASHSEED": "7"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert timeless(here.folder / "metrics.jsonl") == timeless(there / "metrics.jsonl")
     for step in (1, 2, 3):
@@ -274,6 +279,22 @@ def test_deferred_hints_come_in_the_next_step(scripted_training):
     assert sum(generated) == sum(logged)
 
 
+def test_no_problem_is_twice_in_a_step(scripted_training):
+    """6 problems, 4 a step, none ever solved: those that return are soon due as fresh ones too."""
+    changes = {"reward_weights": [1.0, 0.0], "max_completion_length": 2, "learning_rate": 0.0}
+    run, _, steps = scripted_training(
+        lambda step, slot: 9, hard_rows(6), hint_timing="deferred", max_steps=9, **changes
+    )
+    ids = [[line["id"] for line in lines] for lines in steps]
+    assert [len(set(step)) for step in ids] == [4] * 9
+    assert set().union(*ids) == {0, 1, 2, 3, 4, 5}
+    run, _, steps = scripted_training(
+        lambda step, slot: 9, hard_rows(6), rl_type="grpo", flat_groups="replace",
+        replace_rounds=3, max_steps=3, **changes)  # fmt: skip
+    for lines in steps:  # 4 and the 2 others, for no more are left
+        assert sorted(line["id"] for line in lines) == [0, 1, 2, 3, 4, 5]
+
+
 def test_generated_tokens_count_every_sample_once(scripted_training):
     for timing in ("inline", "deferred"):
         run, seen, _ = scripted_training(
@@ -331,7 +352,8 @@ def test_groups_whose_rewards_are_all_alike(flat, n_sampled, n_trained, scripted
     """Odd slots fail. Replaced: slots 1 and 3 by two fresh problems, the second of them by one."""
     run, seen, lines = scripted_training(
         lambda step, slot: 9 * (slot % 2), hard_rows(20), rl_type="grpo", flat_groups=flat,
-        reward_weights=[1.0, 0.0], max_steps=2, max_completion_length=4, loss_type="grpo")  # fmt: skip
+        reward_weights=[1.0, 0.0], max_steps=2, max_completion_length=4,
+        loss_type="grpo")  # fmt: skip
     for (groups, rows), step in zip(seen, lines, strict=True):
         assert len(step) == n_sampled and len({line["id"] for line in step}) == n_sampled
         assert len(groups) == n_trained and len(rows) == 4 * n_trained
@@ -364,7 +386,8 @@ def test_how_much_hinted_samples_owe_to_their_hints(scripted_training):
 def test_replacing_ends_when_nothing_helps(scripted_training):
     run, seen, lines = scripted_training(
         lambda step, slot: 9, hard_rows(20), rl_type="grpo", flat_groups="replace",
-        reward_weights=[1.0, 0.0], replace_rounds=2, max_steps=1, max_completion_length=4)  # fmt: skip
+        reward_weights=[1.0, 0.0], replace_rounds=2, max_steps=1,
+        max_completion_length=4)  # fmt: skip
     assert len(lines[0]) == 12 and seen[0] == ([], [])
     assert metrics_of(run)[0]["grad_norm"] == 0
 

@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE.parent))
 
-import compare
+import compare  # noqa: E402, of the folder above
 
 GOAL = 0.9
 FEW = 160

@@ -12,7 +12,7 @@ import pytest
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import soak_resume
+import soak_resume  # noqa: E402, of the folder above
 
 FORKS = sorted(path for path in HERE.glob("*.py") if not path.name.startswith(("test_", "learn")))
 MOST_LINES = 20
