@@ -185,28 +185,24 @@ def shard(
     One process without mixed precision or offload stays unwrapped: hooks would only cost time.
     """
     world = dist.get_world_size()
-    replicate = world if sharding == "ddp" else replicate
-    if sharding not in ("zero3", "zero2", "ddp") or world % replicate:
-        raise ValueError(
-            f"sharding {sharding!r} with {world} ranks in {replicate} replicas: need "
-            "zero3, zero2 or ddp, and ranks divisible by replicas"
-        )
+    if sharding == "ddp":
+        replicate = world
+    check_sharding(sharding, world, replicate)
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     stored = next(module.parameters()).dtype
     master = torch.promote_types(torch.promote_types(stored, torch.float32), dtype or stored)
     if world == 1 and dtype in (None, master) and not cpu_offload:
         return module.to(kind, master)
-    mesh = DeviceMesh.from_group(dist.group.WORLD, kind)
-    if replicate > 1:
-        ranks = torch.arange(world).view(replicate, -1)  # a row a replica, a column a shard
-        groups = [group_of_this_rank(ranks.T), group_of_this_rank(ranks)]
-        mesh = DeviceMesh.from_group(
-            groups, kind, mesh=ranks, mesh_dim_names=("replicate", "shard")
-        )
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # the loss's fp32 inputs stay fp32
-    if dtype not in (None, master):
-        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if cpu_offload else OffloadPolicy()
+    mesh = mesh_of(kind, world, replicate)
+    is_mixed = dtype not in (None, master)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype if is_mixed else None,
+        reduce_dtype=torch.float32 if is_mixed else None,
+        cast_forward_inputs=False,  # the loss's fp32 inputs stay fp32
+    )
+    offload = OffloadPolicy()
+    if cpu_offload:
+        offload = CPUOffloadPolicy(pin_memory=kind == "cuda")
     for part in [*blocks, module]:
         # the root keeps its weights up to the backward, which starts with them
         part.frees_after_forward = sharding == "zero3" and part is not module
@@ -221,6 +217,23 @@ def shard(
         # trap: FSDP2 would scale within the reduction, which gloo cannot
         part.set_force_sum_reduction_for_comms(True)
     return module
+
+
+def check_sharding(sharding: str, world: int, replicate: int) -> None:
+    if sharding not in ("zero3", "zero2", "ddp") or world % replicate != 0:
+        raise ValueError(
+            f"sharding {sharding!r} with {world} ranks in {replicate} replicas: need "
+            "zero3, zero2 or ddp, and ranks divisible by replicas"
+        )
+
+
+def mesh_of(kind: str, world: int, replicate: int) -> DeviceMesh:
+    """(world,) ranks, or (replicate, world / replicate) of them."""
+    if replicate == 1:
+        return DeviceMesh.from_group(dist.group.WORLD, kind)
+    ranks = torch.arange(world).view(replicate, -1)  # a row a replica, a column a shard
+    groups = [group_of_this_rank(ranks.T), group_of_this_rank(ranks)]
+    return DeviceMesh.from_group(groups, kind, mesh=ranks, mesh_dim_names=("replicate", "shard"))
 
 
 def group_of_this_rank(rows: torch.Tensor) -> dist.ProcessGroup:
@@ -462,7 +475,7 @@ class SafeReader(dcp.FileSystemReader):
     """Reads checkpoints of which nothing can run code: a list of classes in the metadata, and
     tensors, which torch loads as weights only."""
 
-    def read_metadata(self, *args, **kwargs):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
         with open(Path(self.path) / METADATA, "rb") as file:
             metadata = MetadataUnpickler(file).load()
         for name, item in metadata.state_dict_metadata.items():
@@ -475,7 +488,7 @@ class SafeReader(dcp.FileSystemReader):
 class MetadataUnpickler(pickle.Unpickler):
     """Knows the classes that DCP's own metadata consists of."""
 
-    def find_class(self, module, name):
+    def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in METADATA_CLASSES and not is_dtype(module, name):
             raise pickle.UnpicklingError(f".metadata names {module}.{name}")
         return super().find_class(module, name)

@@ -217,19 +217,27 @@ class HfEngine(Engine):
 
     deterministic = True
 
-    def __init__(self, config, tokenizer, eos_ids, max_model_len, policy, max_rows=256):
+    def __init__(
+        self,
+        config: Any,
+        tokenizer: Any,
+        eos_ids: set[int],
+        max_model_len: int,
+        policy: torch.nn.Module,
+        max_rows: int = 256,
+    ):
         super().__init__(tokenizer, eos_ids, max_model_len)
         self.policy, self.max_rows = policy, max_rows
 
-    def wake(self):
+    def wake(self) -> None:
         self.policy.eval()
         unshard(self.policy)
 
-    def sleep(self):
+    def sleep(self) -> None:
         reshard(self.policy)
         self.policy.train()
 
-    def update_weights(self, tensors):
+    def update_weights(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Nothing to do: these are the weights. The stream is not started, on any rank."""
 
     def _start(self, prompt, fields):
@@ -273,7 +281,7 @@ class HfEngine(Engine):
 class SeededDraws(LogitsProcessor):
     """Makes generate's greedy choice a draw by each row's own seed alone; keeps the log-probs."""
 
-    def __init__(self, config, seeds, eos_ids, progress):
+    def __init__(self, config: Any, seeds: list[int], eos_ids: list[int], progress: Progress):
         self.config, self.progress = config, progress
         self.eos_ids, self.is_ended_B1 = torch.tensor(eos_ids), None
         self.logp = []  # a (B,) tensor for each token
@@ -327,7 +335,9 @@ class VllmEngine(Engine):
     point, after init_process_group: it joins the default group, which close() ends, so that comes
     last. VLLM_LOGGING_LEVEL=INFO shows memory at sleep."""
 
-    def __init__(self, config, tokenizer, eos_ids, max_model_len, policy):
+    def __init__(
+        self, config: Any, tokenizer: Any, eos_ids: set[int], max_model_len: int, policy: Any
+    ):
         super().__init__(tokenizer, eos_ids, max_model_len)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in-process: update_weights needs it
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -392,12 +402,12 @@ class VllmEngine(Engine):
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: requests are still running")
 
-    def sleep(self):
+    def sleep(self) -> None:
         """Level 2 drops weights and KV cache; update_weights brings them back."""
         if self.has_gpu:
             self.llm.sleep(level=2)
 
-    def close(self):
+    def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
 
 
@@ -410,16 +420,25 @@ class ServerEngine(Engine):
     Rank 0 sends the weights by vLLM's weight transfer, NCCL (gloo on CPU: configs/vllm_cpu.py), and
     listens for that on port + 1. What fails is a ServerError with host and port."""
 
-    def __init__(self, config, tokenizer, eos_ids, max_model_len, policy):
+    def __init__(
+        self, config: Any, tokenizer: Any, eos_ids: set[int], max_model_len: int, policy: Any
+    ):
         super().__init__(tokenizer, eos_ids, max_model_len)
         host, port = config.vllm_server_host, config.vllm_server_port
-        self.url, self.next_check, self.link = f"http://{host}:{port}", 0.0, None
+        self.url = f"http://{host}:{port}"
+        self.next_check = 0.0
+        self.link = None  # to the server's workers, on rank 0
         self.version = None  # of the weights that were sent last
-        self.rank, self.n_engines, self.headers = int(os.environ.get("RANK", 0)), 1, {}
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.n_engines, self.headers = 1, {}  # headers: of the requests of a group
         # without the proxies of the environment and, since this is not https, certificates
         self.http = httpx2.AsyncClient(
-            base_url=self.url, headers=key_header(), trust_env=False, verify=False,
-            limits=httpx2.Limits(keepalive_expiry=KEEP_SECONDS))  # fmt: skip
+            base_url=self.url,
+            headers=key_header(),
+            trust_env=False,
+            verify=False,
+            limits=httpx2.Limits(keepalive_expiry=KEEP_SECONDS),
+        )
         self.turns, self.loop = asyncio.Semaphore(MAX_CALLS), asyncio.new_event_loop()
         in_thread(self.loop.run_forever)  # all calls
         self.probe = self._begin("/is_paused", method="GET")  # of the server's engine
@@ -468,7 +487,7 @@ class ServerEngine(Engine):
             ) from None
         return link
 
-    def submit(self, request):
+    def submit(self, request: Request) -> None:
         """All samples of a problem go to one of the server's engines, which then has its prompt."""
         if self.n_engines > 1:
             engine = (request.slot + self.rank) % self.n_engines
@@ -591,7 +610,7 @@ class ServerEngine(Engine):
         except RuntimeError as error:  # NCCL's and gloo's
             raise self._error(", broadcast of the weights", error) from error
 
-    def close(self):
+    def close(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.link = None  # frees port + 1 for the next run
 

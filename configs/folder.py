@@ -41,8 +41,13 @@ def as_yaml(config: Config) -> str:
 
 def save_config(config: Config, path: Path) -> None:
     """Writes the config with the command line and the commit; a kill leaves the old one."""
-    git = subprocess.run("git describe --always --dirty --abbrev=40 --exclude '*'", shell=True,
-                         capture_output=True, text=True, cwd=Path(__file__).parent)  # fmt: skip
+    git = subprocess.run(
+        "git describe --always --dirty --abbrev=40 --exclude '*'",
+        shell=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
     new = path.with_suffix(".new")
     new.write_text(f"# {sys.argv}\n# git {git.stdout.strip()}\n{as_yaml(config)}")
     new.rename(path)
@@ -54,6 +59,8 @@ def lock_folder(folder: Path) -> None:
     try:
         fcntl.lockf(locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"output_dir={folder}: another process writes there, end it first")
+        raise UserError(
+            f"output_dir={folder}: another process writes there, end it first"
+        ) from None
     except OSError as error:
         say(f"output_dir={folder} cannot be locked, see that no other run uses it: {error}")

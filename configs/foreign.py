@@ -44,7 +44,7 @@ def translate(
     return ours, mistakes
 
 
-def without_idle_mode(layers):
+def without_idle_mode(layers: list[dict]) -> tuple[list[dict], list[str]]:
     """(layers, what to tell) without vllm_mode where TRL ignores it: there is no vLLM."""
     merged = {}
     for layer in layers:
@@ -57,7 +57,7 @@ def without_idle_mode(layers):
     return [{key: layer[key] for key in layer if key != "vllm_mode"} for layer in layers], told
 
 
-def translate_layer(values, our_keys):
+def translate_layer(values: dict, our_keys: set[str]) -> tuple[dict, list[str], list[str]]:
     """(settings, mistakes, names of what is ignored) of one file or command line, where the order
     of keys means nothing: two that say different things of one setting are a mistake."""
     ours, mistakes, ignored, said = {}, [], [], {}  # said: {our name: the key and value behind it}

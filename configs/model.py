@@ -95,23 +95,8 @@ def load_model(config: Config, dtype: torch.dtype | str) -> PreTrainedModel:
     off = turn_off_dropout(text_config)
     if off:
         say(f"{name}: trained without its {', '.join(off)}")
-    attention = config.attn_implementation
-    computes = sdpa_computes(model_config, text_config)
-    need(
-        computes or attention != "varlen",
-        f"{name}: attn_implementation=varlen cannot compute its"
-        " attention: set eager, or install flash-attn",
-    )
-    if attention == "sdpa" and not computes:
-        say(f"{name}: attn_implementation: sdpa cannot compute its attention, using eager")
-        attention = "eager"
-    longest = longest_sequence(config)
-    limit = getattr(text_config, "max_position_embeddings", longest)
-    need(
-        longest <= limit,
-        f"{name}: max_prompt_length + max_completion_length = {longest} tokens "
-        f"(of training or of an eval set), but it has {limit} positions: lower one of them",
-    )
+    attention = attention_of(config, name, model_config, text_config)
+    need_positions(config, name, text_config)
     with as_user_error(name):
         model, report = AutoModelForCausalLM.from_pretrained(
             config.model_name_or_path,
@@ -130,6 +115,35 @@ def load_model(config: Config, dtype: torch.dtype | str) -> PreTrainedModel:
     allow_sampling(name, model.generation_config)
     prove_export(name, model.config, model.generation_config)
     return model
+
+
+def attention_of(
+    config: Config, name: str, model_config: PretrainedConfig, text_config: PretrainedConfig
+) -> str:
+    """attn_implementation, or eager where the model's attention is more than sdpa computes."""
+    attention = config.attn_implementation
+    if sdpa_computes(model_config, text_config):
+        return attention
+    if attention == "varlen":
+        raise UserError(
+            f"{name}: attn_implementation=varlen cannot compute its attention: set eager, or "
+            "install flash-attn"
+        )
+    if attention == "sdpa":
+        say(f"{name}: attn_implementation: sdpa cannot compute its attention, using eager")
+        return "eager"
+    return attention
+
+
+def need_positions(config: Config, name: str, text_config: PretrainedConfig) -> None:
+    """UserError when the longest sequence has more tokens than the model has positions."""
+    longest = longest_sequence(config)
+    limit = getattr(text_config, "max_position_embeddings", longest)
+    need(
+        longest <= limit,
+        f"{name}: max_prompt_length + max_completion_length = {longest} tokens (of training or of "
+        f"an eval set), but it has {limit} positions: lower one of them",
+    )
 
 
 def check_wrapper(name: str, model_config: PretrainedConfig) -> None:

@@ -89,8 +89,11 @@ def bytes_per_gpu(config: Config, world: int, n_params: int, gathered: int) -> d
     copied = gathered if config.sharding == "zero3" else n_params
     if world == 1 and config.torch_dtype == "float32":  # it computes with the masters themselves
         copied = 0
-    held = {"weights": 4 * n_params // shards, "gradients": 4 * n_params // shards,
-            "optimizer": 8 * n_params // shards}  # fmt: skip
+    held = {
+        "weights": 4 * n_params // shards,
+        "gradients": 4 * n_params // shards,
+        "optimizer": 8 * n_params // shards,
+    }
     compute_copy = copied * BYTES[config.torch_dtype]
     total = compute_copy if config.cpu_offload else compute_copy + sum(held.values())
     return {"parameters": n_params, **held, "compute_copy": compute_copy, "total": total}
@@ -134,15 +137,22 @@ def server_environment(n_gpus: int) -> dict[str, str]:
 def server_options(config: Config, n_gpus: int) -> list[str]:
     """The server's options, for either form."""
     length, host, has_key = longest_sequence(config), config.vllm_server_host, bool(key_header())
-    need(has_key or host in LOCAL_HOSTS, f"config: vllm_server_host={host}: whoever reaches the "
-         "server could change its weights: set VLLM_API_KEY in the environment, here and of the "
-         "training, to a word of your own")  # fmt: skip
+    need(
+        has_key or host in LOCAL_HOSTS,
+        f"config: vllm_server_host={host}: whoever reaches the "
+        "server could change its weights: set VLLM_API_KEY in the environment, here and of the "
+        "training, to a word of your own",
+    )
     words = ["--enable-scale-out", "--skip-tokenizer-init"]
     options = {
-        "revision": config.model_revision, "host": host, "port": config.vllm_server_port,
-        "dtype": config.torch_dtype, "max-model-len": length,
-        "logprobs-mode": "processed_logprobs", "weight-transfer-config": '{"backend":"nccl"}',
-    }  # fmt: skip
+        "revision": config.model_revision,
+        "host": host,
+        "port": config.vllm_server_port,
+        "dtype": config.torch_dtype,
+        "max-model-len": length,
+        "logprobs-mode": "processed_logprobs",
+        "weight-transfer-config": '{"backend":"nccl"}',
+    }
     if has_key:
         options["middleware"] = "configs.serve_key.RequireKey"
     if n_gpus > 1:

@@ -6,6 +6,7 @@ Both ends import this module: the trainer, and the server, by `--middleware` (pl
 import hmac
 import os
 import re
+from collections.abc import Callable
 
 from configs import need
 
@@ -15,8 +16,10 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")  # which no other machine reache
 def key_header() -> dict[str, str]:
     """The HTTP header that shows the key; empty where there is none."""
     key = os.environ.get("VLLM_API_KEY", "")
-    need(re.fullmatch("[!-~]*", key), "VLLM_API_KEY may hold no spaces and no other than ASCII "
-         "characters")  # fmt: skip
+    need(
+        re.fullmatch("[!-~]*", key),
+        "VLLM_API_KEY may hold no spaces and no other than ASCII characters",
+    )
     return {"authorization": f"Bearer {key}"} if key else {}
 
 
@@ -24,10 +27,10 @@ class RequireKey:
     """ASGI middleware: 401 without the key, on every path; vLLM's own check leaves out those that
     change weights."""
 
-    def __init__(self, app):
+    def __init__(self, app: Callable):
         self.app, self.expected = app, key_header()["authorization"].encode()
 
-    async def __call__(self, scope, receive, send):
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope["type"] != "lifespan":
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self.expected):

@@ -40,20 +40,45 @@ FLASH = {  # what each of them needs installed
     "kernels-community/flash-attn3": "kernels",
 }
 IN_EVALUATION = {  # the settings of an eval set; in all others it is like the run
-    "dataset_name", "dataset_config", "dataset_split", "dataset_prompt_column",
-    "dataset_answer_column", "dataset_hint_column", "dataset_level_column", "system_prompt",
-    "dataset_choice_columns", "eval_samples", "eval_temperature", "eval_max_completion_length",
-    "eval_limit", "max_prompt_length",
-    "max_completion_length", "top_p", "top_k", "strict_answers", "seed"}  # fmt: skip
+    "dataset_name",
+    "dataset_config",
+    "dataset_split",
+    "dataset_prompt_column",
+    "dataset_answer_column",
+    "dataset_hint_column",
+    "dataset_level_column",
+    "system_prompt",
+    "dataset_choice_columns",
+    "eval_samples",
+    "eval_temperature",
+    "eval_max_completion_length",
+    "eval_limit",
+    "max_prompt_length",
+    "max_completion_length",
+    "top_p",
+    "top_k",
+    "strict_answers",
+    "seed",
+}
 INSTEAD = {"temperature": "eval_temperature", "num_generations": "eval_samples"}
 COSINE_KEYS = {"num_cycles"}
 MIN_LR_KEYS = {"num_cycles", "min_lr", "min_lr_rate"}
 SCHEDULE_KEYS = {  # what lr_scheduler_kwargs may hold, the rest take nothing
-    "cosine": COSINE_KEYS, "cosine_with_restarts": COSINE_KEYS, "polynomial": {"lr_end", "power"},
-    "inverse_sqrt": {"timescale"}, "cosine_with_min_lr": MIN_LR_KEYS,
+    "cosine": COSINE_KEYS,
+    "cosine_with_restarts": COSINE_KEYS,
+    "polynomial": {"lr_end", "power"},
+    "inverse_sqrt": {"timescale"},
+    "cosine_with_min_lr": MIN_LR_KEYS,
     "cosine_warmup_with_min_lr": MIN_LR_KEYS | {"warmup_lr_rate"},
-    "warmup_stable_decay": {"num_decay_steps", "num_stable_steps", "warmup_type", "decay_type",
-                            "min_lr_ratio", "num_cycles"}}  # fmt: skip
+    "warmup_stable_decay": {
+        "num_decay_steps",
+        "num_stable_steps",
+        "warmup_type",
+        "decay_type",
+        "min_lr_ratio",
+        "num_cycles",
+    },
+}
 
 
 def as_number(value: object) -> object:
@@ -87,12 +112,26 @@ Share = Annotated[Real, Interval(ge=0, le=1)]
 Part = Annotated[Real, Interval(gt=0, le=1)]
 Temperature = Annotated[Real, Interval(ge=0, le=10)]
 Port = Annotated[Int, Interval(ge=1, lt=65535)]
-Attention = Literal["sdpa", "eager", "varlen", "flash_attention_2", "kernels-community/flash-attn2",
-                    "kernels-community/flash-attn3"]  # fmt: skip
+Attention = Literal[
+    "sdpa",
+    "eager",
+    "varlen",
+    "flash_attention_2",
+    "kernels-community/flash-attn2",
+    "kernels-community/flash-attn3",
+]
 Schedule = Literal[
-    "cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt",
-    "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
-    "warmup_stable_decay"]  # fmt: skip
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "polynomial",
+    "inverse_sqrt",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+]
 
 
 @dataclass(frozen=True)
@@ -252,8 +291,9 @@ def shown(name: str, value: object) -> str:
     return f"{name}={text if len(text) <= SHOWN else text[:SHOWN] + '...'}"
 
 
-KINDS = {name: TypeAdapter(hint)
-         for name, hint in get_type_hints(Config, include_extras=True).items()}  # fmt: skip
+KINDS = {
+    name: TypeAdapter(hint) for name, hint in get_type_hints(Config, include_extras=True).items()
+}
 
 
 def contradictions(c: Config) -> Iterator[tuple[str, str]]:
@@ -268,8 +308,11 @@ def contradictions(c: Config) -> Iterator[tuple[str, str]]:
         yield "bf16 torch_dtype", "disagree, set one"
     if c.chat_template and "{" not in c.chat_template and not isfile(c.chat_template):
         yield "chat_template", "is neither Jinja text nor a file"
-    unknown = [name for name in c.reward_funcs
-               if name not in REWARDS and not isfile(name.rpartition(":")[0])]  # fmt: skip
+    unknown = [
+        name
+        for name in c.reward_funcs
+        if name not in REWARDS and not isfile(name.rpartition(":")[0])
+    ]
     if unknown:
         yield "reward_funcs", f"{unknown[0]!r}: none of {', '.join(REWARDS)}, no file.py:function"
     if len(set(c.reward_funcs)) < len(c.reward_funcs):
@@ -305,7 +348,7 @@ DEFAULTS = asdict(Config(model_name_or_path="-", dataset_name="-"))
 class OnceLoader(yaml.SafeLoader):
     """YAML in which no key stands twice: of two values the first would be lost without a word."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
             name, line = str(key.value), key.start_mark.line + 1
@@ -367,15 +410,18 @@ def read_config(path: str | Path, arguments: Iterable[str] = ()) -> Config:
     return make_config(read_settings(path), parse_overrides(arguments))
 
 
-def load_config(path: str | Path, arguments: Iterable[str] = (), is_eval: bool = False,
-                will_run: bool = False) -> Config:  # fmt: skip
+def load_config(
+    path: str | Path, arguments: Iterable[str] = (), is_eval: bool = False, will_run: bool = False
+) -> Config:
     """The Config of read_config for one run, without eval sets when it evaluates nothing; will_run:
     what the run needs must be installed."""
     config = read_config(path, arguments)
     need(config.eval_datasets or not is_eval, "config: --eval needs eval_datasets")
     if will_run and config.engine != "hf" and not importlib.util.find_spec("vllm"):
-        raise UserError("config: engine: vllm is not installed: pip install -r "
-                        "requirements-vllm.txt (on a CPU: ./run.sh test-vllm)")  # fmt: skip
+        raise UserError(
+            "config: engine: vllm is not installed: pip install -r "
+            "requirements-vllm.txt (on a CPU: ./run.sh test-vllm)"
+        )
     if config.eval_strategy == "steps" and not config.eval_datasets:
         say("config: eval_strategy: nothing is evaluated without eval_datasets")
     if config.eval_datasets and (is_eval or config.eval_strategy == "steps"):
@@ -451,7 +497,9 @@ def with_what_is_installed(config: Config) -> Config:
         f"{attention} and torch_dtype={config.torch_dtype} disagree: flash attention computes in "
         "bfloat16, take sdpa",
     )
-    packing = attention in FLASH if config.packing is None else config.packing
+    packing = config.packing
+    if packing is None:
+        packing = attention in FLASH
     return replace(config, report_to=report_to, attn_implementation=attention, packing=packing)
 
 

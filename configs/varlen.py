@@ -32,9 +32,21 @@ def attention(
         )
     longest = more["max_length_q"]
     before = sliding_window - 1 if sliding_window else -1  # tokens that a token sees, -1: all
-    packed = [states[0].transpose(0, 1) for states in (query, key, value)]
-    out = varlen_attn(*packed, ends, ends, longest, longest, scale=scaling,
-                      window_size=(before, 0), enable_gqa=True)  # fmt: skip
+    packed_query, packed_key, packed_value = (
+        states[0].transpose(0, 1) for states in (query, key, value)
+    )
+    out = varlen_attn(
+        packed_query,
+        packed_key,
+        packed_value,
+        cu_seq_q=ends,
+        cu_seq_k=ends,
+        max_q=longest,
+        max_k=longest,
+        scale=scaling,
+        window_size=(before, 0),
+        enable_gqa=True,
+    )
     return out[None], None
 
 

@@ -8,6 +8,7 @@ trainer in rollout.py, the server's worker, before it builds the model, by
 
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,14 +54,14 @@ def packed_linear(weight: torch.Tensor) -> Callable:
 class Gloo:
     """vLLM's NCCL communicator, as far as weight transfer uses it."""
 
-    def __init__(self, place, device):
+    def __init__(self, place: Any, device: Any):
         limit = timedelta(seconds=60)
         self.group = dist.ProcessGroupGloo(place.store, place.rank, place.world_size, limit)
 
-    def broadcast(self, tensor, src, stream=None):
+    def broadcast(self, tensor: torch.Tensor, src: int, stream: Any = None) -> None:
         self.group.broadcast([tensor], dist.BroadcastOptions()).wait()
 
-    def destroy(self):
+    def destroy(self) -> None:
         self.group = None
 
 
