@@ -191,18 +191,16 @@ def shard(
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     stored = next(module.parameters()).dtype
     master = torch.promote_types(torch.promote_types(stored, torch.float32), dtype or stored)
-    if world == 1 and dtype in (None, master) and not cpu_offload:
-        return module.to(kind, master)
-    mesh = mesh_of(kind, world, replicate)
     is_mixed = dtype not in (None, master)
+    if world == 1 and not is_mixed and not cpu_offload:
+        return module.to(kind, master)
     policy = MixedPrecisionPolicy(
         param_dtype=dtype if is_mixed else None,
         reduce_dtype=torch.float32 if is_mixed else None,
         cast_forward_inputs=False,  # the loss's fp32 inputs stay fp32
     )
-    offload = OffloadPolicy()
-    if cpu_offload:
-        offload = CPUOffloadPolicy(pin_memory=kind == "cuda")
+    mesh = mesh_of(kind, world, replicate)
+    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if cpu_offload else OffloadPolicy()
     for part in [*blocks, module]:
         # the root keeps its weights up to the backward, which starts with them
         part.frees_after_forward = sharding == "zero3" and part is not module

@@ -1535,7 +1535,10 @@ def finish(run: Run) -> None:
     if run.config.push_to_hub and run.rank == 0:
         place = create_repo(run.config.hub_model_id or run.folder.name, exist_ok=True)
         upload_folder(repo_id=place.repo_id, folder_path=run.folder / "model")
-    say(f"done: {run.folder}, {len(run.state.queue)} deferred problems still queued")
+    queued = len(run.state.queue)
+    if queued:
+        say(f"queue: {queued} deferred problems were not asked again")
+    say(f"done: {run.folder}")
 
 
 if __name__ == "__main__":

@@ -59,6 +59,8 @@ def make_plan(config: Config, world: int, n_problems: int, is_dry: bool = False)
         f"batch: {world} ranks * {batch} per device * {accumulation} accumulation / {G} generations"
         f" = {prompts} prompts a step; {per_epoch} steps an epoch; {steps} steps"
     )
+    if config.rl_type == "ghpo" and config.start_hint_step > 0:
+        say(f"hints: after {config.start_hint_step} steps without them (start_hint_step)")
     return Plan(prompts, per_epoch, steps, save_every)
 
 
