@@ -772,8 +772,8 @@ def settle_items(kind: str, parts: Any) -> Answer:
         return (kind, *parts)
     if len(items) == 1:
         return items[0]
-    if kind == "and":
-        total = total_of_units([item for item in items if kind_of(item) == "unit"])
+    if kind == "and" and set(kinds) == {"unit"}:
+        total = total_of_units(items)
         if total:
             return total
     return ("set" if kind == "set" else "list", *items)

@@ -90,6 +90,7 @@ def test_extract(response, answer):
 
 # ---- when are two answers the same; every pair is also tried the other way round ----
 SAME = [
+    ("3 ft and 2 in", "38 in"),
     # numbers of every form
     ("1000", "1,000"),
     ("1000", "1{,}000"),
@@ -213,6 +214,7 @@ SAME = [
     ("line segment, circle", "\\text{line segment and circle}"),
 ]
 DIFFERENT = [
+    ("7 and 3 ft and 2 in", "3 ft and 2 in"),
     ("5", "5.0000001"),
     ("50", "0.5"),
     ("10^{20}", "10^{20}+1"),
