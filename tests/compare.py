@@ -40,7 +40,7 @@ ARMS = {
     "fixed-0.5": ["rl_type=ghpo", "hint_ratio=[0.5]", "max_steps=43"],
     "always-0.5": ["rl_type=ghpo", "hint_ratio=[0.5]", "hint_trigger=always", "max_steps=69"],
     "no-cold-start": ["rl_type=ghpo", "start_hint_step=0", "max_steps=53"],
-    "assistant-prefix": ["rl_type=ghpo", "hint_where=assistant", "max_steps=55"],
+    "assistant-prefix": ["rl_type=ghpo", "hint_where=assistant", "max_steps=51"],
     "deferred": ["rl_type=ghpo", "hint_timing=deferred", "max_steps=63"],
     "original-context": ["rl_type=ghpo", "hint_context=original", "max_steps=46"],
     "drop-hard": ["rl_type=ghpo", "hint_ratio=[]", "hint_exhausted=drop", "max_steps=69"],
@@ -322,6 +322,30 @@ def arms_table(rows: list[dict]) -> list[list[str]]:
     return table
 
 
+def hints_table(hinted: list[dict]) -> list[list[str]]:
+    """What was hard and hinted, a line an arm: means over seeds of the hard fraction, sums of the
+    groups solved and tried at each ratio, means of the reliance where there were hints."""
+    table = []
+    for arm in dict.fromkeys(row["arm"] for row in hinted):
+        mine = [row for row in hinted if row["arm"] == arm]
+        cells = [
+            arm,
+            mean_of(mine, "hard_fraction_first_10"),
+            mean_of(mine, "hard_fraction_last_10"),
+        ]
+        for ratio in ("0.25", "0.5", "0.75"):
+            tried = sum(row.get(f"hint/tried@{ratio}", 0) for row in mine)
+            solved = sum(row.get(f"hint/solved@{ratio}", 0) for row in mine)
+            cells.append(f"{solved:.0f} of {tried:.0f}" if tried else "-")
+        table.append([*cells, mean_of(mine, "reliance_first"), mean_of(mine, "reliance_last")])
+    return table
+
+
+def mean_of(rows: list[dict], key: str) -> str:
+    values = [row[key] for row in rows if row[key] is not None]
+    return f"{statistics.mean(values):.2f}" if values else "-"
+
+
 def compare(arms: list[str], seeds: int, jobs: int, settings: list[str], folder: Path) -> None:
     """Every arm with seeds 0, 1, ..., seed by seed, so that what is there after an interruption
     compares."""
@@ -340,6 +364,9 @@ def compare(arms: list[str], seeds: int, jobs: int, settings: list[str], folder:
     draw_compare(runs, folder / "compare.png")
     print("\nAccuracy without hints, greedy, mean ± standard error over seeds:\n")
     print_table(["arm", *TIERS, "tokens"], arms_table(rows))
+    print("\nHard fraction, groups solved of tried with a hint, and reliance on it:\n")
+    ratios = ["at .25", "at .5", "at .75"]
+    print_table(["arm", "first 10", "last 10", *ratios, "first", "last"], hints_table(hinted))
     print(f"\n{folder.relative_to(ROOT)}/compare.png, summary.json, and the folder of every run")
 
 
