@@ -66,7 +66,9 @@ METADATA_CLASSES = {
     ),
 }
 
-_now = {"phase": "start", "timeout": timedelta(seconds=600), "patient": None}
+# The phase that an error is told with, the limit of collectives, and the gloo group with the long
+# limit wait_s.
+_now = {"phase": "start", "timeout": timedelta(seconds=600), "slow_group": None}
 seconds = Counter()  # spent in each phase since this was last cleared
 
 
@@ -90,7 +92,7 @@ def setup_distributed(timeout_s: int = 600, wait_s: int = 3600) -> SimpleNamespa
     dist.init_process_group(
         backend, timeout=_now["timeout"], store=store, rank=rank, world_size=world
     )
-    _now["patient"] = dist.new_group(backend="gloo", timeout=timedelta(seconds=wait_s))
+    _now["slow_group"] = dist.new_group(backend="gloo", timeout=timedelta(seconds=wait_s))
     faulthandler.enable()  # NCCL's watchdog aborts the process: show where it stood
 
     def report(kind, error, trace):
@@ -138,14 +140,14 @@ def all_reduce_scalars(values: dict, op: str = "sum") -> dict[str, float]:
     """Sum or max over ranks of each value of a dict, in float64; same keys on every rank."""
     total = torch.tensor(list(values.values()), dtype=torch.float64)
     reduction = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
-    dist.all_reduce(total, reduction, group=_now["patient"])
+    dist.all_reduce(total, reduction, group=_now["slow_group"])
     return dict(zip(values, total.tolist()))
 
 
 def gather_objects(item: Any) -> list:
     """The item of every rank, in rank order, on every rank; over gloo, so no GPU is waited for."""
     items = [None] * dist.get_world_size()
-    dist.all_gather_object(items, item, group=_now["patient"])
+    dist.all_gather_object(items, item, group=_now["slow_group"])
     return items
 
 
@@ -197,7 +199,7 @@ def shard(
     policy = MixedPrecisionPolicy(
         param_dtype=dtype if is_mixed else None,
         reduce_dtype=torch.float32 if is_mixed else None,
-        cast_forward_inputs=False,  # the loss's fp32 inputs stay fp32
+        cast_forward_inputs=False,  # nothing to cast: the inputs are ids
     )
     mesh = mesh_of(kind, world, replicate)
     offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if cpu_offload else OffloadPolicy()
@@ -240,7 +242,7 @@ def group_of_this_rank(rows: torch.Tensor) -> dist.ProcessGroup:
     return mine
 
 
-def last_micro_batch(module: Module, is_last: bool) -> None:
+def sync_replicas(module: Module, is_last: bool) -> None:
     """Leave the all-reduce over replicas (HSDP, ddp) to the step's last backward."""
     if isinstance(module, FSDPModule):
         module.set_requires_all_reduce(is_last)

@@ -79,6 +79,7 @@ FILLED_SHARE = 0.97  # of a padded micro-batch that are tokens, at least,
 FEW_TOKENS = 512  # unless it has so few
 MAX_WORKERS = 8  # verifiers of a process
 N_PROBED = 4  # problems on which the rewards are tried
+# On the terminal; of eval sets only the pass rates.
 SHOWN = re.compile(
     r"accuracy_|hard_|reward/|grad_norm|mismatch_k3|eval/(?!.*(?:stderr|tokens|truncated|_n|_k)$)"
 )
@@ -185,7 +186,7 @@ class Prompts:
         if "strftime_now" in str(self.tokenizer.chat_template):
             say(f"chat template: the date that it shows is always {PROMPT_DATE:%Y-%m-%d}")
         name = f"model_name_or_path={config.model_name_or_path}"
-        self._rendered([USER_PROBE], name)
+        self._rendered([USER_PROBE], name)  # UserError if the template cannot even do this
         self.has_system_role = self._knows_the_system_role()
         if not self.has_system_role:
             say("chat template: no system role, its text goes in front of the first user turn")
@@ -242,20 +243,20 @@ class Prompts:
         c, state = self.config, self.state
         hint, is_trimmed = hints.make_hint(problem, ratio, c, state)
         most = CHARS_PER_TOKEN * c.max_prompt_length
-        if len(hint) <= most and self._fits(problem, hint):
+        if len(hint) <= most and self._is_short_enough(problem, hint):
             return hint, is_trimmed
         fitting, too_long = 0, min(len(hint), most) + 1  # limits, in characters
-        hint = ""
+        hint, is_trimmed = "", False
         while too_long - fitting > 1:
             limit = (fitting + too_long) // 2
-            longer, _ = hints.make_hint(problem, ratio, c, state, limit)
-            if longer == hint or self._fits(problem, longer):
-                hint, fitting = longer, limit
+            longer, is_cut = hints.make_hint(problem, ratio, c, state, limit)
+            if longer == hint or self._is_short_enough(problem, longer):
+                hint, is_trimmed, fitting = longer, is_cut, limit
             else:
                 too_long = limit
         return hint, is_trimmed
 
-    def _fits(self, problem, hint):
+    def _is_short_enough(self, problem, hint):
         return not hint or len(self.ids(problem, hint)[0]) <= self.config.max_prompt_length
 
     def request(self, group: Group, config: Config, slot: int, salt: Any) -> rollout.Request:
@@ -411,17 +412,18 @@ def token_sums(
     return {
         "loss": loss.double().sum(),
         "tokens": batch["policy_weight"].double().sum(),
-        "clipped": is_clipped.double().sum(),
+        "clipped": torch.where(is_clipped, batch["policy_weight"], 0.0).double().sum(),
         "entropy": (entropy * batch["policy_weight"]).double().sum(),
         "compared": compared.double().sum(),
         "mismatch_k3": (torch.expm1(delta) - delta).double().sum(),
-        "importance_capped": (delta > log_cap).double().sum(),
+        "importance_capped": torch.where(delta > log_cap, compared, 0.0).double().sum(),
         "mismatch_max": delta.abs().max().double(),
     }
 
 
 def token_metrics(sums: list[dict]) -> dict[str, float]:
-    """The token_sums of a step, over all ranks: sums of loss and tokens, means of the others."""
+    """The token_sums of a step, over all ranks: means over tokens of entropy and clipped, over the
+    compared tokens of mismatch_k3 and importance_capped, and sums of all other keys."""
     stacked = {key: torch.stack([part[key] for part in sums]) for key in sums[0]}
     largest = {"mismatch_max": float(stacked.pop("mismatch_max").max())}
     total = {key: float(values.sum()) for key, values in stacked.items()}
@@ -529,14 +531,14 @@ def micro_batches(rows: list[Row], budget: int, is_packed: bool) -> list[list[Ro
     """Rows in lists of at most `budget` tokens, longest first, each list of about one length."""
     batches = []
     for row in sorted(rows, key=lambda row: -len(row.input_ids)):
-        if batches and fits([*batches[-1], row], budget, is_packed):
+        if batches and is_good_batch([*batches[-1], row], budget, is_packed):
             batches[-1].append(row)
         else:
             batches.append([row])
     return batches
 
 
-def fits(rows: list[Row], budget: int, is_packed: bool) -> bool:
+def is_good_batch(rows: list[Row], budget: int, is_packed: bool) -> bool:
     """Do rows, the longest first, make a good micro-batch?"""
     n_tokens = sum(len(row.input_ids) for row in rows)
     if is_packed:
@@ -560,14 +562,14 @@ def collate(
         starts = np.arange(len(rows)) * max(lengths)
     ids = np.zeros(shape, dtype=np.int64)
     positions = np.zeros_like(ids) + np.arange(shape[1])
-    targets, row_numbers = [], []  # flat places of the targets of each row
+    places, row_numbers = [], []  # of the targets of each row, in the flat ids
     for i, (row, start, length) in enumerate(zip(rows, starts, lengths)):
         ids.flat[start : start + length] = row.input_ids
         positions.flat[start : start + length] = np.arange(length)
-        targets.append(np.arange(start + row.n_context, start + length))
+        places.append(np.arange(start + row.n_context, start + length))
         row_numbers.append(np.full(length - row.n_context, i))
-    target = np.concatenate(targets)
-    inputs = {"ids": ids, "positions": positions, "predict": target - 1, "target": ids.flat[target]}
+    place = np.concatenate(places)
+    inputs = {"ids": ids, "positions": positions, "predict": place - 1, "target": ids.flat[place]}
     inputs = {key: torch.from_numpy(value).to(device) for key, value in inputs.items()}
     if is_packed:
         ends = torch.tensor([*starts, shape[1]], dtype=torch.int32, device=device)
@@ -587,7 +589,7 @@ def collate(
     return inputs, batch
 
 
-def collated(run: Run, rows: list[Row]) -> list[tuple[dict, dict]]:
+def equal_micro_batches(run: Run, rows: list[Row]) -> list[tuple[dict, dict]]:
     """The micro-batches of some rows, as many on every rank."""
     c = run.config
     batches = micro_batches(rows, c.micro_batch_tokens, c.packing)
@@ -602,7 +604,7 @@ def optimize(run: Run, rows: list[Row], lr: float) -> dict[str, float]:
     number of micro-batches; gradients are summed, for E6 has divided by the step's counts."""
     c, policy = run.config, run.policy
     used = [row for row in rows if row.has_gradient(c)]  # the others have been counted
-    batches = collated(run, used)
+    batches = equal_micro_batches(run, used)
     ref_logp = [None] * len(batches)
     if run.reference:
         with phase("logprob"), torch.no_grad():
@@ -615,7 +617,7 @@ def optimize(run: Run, rows: list[Row], lr: float) -> dict[str, float]:
     old_logp, sums = [], []  # old_logp: from before the first update on this batch
     for iteration in range(c.num_iterations):
         for i, (inputs, batch) in enumerate(batches):
-            fsdp_utils.last_micro_batch(policy, i == len(batches) - 1)
+            fsdp_utils.sync_replicas(policy, is_last=i == len(batches) - 1)
             logp, entropy = policy(**inputs, temperature=c.temperature)
             if iteration == 0:
                 old_logp.append(logp.detach())
@@ -642,7 +644,7 @@ def hint_reliance(run: Run, groups: list[Group]) -> dict[str, float]:
                 rows.append(signed_row(completion.prompt_ids, completion.token_ids, 1.0))
                 rows.append(signed_row(plain_ids, completion.token_ids, -1.0))
     difference, n_tokens = 0.0, 0
-    for inputs, batch in collated(run, rows):
+    for inputs, batch in equal_micro_batches(run, rows):
         logp, _ = run.policy(**inputs, temperature=c.temperature)
         difference += float((logp * batch["advantage"]).sum())
         n_tokens += int((batch["advantage"] > 0).sum())
@@ -733,7 +735,7 @@ def train(run: Run, interrupt: Interrupt) -> int:
     stopped_by = 0
     while state.step < plan.steps and not stopped_by:
         started = time.perf_counter()
-        n_failed = sum(run.pool.stats.values())
+        failed_before = sum(run.pool.stats.values())
         fsdp_utils.seconds.clear()
 
         # 1. Roll out G samples a problem; 2. hint: a group that fails is asked again (E2).
@@ -741,7 +743,7 @@ def train(run: Run, interrupt: Interrupt) -> int:
         groups = sample_groups(run, of_rank(run, blank), c, state.step, bar.set_postfix_str)
         groups = sample_more(run, groups, met={group.problem.id for group in blank})
         outcomes = write_groups(run, groups, f"rollouts/step_{state.step + 1:06d}.jsonl")
-        check_rewards(run, outcomes, sum(run.pool.stats.values()) - n_failed)
+        check_rewards(run, outcomes, sum(run.pool.stats.values()) - failed_before)
         groups = [group for group in groups if hints.enters_batch(group, c, state)]
 
         # 3. Advantages (E1, E3), and what each row weighs in the objective of the step (E6).
@@ -813,7 +815,7 @@ def fresh_groups(run: Run, size: int, met: set[int]) -> list[Group]:
     state, n = run.state, epoch_length(run)
     epoch, start = divmod(state.cursor, n)
     places = unmet_places(run, epoch, start, met)
-    if len(places) < size:
+    if len(places) < size:  # too few for a whole step: the rest of this epoch is left out
         epoch += 1
         places = unmet_places(run, epoch, 0, met)
     chosen = places[:size]
@@ -924,7 +926,7 @@ def check_rewards(run: Run, outcomes: list[hints.Outcome], n_failed: int) -> Non
 
 def costs(run: Run, rows: list[Row], n_generated: float, seconds: float) -> dict[str, float]:
     """What a step took: seconds of rank 0 by phase (verify is part of generate, logprob of train),
-    tokens of all ranks, GPU memory, verifier failures."""
+    tokens of all ranks, GPU memory; and verifier failures since the start."""
     c, pool = run.config, run.pool
     n_trained = sum(len(row.input_ids) for row in rows if row.has_gradient(c))
     counts = {f"verifier/{name}": count for name, count in pool.stats.items()}
@@ -966,7 +968,8 @@ def watch_mismatch(run: Run, metrics: dict) -> None:
         limit = WARN_LIMIT
     if max(k3, mean) <= limit:
         return
-    told = f"sampler and trainer disagree: mean k3 {k3:.2g} > {limit:g}: "
+    told = f"sampler and trainer disagree: k3 is {k3:.2g} in this step, {mean:.2g} in the mean of "
+    told += f"{MISMATCH_STEPS}, the limit {limit:g}: "
     if c.top_p < 1 or c.top_k:
         say(f"{told}expected, for top_p and top_k change the sampler's distribution")
         return
@@ -1090,19 +1093,21 @@ def accuracy_at_k(is_right_PK: list) -> dict[str, float]:
     """pass@1 (the mean over k samples), its standard error over problems, pass@k and pass@k/2, from
     P problems' k samples."""
     is_right_PK = np.array(is_right_PK)
-    n, k = is_right_PK.shape
+    n_problems, n_samples = is_right_PK.shape
     rates = is_right_PK.mean(1)
-    error = rates.std(ddof=1) / math.sqrt(n) if n > 1 else 0.0
+    error = 0.0
+    if n_problems > 1:
+        error = rates.std(ddof=1) / math.sqrt(n_problems)
     found = {"pass@1": float(rates.mean()), "stderr": float(error)}
-    for j in sorted({k // 2, k} - {0, 1}):
-        passed = [pass_at_k(k, int(n_right), j) for n_right in is_right_PK.sum(1)]
-        found[f"pass@{j}"] = float(np.mean(passed))
+    for k in sorted({n_samples // 2, n_samples} - {0, 1}):
+        passed = [pass_at_k(n_samples, int(n_right), k) for n_right in is_right_PK.sum(1)]
+        found[f"pass@{k}"] = float(np.mean(passed))
     return found
 
 
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """The unbiased chance that one of k of n samples is right when c are."""
-    return 1 - math.comb(n - c, k) / math.comb(n, k)  # E8
+def pass_at_k(n_samples: int, n_right: int, k: int) -> float:
+    """The unbiased chance that one of k samples is right when n_right of n_samples are."""
+    return 1 - math.comb(n_samples - n_right, k) / math.comb(n_samples, k)  # E8
 
 
 def write_metrics(run: Run, metrics: dict) -> None:
@@ -1155,9 +1160,9 @@ def export(run: Run, folder: Path) -> None:
 
 
 def setup(config: Config, is_eval: bool = False) -> Run:
-    """What `train` needs, in an order that matters: the verifiers fork before the process group's
-    threads are there, the folder is ours before it is read, memory is tried before Adam's moments
-    are loaded, and the engine takes what is left of it."""
+    """What `train` needs, in an order that matters: wrong data and rewards are told before a model
+    is loaded, the folder is ours before it is read, memory is tried before Adam's moments are
+    loaded, and the engine takes what is left of it."""
     cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     pool = VerifierPool(config.reward_funcs, min(MAX_WORKERS, cores), config.verifier_timeout)
     place = fsdp_utils.setup_distributed()
@@ -1197,10 +1202,10 @@ def setup(config: Config, is_eval: bool = False) -> Run:
         compute_dtype=compute_dtype,
         pool=pool,
     )
-    return started(run, is_eval)
+    return prepared(run, is_eval)
 
 
-def started(run: Run, is_eval: bool) -> Run:
+def prepared(run: Run, is_eval: bool) -> Run:
     """A run whose model is proven, whose memory is tried, and that has resumed; with its engine."""
     check_policy(run)
     if not is_eval and wants_startup_pass(run.config):
@@ -1263,7 +1268,7 @@ def tell_overlap(problems: list[Problem], eval_sets: dict) -> None:
 
 
 def schedule(config: Config, optimizer: Any, steps: int) -> Callable[[int], float]:
-    """The learning rate as a function of the step; the first step is 0."""
+    """The learning rate as a function of the step, counted from 0."""
     warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
     kind, more = config.lr_scheduler_type, config.lr_scheduler_kwargs
     with as_user_error(f"config: lr_scheduler_type={kind}, lr_scheduler_kwargs={more}"):
@@ -1458,10 +1463,7 @@ def dry_run(config: Config) -> None:
     prompts, world = Prompts(config), int(os.environ.get("WORLD_SIZE", 1))
     problems = load_problems(config, prompts)
     make_plan(config, world, len(problems), is_dry=True)
-    problem = problems[0]
-    for other in reversed(problems):
-        if other.solution:
-            problem = other  # in the end the first that can be hinted
+    problem = next((problem for problem in problems if problem.solution), problems[0])
     for omega in [0.0, *config.hint_ratio]:
         hint, is_trimmed = prompts.fit(problem, omega)
         ids, _ = prompts.ids(problem, hint)

@@ -10,7 +10,7 @@ GHPO asks a problem again, with the first part of its solution, when all G sampl
 
 Called by ghpo.py only as `hints.name`, so that a launcher can replace any of them:
 
-    advance       needs_hint -> next_ratio -> make_hint: what a group is asked next
+    advance       what a group is asked next: next_ratio (which asks needs_hint), then make_hint
     render        where the hint goes in the chat
     after_stage   a stage's samples and rewards: merge, then advance
     enters_batch  which groups are trained on
@@ -20,9 +20,9 @@ Called by ghpo.py only as `hints.name`, so that a launcher can replace any of th
 
 Fork here. Each function gets the whole group or problem, the config and the state, so that
 signatures need not grow. state.step is the step (0 is the first), state.history has {problem id:
-{"attempts", "pass_rate", "ratio"}} of the last step that met a problem, and state.method is a dict
-for whatever else a method must remember: JSON values, alike on every rank, checkpointed. Neither
-torch nor vllm is imported.
+{"attempts", "pass_rate", "ratio"}}: how many steps met a problem, and how the last of them ended.
+state.method is a dict for whatever else a method must remember: JSON values, alike on every rank,
+checkpointed. Neither torch nor vllm is imported.
 """
 
 import bisect
@@ -46,7 +46,10 @@ STD_FLOOR = 1e-4  # E3: added to the standard deviation, as in the reference
 # What announces the answer: "The answer is 5", \boxed{5}; the end of the text where nothing does.
 MARKER = re.compile(r"\\boxed|\\fbox|####|answer is|<answer>|\Z", re.IGNORECASE)
 # What opens and what closes maths: \[ and \], \begin{align} and \end{align}, [asy] and [/asy].
-ENVIRONMENT = re.compile(r"(\\begin\{|\\\[|\\\(|\[asy\])|(\\end\{[^}]*\}|\\\]|\\\)|\[/asy\])")
+# The line break \\[4pt] opens nothing.
+ENVIRONMENT = re.compile(
+    r"(\\begin\{|(?<!\\)\\[\[(]|\[asy\])|(\\end\{[^}]*\}|(?<!\\)\\[\])]|\[/asy\])"
+)
 # Inline maths by pandoc's rule, so that "$5 and $10" is money: no space inside the dollars and no
 # digit after them, or a space on both sides ("$ x $").
 DOLLARS = re.compile(
@@ -135,7 +138,7 @@ class Outcome:
     n_earlier: int
     is_deferred: bool
     rewards: list[list[float]]  # (G, F)
-    lengths: list[int]  # (G,) tokens of the completions that are trained on
+    lengths: list[int]  # (G,) tokens of the group's completions, trained on or not
     is_truncated: list[bool]  # (G,)
 
 
@@ -146,6 +149,51 @@ class LossView(NamedTuple):
     targets: list[int]  # (T,) token ids; may begin with tokens of the prompt (hints to be learnt)
     policy_weight: list[float]  # (T,) of E4, E5; 0 where the behaviour log-prob is unknown
     sft_weight: list[float]  # (T,) of the log-likelihood
+
+
+def advance(group: Group, config: Any, state: Any, fit: Callable) -> Group:
+    """The group with its next stage, or final. A stage whose text is empty or that of the stage
+    before joins the stages as skipped, unsampled. fit(problem, ratio) is make_hint, shortened."""
+    stages = list(group.stages)
+    while True:
+        group = replace(group, stages=stages, next_stage=None)
+        ratio = next_ratio(group, config, state)
+        if ratio is None:
+            break
+        wanted = as_list(ratio, config.num_generations)
+        stage = make_stage(group.problem, wanted, fit)
+        if not stages or is_news(stage, stages[-1]):
+            is_deferred = config.hint_timing == "deferred" and bool(group.completions)
+            return replace(group, next_stage=stage, is_deferred=is_deferred)
+        # a skipped stage keeps hints and passes of the one before, whose verdict still holds
+        skipped = replace(
+            stages[-1], ratios=wanted, lengths=[], is_trimmed=stage.is_trimmed, is_skipped=True
+        )
+        stages = [*stages, skipped]
+    if group.completions:
+        return group
+    # a deferred problem, back with stages but without samples, whose ladder is used up
+    size = config.num_generations
+    return replace(group, next_stage=Stage([0.0] * size, [""] * size))
+
+
+def after_stage(
+    group: Group,
+    completions: list[Completion],
+    rewards: list[list[float]],
+    trigger: int,
+    config: Any,
+    state: Any,
+    fit: Callable,
+) -> Group:
+    """The group after its next stage was sampled. trigger: the reward column that decides."""
+    stage = replace(
+        group.next_stage,
+        passes=[scores[trigger] for scores in rewards],
+        lengths=[len(completion.token_ids) for completion in completions],
+    )
+    new = replace(group, stages=[*group.stages, stage], completions=completions, rewards=rewards)
+    return advance(merge(group, new, config, state), config, state, fit)
 
 
 def needs_hint(group: Group, config: Any, state: Any) -> bool:
@@ -180,9 +228,9 @@ def make_hint(
     if limit is not None:
         longest = min(longest, limit)
     ends, leak = cuts(solution, problem.gold)
-    wanted = bisect.bisect_right(ends, longest)  # how many ends
-    allowed = bisect.bisect_right(ends, min(longest, leak))
-    return solution[: ends[allowed - 1]].rstrip(), allowed < wanted
+    n_wanted = bisect.bisect_right(ends, longest)
+    n_allowed = bisect.bisect_right(ends, min(longest, leak))
+    return solution[: ends[n_allowed - 1]].rstrip(), n_allowed < n_wanted
 
 
 def render(problem: Problem, hint: str, config: Any, state: Any) -> tuple[list[dict], str]:
@@ -190,13 +238,13 @@ def render(problem: Problem, hint: str, config: Any, state: Any) -> tuple[list[d
     if not hint:
         return problem.messages, ""
     if config.hint_where == "assistant":
-        is_asked = any("<think>" in str(turn["content"]) for turn in problem.messages)
-        if is_asked or "format" in config.reward_funcs:
+        wants_think = any("<think>" in str(turn["content"]) for turn in problem.messages)
+        if wants_think or "format" in config.reward_funcs:
             return problem.messages, ASSISTANT_OPENING + hint
         return problem.messages, hint
     *before, last = problem.messages
-    asked = {**last, "content": last["content"] + HINT_SENTENCE + hint}  # E2: q* = q + omega * h
-    return [*before, asked], ""
+    hinted = {**last, "content": last["content"] + HINT_SENTENCE + hint}  # E2: q* = q + omega * h
+    return [*before, hinted], ""
 
 
 def merge(previous: Group, new: Group, config: Any, state: Any) -> Group:
@@ -206,13 +254,14 @@ def merge(previous: Group, new: Group, config: Any, state: Any) -> Group:
 
 
 def enters_batch(group: Group, config: Any, state: Any) -> bool:
-    """Is the group trained on? No refill: counts (E6) are over the kept ones. A group that failed
-    and is deferred has not used up its hints: it stays."""
+    """Is the group trained on? Not if its rewards are all alike and flat_groups says so, nor if its
+    hints are used up and hint_exhausted says so. Counts (E6) are over the kept ones."""
     if config.flat_groups != "keep" and np.ptp(weighted_rewards(group, config)) == 0:
         return False
     if config.hint_exhausted == "keep" or not is_hinting_step(config, state):
         return True
-    return group.is_deferred or not needs_hint(group, config, state)
+    is_used_up = needs_hint(group, config, state) and not group.is_deferred
+    return not is_used_up
 
 
 def advantages(group: Group, config: Any, state: Any) -> np.ndarray:
@@ -264,32 +313,6 @@ def is_hinting_step(config: Any, state: Any) -> bool:
     return uses_hints(config) and state.step >= config.start_hint_step  # cold start
 
 
-def advance(group: Group, config: Any, state: Any, fit: Callable) -> Group:
-    """The group with its next stage, or final. A stage whose text is empty or that of the stage
-    before joins the stages as skipped, unsampled. fit(problem, ratio) is make_hint, shortened."""
-    stages = list(group.stages)
-    while True:
-        group = replace(group, stages=stages, next_stage=None)
-        ratio = next_ratio(group, config, state)
-        if ratio is None:
-            break
-        wanted = as_list(ratio, config.num_generations)
-        stage = make_stage(group.problem, wanted, fit)
-        if not stages or is_news(stage, stages[-1]):
-            is_deferred = config.hint_timing == "deferred" and bool(group.completions)
-            return replace(group, next_stage=stage, is_deferred=is_deferred)
-        # a skipped stage keeps hints and passes of the one before, whose verdict still holds
-        skipped = replace(
-            stages[-1], ratios=wanted, lengths=[], is_trimmed=stage.is_trimmed, is_skipped=True
-        )
-        stages = [*stages, skipped]
-    if group.completions:
-        return group
-    # it returned and its ladder is used up: asked without a hint
-    size = config.num_generations
-    return replace(group, next_stage=Stage([0.0] * size, [""] * size))
-
-
 def as_list(ratio: float | list[float], size: int) -> list[float]:
     """(G,) what next_ratio gives, one for each sample."""
     if np.ndim(ratio) == 0:
@@ -311,25 +334,6 @@ def make_stage(problem: Problem, wanted: list[float], fit: Callable) -> Stage:
     texts = [text_at[omega] for omega in wanted]
     ratios = [omega if text else 0.0 for omega, text in zip(wanted, texts)]
     return Stage(ratios, texts, is_trimmed=has_trimmed)
-
-
-def after_stage(
-    group: Group,
-    completions: list[Completion],
-    rewards: list[list[float]],
-    trigger: int,
-    config: Any,
-    state: Any,
-    fit: Callable,
-) -> Group:
-    """The group after its next stage was sampled. trigger: the reward column that decides."""
-    stage = replace(
-        group.next_stage,
-        passes=[scores[trigger] for scores in rewards],
-        lengths=[len(completion.token_ids) for completion in completions],
-    )
-    new = replace(group, stages=[*group.stages, stage], completions=completions, rewards=rewards)
-    return advance(merge(group, new, config, state), config, state, fit)
 
 
 def outcome_of(group: Group) -> Outcome:
@@ -416,7 +420,7 @@ def nearest_rung(omega: float, config: Any) -> float:
 def cuts(solution: str, gold: str) -> tuple[list[int], int]:
     """(where a solution may be cut, ascending from 0; where a hint stops at the latest)."""
     ends = [0, *step_ends(solution)]
-    return ends, answer_start(solution, gold, ends)
+    return ends, latest_hint_end(solution, gold, ends)
 
 
 def step_ends(solution: str) -> list[int]:
@@ -459,11 +463,13 @@ def maths(solution: str) -> np.ndarray:
     return is_inside
 
 
-def answer_start(solution: str, gold: str, ends: list[int]) -> int:
-    """Where a hint stops at the latest: before the step with the last digit or equals sign ahead of
-    the first answer marker, for that step derives the answer, and before the gold's last place.
+def latest_hint_end(solution: str, gold: str, ends: list[int]) -> int:
+    """The last end of a step that is before both
 
-    "3 bags of 4. So 3 * 4 = 12. The answer is 12." (gold 12) -> 14, where the second step begins.
+    - the last digit or equals sign ahead of the first answer marker: its step derives the answer,
+    - the last place of the gold (not the first: a gold such as 2 also stands in the working).
+
+    "3 bags of 4. So 3 * 4 = 12. The answer is 12." (gold 12) -> 12, the end of the first step.
     """
     marker = MARKER.search(solution).start()  # the end when there is none
     derived = last_place(r"[\d=]", solution[:marker])

@@ -9,7 +9,7 @@ ever handed to eval or sympify; sizes are checked before any arithmetic; in doub
 
 Who calls what: ghpo.py makes a VerifierPool, rollout.collect submits texts to it and polls rewards;
 a Worker of the pool is this file run as a program (`serve`); configs/data.py asks `gold_answer` and
-`parse_gold` which rows have a gold that can be judged.
+`gold_fault` which rows have a gold that can be judged.
 
 More notation goes into configs/verifier.yaml, another reward into REWARDS, or into the config as
 "path/to/file.py:function": f(response, gold) -> float, with the names of further columns if wanted.
@@ -47,7 +47,9 @@ from configs import UserError
 NOTATION = yaml.safe_load((Path(__file__).parent / "configs/verifier.yaml").read_text("utf-8"))
 MAX_CHARS = 3000  # of an answer that is read
 MAX_ITEMS = 60  # of a list, and ends of a region
-MAX_SIZE = 60_000  # bits of exact operands and powers; logarithm of another power; argument
+MAX_SIZE = 60_000  # bits of an exact number, natural logarithm of another power, an argument
+# What an answer that means nothing may raise; of TypeError and LookupError: "not comparable", for
+# trees of different kinds have other parts.
 REFUSED = (RecursionError, ValueError, ArithmeticError, TypeError, LookupError)
 
 Tree = tuple  # see Reader
@@ -268,8 +270,8 @@ def tokenise(text: str) -> list[str]:
 
 
 CHAINS = {"sum", "product", "list", "and", "or", "∧", "∨", "row", "cell", "ratio", "relation"}
-# Strengths beside those of verifier.yaml's infix table. An ARGUMENT without brackets is the product
-# up to the next function.
+# Strengths beside those of verifier.yaml's infix table. A unit binds less than + (14): it belongs
+# to the whole sum before it. An ARGUMENT without brackets is the product up to the next function.
 UNIT, PRODUCT, ARGUMENT, POWER, DEGREE = 13, 15, 16, 17, 18
 ZERO, ONE, TEN = [("num", Fraction(n)) for n in (0, 1, 10)]
 FACTORS = {"%": ("num", Fraction(1, 100)), "°": ("°",)}  # units that are numbers
@@ -505,7 +507,7 @@ def is_integer(value: Number) -> bool:
 
 def power(base: Number, exponent: Number) -> Number:
     """Exact where base and exponent say so, after a look at the size of the result."""
-    if base == 0 < exponent:
+    if base == 0 and exponent > 0:
         return base
     is_exact = isinstance(base, Fraction) and is_integer(exponent)
     size = bits(base) if is_exact else abs(MP.ln(base))
@@ -596,7 +598,8 @@ def near(a: Number, b: Number) -> bool:
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return False
     a, b = MP.convert(a), MP.convert(b)
-    return abs(a - b) <= max(abs(a), abs(b)) / 10**EQUAL_DIGITS < MP.inf
+    tolerance = max(abs(a), abs(b)) / 10**EQUAL_DIGITS
+    return tolerance < MP.inf and abs(a - b) <= tolerance  # an infinity equals only itself
 
 
 def is_real(value: Number) -> bool:
@@ -1218,7 +1221,7 @@ def read(text: str) -> Reading:
     return Reading(plain, tree, choice)
 
 
-def parse_gold(gold: str) -> str | None:
+def gold_fault(gold: str) -> str | None:
     """Why `gold` cannot be compared as mathematics or as words, or None when it can."""
     answer = gold_answer(gold).strip()
     if not answer:
@@ -1238,7 +1241,9 @@ def is_right(answer: str, gold: str, problem: str | None, strict: bool) -> bool:
         return False
     if ours.choice and theirs.choice:
         return ours.choice == theirs.choice
-    if theirs.text in (ours.text, ours.choice) or theirs.choice == ours.text:
+    if theirs.text == ours.text:
+        return True
+    if theirs.text == ours.choice or theirs.choice == ours.text:  # one of them is the letter alone
         return True
     if ours.tree is None or theirs.tree is None or not same(ours.tree, theirs.tree):
         return False
@@ -1464,10 +1469,10 @@ class VerifierPool:
         return ready
 
     def probe(self, examples: list[tuple[str, dict]]) -> None:
-        """Try the rewards on the (gold, row) of up to four problems, with the gold and with nothing
-        as response; UserError names one that fails every time."""
+        """Try the rewards on the (gold, row) of some problems, with the gold and with nothing as
+        response; UserError names one that fails every time."""
         calls = []
-        for gold, row in examples[:4]:
+        for gold, row in examples:
             group = self._group(gold, row)
             for text in (gold, ""):
                 calls.append(self.threads.submit(self._ask, text, group))

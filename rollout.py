@@ -8,6 +8,7 @@ rewards only. To add an engine, subclass Engine and name the class in ENGINES.
 
 import asyncio
 import itertools
+import math
 import os
 import socket
 import threading
@@ -295,8 +296,11 @@ class SeededDraws(LogitsProcessor):
             logits_BV = TopKLogitsWarper(self.config.top_k)(ids, logits_BV)
         if self.config.top_p < 1:
             logits_BV = TopPLogitsWarper(self.config.top_p)(ids, logits_BV)
-        most_B1, (B, V) = logits_BV.amax(-1, keepdim=True), logits_BV.shape
-        weight_BNK = logits_BV.new_zeros(B, -(-V // DRAW_BLOCK), DRAW_BLOCK)
+        most_B1 = logits_BV.amax(-1, keepdim=True)
+        B, V = logits_BV.shape
+        # softmax weights in N blocks of K tokens, the last filled up with zeros; written in place,
+        # which spares a copy of (B, V)
+        weight_BNK = logits_BV.new_zeros(B, math.ceil(V / DRAW_BLOCK), DRAW_BLOCK)
         torch.sub(logits_BV, most_B1, out=weight_BNK.flatten(1)[:, :V]).exp_()
         cdf_BN = weight_BNK.sum(-1).double().cumsum(-1)  # of whole blocks
         if self.config.temperature:
@@ -352,7 +356,8 @@ class VllmEngine(Engine):
             options = cpu_options(max_model_len)
         if "RANK" in os.environ:  # torchrun: a plain LLM would take cuda:0 on every rank
             options["distributed_executor_backend"] = "external_launcher"
-        if policy and not saved_buffers(policy.model):  # the first update_weights brings them all
+        # the first update_weights brings all weights, but vLLM may not take a saved buffer
+        if policy and not saved_buffers(policy.model):
             options["load_format"] = "dummy"
         self.llm = LLM(
             config.model_name_or_path,
@@ -576,8 +581,9 @@ class ServerEngine(Engine):
         """vLLM's sequence of calls, one for a bucket of tensors, which is broadcast meanwhile."""
         if self.link and self.version:
             self._need_our_weights({self._call("/weight_info", method="GET")["weight_version"]})
-        # also a barrier: no rank is sampling any more
-        self.version, self.n_engines = gather_objects((uuid.uuid4().hex, self.n_engines))[0]
+        proposed = (uuid.uuid4().hex, self.n_engines)
+        of_ranks = gather_objects(proposed)  # also a barrier: no rank is sampling any more
+        self.version, self.n_engines = of_ranks[0]
         if self.link:
             self._call("/pause?mode=wait")  # empties the prefix cache too, or answers 500
             self._call("/start_weight_update")

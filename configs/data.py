@@ -22,7 +22,7 @@ import numpy as np
 
 from configs import UserError, need, say
 from hints import Problem, uses_hints
-from reward import extract_answer, gold_answer, parse_gold
+from reward import extract_answer, gold_answer, gold_fault
 
 UNREADABLE = (OSError, EOFError, zlib.error, csv.Error, ValueError, TypeError, RecursionError)
 FLOAT_NOISE = re.compile(r"-?\d*\.\d*(?:0{7,}|9{7,})\d{1,2}")  # 0.1 + 0.2 is 0.30000000000000004
@@ -191,7 +191,7 @@ def read_problem(number: int, row: dict, cells: dict, config: Any) -> tuple[Prob
             text, gold = as_choice(messages[-1]["content"], options, [c.seed, number])
             messages[-1] = {**messages[-1], "content": text}
         elif "accuracy" in c.reward_funcs:
-            reason = parse_gold(gold)
+            reason = gold_fault(gold)
     except BadRow as error:
         gold, reason = "", str(error)
     texts = [solution, gold, *(turn["content"] for turn in messages)]

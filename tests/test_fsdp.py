@@ -74,7 +74,7 @@ def backward_in_micro_batches(root, ids_NT, n_micro=2):
     mine = ids_NT[dist.get_rank() :: dist.get_world_size()]
     parts = mine.chunk(n_micro)
     for i, part in enumerate(parts):
-        fu.last_micro_batch(root, i == len(parts) - 1)
+        fu.sync_replicas(root, i == len(parts) - 1)
         loss_of(root, part, ids_NT.numel()).backward()
 
 

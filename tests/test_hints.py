@@ -494,3 +494,11 @@ def test_hints_that_do_not_fit_are_skipped_and_end(scripted_training, prompts):
             assert ratios == [0, 0.25, 0.5, 0.75]
             sampled = [s["hints"][0] for s in line["stages"] if not s["is_skipped"]]
             assert [len(text) for text in sampled] == [len(text) for text in shown]
+
+
+def test_a_line_break_with_a_length_is_no_opening_of_maths():
+    solution = "\\begin{align}\na &= 1 \\\\[4pt]\nb &= 2\n\\end{align}\nSecond.\nThird.\nIt is 5."
+    assert "[4pt]" in solution
+    ends = hints.step_ends(solution)
+    assert solution.index("Second") in ends and solution.index("Third") in ends
+    assert not any(0 < end < solution.index("\\end") for end in ends)

@@ -23,7 +23,7 @@ from reward import (  # noqa: E402
     extract_answer,
     format_reward,
     gold_answer,
-    parse_gold,
+    gold_fault,
     resolve_reward,
 )
 
@@ -640,7 +640,7 @@ def test_any_text(response, gold):
     for text in (response, "\\boxed{%s}" % response, "<answer>%s</answer>" % response):
         assert accuracy_reward(text, gold) in (0.0, 1.0)
         assert format_reward(text) in (0.0, 1.0)
-    assert parse_gold(gold) is None or isinstance(parse_gold(gold), str)
+    assert gold_fault(gold) is None or isinstance(gold_fault(gold), str)
 
 
 PIECES = (
@@ -789,7 +789,7 @@ def test_equivalence_is_symmetric_on_the_dev_golds():
     golds = list(dict.fromkeys(item["gold"] for item in load("verifier_dev.jsonl")))[::4]
     for a, b in zip(golds, golds[1:]):
         equal(a, b)
-        assert not a.strip() or parse_gold(a) or equal(a, a), a
+        assert not a.strip() or gold_fault(a) or equal(a, a), a
 
 
 @pytest.mark.parametrize(
@@ -797,7 +797,7 @@ def test_equivalence_is_symmetric_on_the_dev_golds():
 )
 def test_golds_parse_or_are_reported(name):
     golds = [item["solution"] for item in load(name + ".jsonl")]
-    reported = [gold for gold in golds if parse_gold(gold)]
+    reported = [gold for gold in golds if gold_fault(gold)]
     assert len(reported) <= 0.08 * len(golds)
     assert all(accuracy_reward("\\boxed{%s}" % gold, gold) == 1.0 for gold in golds)
 
@@ -833,8 +833,8 @@ def test_gold_answer(gold, answer):
         ("\\mystery{x}", "not read"),
     ],
 )
-def test_parse_gold(gold, why):
-    reason = parse_gold(gold)
+def test_gold_fault(gold, why):
+    reason = gold_fault(gold)
     assert reason is None if why is None else why in reason
 
 

@@ -128,7 +128,7 @@ def test_both_rewards_accept_a_right_response_and_only_that():
     assert reward.accuracy_reward(right, "(7,2,4)") == 1.0
     for wrong in ("(7,2,5)", "(7,2)", "(7,2,4,4)", "(2,4,7)", "724"):
         assert reward.accuracy_reward(right, wrong) == 0.0
-    assert reward.parse_gold("(7,2,4)") is None
+    assert reward.gold_fault("(7,2,4)") is None
 
 
 def test_the_shipped_base_is_right_on_easy_and_wrong_on_hard(model, tokenizer):
