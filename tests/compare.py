@@ -243,7 +243,7 @@ def draw_compare(runs: dict, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4) if len(arms) < 5 else (15, 5))
     width = 0.8 / len(arms)
     for i, arm in enumerate(arms):
-        colour = COLOURS.get(arm, plt.cm.tab20(i))
+        colour = COLOURS.get(arm, plt.cm.tab20(i + 2))
         mine = [run for (name, _), run in runs.items() if name == arm]
         tokens, middle, low, high = [], [], [], []
         for records in zip(*(run["evals"] for run in mine)):
@@ -263,7 +263,7 @@ def draw_compare(runs: dict, path: Path) -> None:
     right.set(ylabel="accuracy", title="at the end, mean ± standard error over seeds")
     for axis in (left, right):
         axis.set_ylim(-0.03, 1.06)
-        axis.legend(fontsize=7)
+    left.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -78,6 +78,20 @@ def test_every_arm_is_a_config_that_loads():
         ghpo.load_config(compare.ROOT / compare.CONFIG, settings)
 
 
+def test_experiments_say_what_the_runs_on_record_gave():
+    record = json.loads((compare.ROOT / "tests/assets/ablation.json").read_text())
+    text = (compare.ROOT / "tests/EXPERIMENTS.md").read_text()
+    arms = {row["arm"] for row in record["rows"]}
+    assert len(arms) >= 10
+    for arm in arms:
+        mine = [row for row in record["rows"] if row["arm"] == arm]
+        assert {row["seed"] for row in mine} == {0, 1, 2, 3, 4}
+        assert all(row["config"] == compare.ARMS[arm] for row in mine)
+    for table in (compare.arms_table(record["rows"]), compare.hints_table(record["hints"])):
+        for cells in table:
+            assert f"| {' | '.join(cells)} |" in text
+
+
 def test_evaluations_stand_side_by_side(tmp_path):
     tables = {
         "one": {"a": {"pass@1": 0.25, "stderr": 0.05}, "b": {"pass@1": 0.75, "stderr": 0.1}},

@@ -16,6 +16,7 @@ import soak_resume  # noqa: E402, of the folder above
 
 FORKS = sorted(path for path in HERE.glob("*.py") if not path.name.startswith(("test_", "learn")))
 MOST_LINES = 20
+LONGER = {"self_distill": 30}  # it scores samples anew, for which hints.py has no place
 SETTINGS = """max_steps=3 save_steps=1 eval_strategy=no start_hint_step=0 num_generations=8
     per_device_train_batch_size=32 gradient_accumulation_steps=1 max_completion_length=80""".split()
 
@@ -36,7 +37,7 @@ def lines_that_count(path: Path) -> int:
 
 @pytest.mark.parametrize("path", FORKS, ids=lambda path: path.stem)
 def test_a_fork_is_short(path):
-    assert 0 < lines_that_count(path) <= MOST_LINES
+    assert 0 < lines_that_count(path) <= LONGER.get(path.stem, MOST_LINES)
 
 
 def run(path: Path, folder: Path, data: Path) -> None:
