@@ -24,7 +24,7 @@ RECIPES = dict(re.findall(r"```(?:python|diff)\n# (my_\w+\.\w+)\n(.*?)```", TEXT
 SMALL = """max_steps=1 start_hint_step=0 eval_strategy=no eval_datasets={} save_strategy=no
     num_generations=4 per_device_train_batch_size=4 gradient_accumulation_steps=2
     max_completion_length=40 hint_ratio=[0.75]""".split()
-COLUMNS, LINES, PARAGRAPH, RECIPE = 100, 400, 5, 20
+COLUMNS, PARAGRAPH, RECIPE = 100, 5, 20
 
 
 def command_of(name: str) -> list[str]:
@@ -154,7 +154,6 @@ def paragraphs() -> list[list[str]]:
 
 def test_the_page_can_be_read():
     lines = TEXT.splitlines()
-    assert len(lines) <= LINES
     assert [line for line in lines if len(line) > COLUMNS] == []
     assert [text for text in paragraphs() if len(text) > PARAGRAPH] == []
 
