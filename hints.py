@@ -21,8 +21,10 @@ Called by ghpo.py only as `hints.name`, so that a launcher can replace any of th
 Fork here. Each function gets the whole group or problem, the config and the state, so that
 signatures need not grow. state.step is the step (0 is the first), state.history has {problem id:
 {"attempts", "pass_rate", "ratio"}}: how many steps met a problem, and how the last of them ended.
-state.method is a dict for whatever else a method must remember: JSON values, alike on every rank,
-checkpointed. Neither torch nor vllm is imported.
+state.method is a dict for whatever else a method must remember: JSON, alike on every rank,
+checkpointed; its keys are text: str(problem.id). after_step is of training alone. The others serve
+evaluations too, the first of which is before step 0: rl_type is grpo there, G is eval_samples, and
+problems have no solution. Neither torch nor vllm is imported.
 """
 
 import bisect
@@ -95,6 +97,11 @@ class Stage:
     def ratio(self) -> float:
         """The largest one."""
         return max(self.ratios)
+
+    @property
+    def plain_passes(self) -> list[float]:
+        """Trigger rewards of the samples without a hint."""
+        return [passed for omega, passed in zip(self.ratios, self.passes) if omega == 0]
 
     @property
     def pass_rate(self) -> float:
@@ -254,9 +261,9 @@ def merge(previous: Group, new: Group, config: Any, state: Any) -> Group:
 
 
 def enters_batch(group: Group, config: Any, state: Any) -> bool:
-    """Is the group trained on? Not if its rewards are all alike and flat_groups says so, nor if its
+    """Is the group trained on? Not if it has no advantages and flat_groups says so, nor if its
     hints are used up and hint_exhausted says so. Counts (E6) are over the kept ones."""
-    if config.flat_groups != "keep" and np.ptp(weighted_rewards(group, config)) == 0:
+    if config.flat_groups != "keep" and not advantages(group, config, state).any():
         return False
     if config.hint_exhausted == "keep" or not is_hinting_step(config, state):
         return True
@@ -317,6 +324,8 @@ def as_list(ratio: float | list[float], size: int) -> list[float]:
     """(G,) what next_ratio gives, one for each sample."""
     if np.ndim(ratio) == 0:
         return [float(ratio)] * size
+    if len(ratio) != size:
+        raise ValueError(f"next_ratio gave {len(ratio)} ratios for {size} samples")
     return list(ratio)
 
 
@@ -373,8 +382,7 @@ def rollout_metrics(outcomes: list[Outcome], config: Any) -> dict[str, float]:
         for stage in outcome.stages[outcome.n_earlier :]:
             counts.update(stage_counts(stage, config))
         if outcome.n_earlier == 0:
-            first = outcome.stages[0]
-            plain = [first.passes[j] for j, omega in enumerate(first.ratios) if omega == 0]
+            plain = outcome.stages[0].plain_passes
             values["accuracy_without_hint"].extend(plain)
             if plain:
                 values["hard_fraction"].append(is_failed(plain, config))

@@ -502,3 +502,9 @@ def test_a_line_break_with_a_length_is_no_opening_of_maths():
     ends = hints.step_ends(solution)
     assert solution.index("Second") in ends and solution.index("Third") in ends
     assert not any(0 < end < solution.index("\\end") for end in ends)
+
+
+def test_a_list_of_ratios_has_one_for_each_sample():
+    assert hints.as_list([0.0, 0.5], 2) == [0.0, 0.5]
+    with pytest.raises(ValueError, match="next_ratio gave 0 ratios for 1 samples"):
+        hints.as_list([], 1)

@@ -82,9 +82,13 @@ def test_there_is_a_short_recipe_for_each_of_five_things():
 
 def test_the_recipe_of_a_method(run):
     """Half of each group is hinted, and the controller's ratio goes from step to step."""
-    metrics, lines = run("my_method.py", "max_steps=2", "gradient_accumulation_steps=4")
+    held_out = "eval_datasets={easy: tests/tiny/data/eval_easy.jsonl}"
+    evaluated = [held_out, "eval_strategy=steps", "eval_limit=1", "eval_steps=5"]
+    records, lines = run("my_method.py", "max_steps=2", "gradient_accumulation_steps=4", *evaluated)
+    metrics = [record for record in records if "loss" in record]
+    assert len(records) == len(metrics) + 2  # it is evaluated with one sample, before and after
     for line in lines[0]:
-        assert [sample["hint_ratio"] for sample in line["completions"]] in ([0, 0, 0.5, 0.5],)
+        assert [sample["hint_ratio"] for sample in line["completions"]] == [0, 0.5, 0, 0.5]
     omegas = [0.5, *[line["hint/omega"] for line in metrics]]
     for before, after, line in zip(omegas, omegas[1:], metrics):
         change = 0.05 if line["reward/accuracy"] < 0.5 else -0.05
