@@ -91,7 +91,7 @@ class State:
     adds has its default when an older run is resumed."""
 
     step: int = 0  # rollout batches done
-    cursor: int = 0  # problems taken, over all epochs
+    cursor: int = 0  # of the next fresh problem: epoch * its length + place in its order
     queue: list = field(default_factory=list)  # deferred: (problem id, its stages), oldest first
     history: dict = field(default_factory=dict)  # see hints.py
     method: dict = field(default_factory=dict)  # see hints.py
@@ -911,15 +911,17 @@ def rollout_line(run: Run, group: Group) -> dict:
 
 
 def check_rewards(run: Run, outcomes: list[hints.Outcome], n_failed: int) -> None:
-    """Tells of rewards that failed in this step; ends a run in which all did: it cannot learn."""
+    """Tells of texts of which a reward failed in this step, which is 0 then; ends a run in which
+    every text had one: it cannot learn."""
     n_failed = int(fsdp_utils.all_reduce_scalars({"failed": n_failed})["failed"])
     stages = [stage for outcome in outcomes for stage in outcome.stages[outcome.n_earlier :]]
     n_texts = sum(len(stage.lengths) for stage in stages)
     if n_failed:
-        say(f"rewards: {n_failed} of {n_texts} texts failed and scored 0; last: {run.pool.error}")
+        told = f"a reward failed, and is 0, for {n_failed} of {n_texts} texts"
+        say(f"rewards: {told}; last: {run.pool.error}")
     need(
         n_failed < n_texts,
-        f"rewards failed for all {n_texts} texts of step {run.state.step + 1}; last: "
+        f"a reward failed for all {n_texts} texts of step {run.state.step + 1}; last: "
         f"{run.pool.error}. Mend reward_funcs, or raise verifier_timeout",
     )
 
@@ -1010,19 +1012,21 @@ def watch_collapse(run: Run, metrics: dict) -> None:
 
 def watch_idle(run: Run, metrics: dict) -> None:
     """Warns when step after step has no gradient, as those of a policy that a learning rate far too
-    high has destroyed: its samples are all alike, and so are their rewards."""
-    state = run.state
-    if metrics["grad_norm"] != 0:
+    high has destroyed: its samples are all alike, and so are their rewards. In GHPO's cold start
+    that is nothing special."""
+    c, state = run.config, run.state
+    is_cold = hints.uses_hints(c) and state.step <= c.start_hint_step
+    if metrics["grad_norm"] != 0 or is_cold:
         state.idle = 0
         return
     state.idle += 1
     if state.idle % IDLE_STEPS == 0:
-        rewards = [f"reward/{name}" for name in run.config.reward_funcs]
+        rewards = [f"reward/{name}" for name in c.reward_funcs]
         keys = [*rewards, "truncated", "tokens/completion"]
         told = ", ".join(f"{key} {metrics[key]:.3g}" for key in keys if key in metrics)
         say(
-            f"nothing is learnt: {state.idle} steps in a row had no gradient, for in each of their "
-            f"groups all rewards were equal ({told}). Read rollouts/step_{state.step:06d}.jsonl: "
+            f"nothing is learnt: {state.idle} steps in a row had no gradient: equal rewards in "
+            f"every group, or masked rows ({told}). Read rollouts/step_{state.step:06d}.jsonl: "
             "if the samples are no text, learning_rate was too high, go back to a checkpoint; if "
             "all are right or all wrong, take problems of another difficulty"
         )

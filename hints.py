@@ -23,8 +23,9 @@ signatures need not grow. state.step is the step (0 is the first), state.history
 {"attempts", "pass_rate", "ratio"}}: how many steps met a problem, and how the last of them ended.
 state.method is a dict for whatever else a method must remember: JSON, alike on every rank,
 checkpointed; its keys are text: str(problem.id). after_step is of training alone. The others serve
-evaluations too, the first of which is before step 0: rl_type is grpo there, G is eval_samples, and
-problems have no solution. Neither torch nor vllm is imported.
+evaluations too, the first of which is before step 0: problems have no solution there, and config is
+the eval set's (rl_type is grpo, G is eval_samples) but for make_hint and render, which always get
+that of the training. Neither torch nor vllm is imported.
 """
 
 import bisect
@@ -172,6 +173,8 @@ def advance(group: Group, config: Any, state: Any, fit: Callable) -> Group:
         if not stages or is_news(stage, stages[-1]):
             is_deferred = config.hint_timing == "deferred" and bool(group.completions)
             return replace(group, next_stage=stage, is_deferred=is_deferred)
+        if stages[-1].ratios == wanted:
+            raise ValueError(f"next_ratio gave {ratio} twice, which shows nothing new: it must end")
         # a skipped stage keeps hints and passes of the one before, whose verdict still holds
         skipped = replace(
             stages[-1], ratios=wanted, lengths=[], is_trimmed=stage.is_trimmed, is_skipped=True
@@ -179,7 +182,7 @@ def advance(group: Group, config: Any, state: Any, fit: Callable) -> Group:
         stages = [*stages, skipped]
     if group.completions:
         return group
-    # a deferred problem, back with stages but without samples, whose ladder is used up
+    # a deferred problem is back, with stages and no samples, and a fork changed its mind meanwhile
     size = config.num_generations
     return replace(group, next_stage=Stage([0.0] * size, [""] * size))
 
@@ -209,7 +212,8 @@ def needs_hint(group: Group, config: Any, state: Any) -> bool:
 
 
 def next_ratio(group: Group, config: Any, state: Any) -> float | list[float] | None:
-    """Omega of the next or first stage, a number or one a sample (G,); None: the group is final."""
+    """Omega of the next or first stage, a number or one a sample (G,); None: the group is final. A
+    stage that would show nothing new is skipped, and it is asked again."""
     is_hinting = is_hinting_step(config, state)
     if config.hint_trigger == "always":  # control: every problem is hinted, once
         if group.stages:

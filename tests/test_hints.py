@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -508,3 +509,11 @@ def test_a_list_of_ratios_has_one_for_each_sample():
     assert hints.as_list([0.0, 0.5], 2) == [0.0, 0.5]
     with pytest.raises(ValueError, match="next_ratio gave 0 ratios for 1 samples"):
         hints.as_list([], 1)
+
+
+def test_a_ratio_that_is_given_for_ever_is_an_error(monkeypatch):
+    monkeypatch.setattr(hints, "next_ratio", lambda group, config, state: 0.0)
+    config = SimpleNamespace(num_generations=2, hint_timing="inline")
+    group = hints.Group(hints.Problem(0, [], "1"), [hints.Stage([0.0, 0.0], ["", ""], [0.0, 0.0])])
+    with pytest.raises(ValueError, match="next_ratio gave 0.0 twice"):
+        hints.advance(group, config, None, lambda problem, ratio: ("", False))

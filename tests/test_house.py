@@ -351,6 +351,10 @@ def test_steps_without_a_gradient_are_told(capsys):
             told.append(step)
             assert "reward/accuracy 0, truncated 1" in text and f"step_{step:06d}.jsonl" in text
     assert told == [7, 10]
+    run.config = make_config(start_hint_step=20)  # GHPO's cold start
+    for _ in range(9):
+        ghpo.watch_idle(run, metrics)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_long_step_is_visible(make_run, prompts, monkeypatch):

@@ -478,7 +478,7 @@ def test_a_run_that_cannot_learn_ends(main, tmp_path):
         rl_type="grpo",
     )
     assert done.status == 2 and "Traceback" not in done.err
-    assert "rewards failed for all 16 texts of step 1; last: ZeroDivisionError" in done.err
+    assert "a reward failed for all 16 texts of step 1; last: ZeroDivisionError" in done.err
 
 
 def test_metrics_are_json_whatever_the_numbers_are(setup):
@@ -801,7 +801,7 @@ def test_failed_rewards_are_told_in_the_step_in_which_they_fail(main, tmp_path):
         "    return 0.5\n")  # fmt: skip
     done = main(tmp_path, max_steps=3, reward_funcs=[f"{own}:mine"], reward_weights=[1.0],
                 rl_type="grpo", max_completion_length=2)  # fmt: skip
-    told = [line for line in done.err.splitlines() if "texts failed and scored 0" in line]
+    told = [line for line in done.err.splitlines() if "a reward failed, and is 0, for" in line]
     failed = [line["verifier/errors"] for line in read_jsonl(done.folder / "metrics.jsonl")]
     steps = sum(after > before for before, after in zip([0, *failed], failed))
     assert failed[-1] > 0 and len(told) == steps
