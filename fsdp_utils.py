@@ -68,7 +68,7 @@ METADATA_CLASSES = {
 
 # The phase that an error is told with, the limit of collectives, and the gloo group with the long
 # limit wait_s.
-_now = {"phase": "start", "timeout": timedelta(seconds=600), "slow_group": None}
+_now = {"phase": "main", "timeout": timedelta(seconds=600), "slow_group": None}
 seconds = Counter()  # spent in each phase since this was last cleared
 
 
@@ -447,7 +447,7 @@ def faults_of(path: Path) -> list[str]:
         return [f"{CHECKSUMS}: {error}"]
     share = sorted(sums)[dist.get_rank() :: dist.get_world_size()]
     faults = []
-    for name in {*share, METADATA}:
+    for name in {*share, METADATA, "state.json"}:
         if not (path / name).is_file():
             faults.append(f"{name} is missing")
         elif checksum(path / name) != sums.get(name):

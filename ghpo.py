@@ -423,7 +423,8 @@ def token_sums(
 
 def token_metrics(sums: list[dict]) -> dict[str, float]:
     """The token_sums of a step, over all ranks: means over tokens of entropy and clipped, over the
-    compared tokens of mismatch_k3 and importance_capped, and sums of all other keys."""
+    compared tokens of mismatch_k3 and importance_capped, the largest mismatch_max, and sums of all
+    other keys."""
     stacked = {key: torch.stack([part[key] for part in sums]) for key in sums[0]}
     largest = {"mismatch_max": float(stacked.pop("mismatch_max").max())}
     total = {key: float(values.sum()) for key, values in stacked.items()}
@@ -728,7 +729,7 @@ class Interrupt:
 
 def train(run: Run, interrupt: Interrupt) -> int:
     """The algorithm: one pass of the loop is one rollout batch. run.state is alike on all ranks.
-    Returns the signal that ended it, 0 when all steps are done."""
+    Returns the signal that ended it, 0 when all steps are done, even if one came in the last."""
     c, state, plan = run.config, run.state, run.plan
     bar = progress_bar(run)
     saved_at = time.monotonic()
@@ -769,7 +770,7 @@ def train(run: Run, interrupt: Interrupt) -> int:
             save(run)
             saved_at = time.monotonic()
     bar.close()
-    return stopped_by
+    return stopped_by if state.step < plan.steps else 0
 
 
 def progress_bar(run: Run) -> tqdm:
@@ -883,8 +884,8 @@ def write_groups(run: Run, groups: list[Group], name: str) -> list[hints.Outcome
 
 
 def rollout_line(run: Run, group: Group) -> dict:
-    """A group as it is logged. Prompt, hint and ratio of a sample stand with it where they differ
-    from those of the first one."""
+    """A group as it is logged. Prompt and hint of a sample stand with it where they differ from
+    those of the first one."""
     first, decode = group.completions[0], run.prompts.tokenizer.decode
     samples = []
     for completion, scores in zip(group.completions, group.rewards):
@@ -1308,7 +1309,7 @@ def start_wandb(run: Run) -> Any:
 def load_policy(config: Config) -> Policy:
     """The causal LM, its weights float32 (or float64), sharded."""
     compute_dtype, master_dtype = dtypes(config)
-    as_stored = compute_dtype == torch.bfloat16  # else its buffers are rounded as well
+    as_stored = compute_dtype == torch.bfloat16  # in float32 that would round its buffers, too
     model = load_model(config, "auto" if as_stored else master_dtype)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -175,8 +175,9 @@ def extract_answer(response: str) -> str | None:
     blocks = answer_blocks(text)
     if "<think>" in text:
         _, _, last_block = text.rpartition("<answer>")
-        _, _, after = last_block.partition("</answer>")
-        if not PATTERNS["stray"].fullmatch(after):
+        body, end, after = last_block.partition("</answer>")
+        is_block = end or len(body.strip()) <= MAX_OPEN_BLOCK
+        if not is_block or not PATTERNS["stray"].fullmatch(after):
             return None
         text, blocks = "", blocks[-1:]
     if len(set(blocks)) > 1:
@@ -186,6 +187,7 @@ def extract_answer(response: str) -> str | None:
         if box is None:
             return from_sentence(blocks[0])
         return box or None
+    text = text.replace("\\fbox", "\\boxed")
     box = boxed(text)
     _, _, after_box = text.rpartition("\\boxed")
     if box is None or PATTERNS["answer_line"].search(after_box):
@@ -1106,7 +1108,7 @@ def is_number(tree: Answer | str, with_pi: bool = False) -> bool:
 
 
 def is_solved(region: Tree) -> bool:
-    """Is the variable alone, or in |x - c|, wherever it stands in these inequalities?"""
+    """Is the variable alone, or all that it stands in one |..|, in these inequalities?"""
     kind, *parts = region
     if kind == "relation":
         sides = [side for side in parts[::2] if variables(side)]
@@ -1115,7 +1117,7 @@ def is_solved(region: Tree) -> bool:
 
 
 def is_alone(side: Tree) -> bool:
-    """x, -x or |x - c|."""
+    """x, -x or |..|, whatever is in it."""
     kind, *parts = side
     if kind == "negative":
         return parts[0][0] == "var"
@@ -1130,7 +1132,8 @@ def is_unsolved(equation: Equation) -> bool:
 
 
 def is_worked_out(answer: Answer, gold: Answer) -> bool:
-    """A number wants a number, what is solved for its variable something solved."""
+    """A number wants a number, what is solved for its variable something solved. Items of lists,
+    tuples and matrices are not looked at."""
     if isinstance(gold, Equation):
         if is_unsolved(gold):
             return True
@@ -1452,7 +1455,8 @@ class VerifierPool:
 
     def submit(self, key: Any, texts: list[str], gold: str, row: dict | None = None) -> None:
         """Queue the G `texts` of one problem; returns at once. `row`: JSON values by name, the
-        "problem" and the data's columns; what the rewards' signatures name is sent."""
+        "problem", the data's columns, strict_answers (see rollout.row_of); what the rewards'
+        signatures name is sent."""
         group = self._group(gold, row or {})
         replies = [self.threads.submit(self._ask, text, group) for text in texts]
         self.groups.append((key, replies))

@@ -308,6 +308,8 @@ def damage(path, kind):
         shard.write_bytes(shard.read_bytes()[:-100])
     elif kind == "missing":
         shard.unlink()
+    elif kind == "missing state":  # which is in one rank's share
+        state.unlink()
     elif kind == "empty state":
         state.write_text("")
     elif kind == "no checksums":
@@ -344,6 +346,7 @@ DAMAGE = {
     "zeros": "has changed",
     "truncated": "has changed",
     "missing": "is missing",
+    "missing state": "state.json is missing",
     "empty state": "state.json has changed",
     "no checksums": "No such file",
     "empty checksums": "Expecting value",

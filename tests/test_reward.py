@@ -55,6 +55,8 @@ def load(name: str) -> list[dict]:
         ("<think>\\boxed{1}</think> the rest \\boxed{2}", "2"),
         ("<think>\\boxed{1}</think> nothing", None),  # the reasoning is not the answer
         ("<think>never closed \\boxed{5}", None),
+        ("<think>a <answer>5</answer> hm, <answer>" + "no. " * 60, None),  # the last is no block
+        ("Answer: 4\nNo: \\fbox{5}", "5"),
         ("first \\boxed{7}, then \\boxed{5}", "5"),
         ("\\boxed{5} but then \\boxed{6", None),  # never an earlier draft
         ("\\boxed{\\frac{1}{2}", None),
