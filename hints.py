@@ -22,10 +22,9 @@ Fork here. Each function gets the whole group or problem, the config and the sta
 signatures need not grow. state.step is the step (0 is the first), state.history has {problem id:
 {"attempts", "pass_rate", "ratio"}}: how many steps met a problem, and how the last of them ended.
 state.method is a dict for whatever else a method must remember: JSON, alike on every rank,
-checkpointed; its keys are text: str(problem.id). after_step is of training alone. The others serve
-evaluations too, the first of which is before step 0: problems have no solution there, and config is
-the eval set's (rl_type is grpo, G is eval_samples) but for make_hint and render, which always get
-that of the training. Neither torch nor vllm is imported.
+checkpointed; its keys are text: str(problem.id). Evaluations, the first of which is before step 0,
+call only merge, with the eval set's config (G is eval_samples), make_hint, at ratio 0 of a problem
+without solution, and render. Neither torch nor vllm is imported.
 """
 
 import bisect
@@ -165,7 +164,7 @@ def advance(group: Group, config: Any, state: Any, fit: Callable) -> Group:
     stages = list(group.stages)
     while True:
         group = replace(group, stages=stages, next_stage=None)
-        ratio = next_ratio(group, config, state)
+        ratio = ratio_of(group, config, state)
         if ratio is None:
             break
         wanted = as_list(ratio, config.num_generations)
@@ -185,6 +184,13 @@ def advance(group: Group, config: Any, state: Any, fit: Callable) -> Group:
     # a deferred problem is back, with stages and no samples, and a fork changed its mind meanwhile
     size = config.num_generations
     return replace(group, next_stage=Stage([0.0] * size, [""] * size))
+
+
+def ratio_of(group: Group, config: Any, state: Any) -> float | list[float] | None:
+    """What next_ratio says. Where hints are off, as in every evaluation, one stage without one."""
+    if uses_hints(config):
+        return next_ratio(group, config, state)
+    return None if group.stages else 0.0
 
 
 def after_stage(

@@ -513,7 +513,17 @@ def test_a_list_of_ratios_has_one_for_each_sample():
 
 def test_a_ratio_that_is_given_for_ever_is_an_error(monkeypatch):
     monkeypatch.setattr(hints, "next_ratio", lambda group, config, state: 0.0)
-    config = SimpleNamespace(num_generations=2, hint_timing="inline")
+    config = SimpleNamespace(rl_type="ghpo", num_generations=2, hint_timing="inline")
     group = hints.Group(hints.Problem(0, [], "1"), [hints.Stage([0.0, 0.0], ["", ""], [0.0, 0.0])])
     with pytest.raises(ValueError, match="next_ratio gave 0.0 twice"):
         hints.advance(group, config, None, lambda problem, ratio: ("", False))
+
+
+def test_next_ratio_is_not_asked_where_hints_are_off(monkeypatch):
+    """As in evaluations, whose problems have ids of their own and whose G may be 1."""
+    monkeypatch.setattr(hints, "next_ratio", lambda group, config, state: [0.5] * 0)
+    config = SimpleNamespace(rl_type="grpo", num_generations=1, hint_timing="inline")
+    group = hints.advance(
+        hints.Group(hints.Problem(0, [], "1")), config, None, lambda problem, ratio: ("", False)
+    )
+    assert group.next_stage == hints.Stage([0.0], [""])
