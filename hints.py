@@ -43,6 +43,7 @@ HINT_SENTENCE = (
     "which you can refer to for solving the problem:\n"
 )
 ASSISTANT_OPENING = "<think>\n"  # before a hint in the assistant's turn, if the prompt asks for it
+MAX_STAGES = 100  # of a group: more are a next_ratio that never ends
 STD_FLOOR = 1e-4  # E3: added to the standard deviation, as in the reference
 
 # What announces the answer: "The answer is 5", \boxed{5}; the end of the text where nothing does.
@@ -172,8 +173,8 @@ def advance(group: Group, config: Any, state: Any, fit: Callable) -> Group:
         if not stages or is_news(stage, stages[-1]):
             is_deferred = config.hint_timing == "deferred" and bool(group.completions)
             return replace(group, next_stage=stage, is_deferred=is_deferred)
-        if stages[-1].ratios == wanted:
-            raise ValueError(f"next_ratio gave {ratio} twice, which shows nothing new: it must end")
+        if len(stages) == MAX_STAGES:
+            raise ValueError(f"next_ratio gave {ratio} after {len(stages)} stages: it must end")
         # a skipped stage keeps hints and passes of the one before, whose verdict still holds
         skipped = replace(
             stages[-1], ratios=wanted, lengths=[], is_trimmed=stage.is_trimmed, is_skipped=True

@@ -515,7 +515,7 @@ def test_a_ratio_that_is_given_for_ever_is_an_error(monkeypatch):
     monkeypatch.setattr(hints, "next_ratio", lambda group, config, state: 0.0)
     config = SimpleNamespace(rl_type="ghpo", num_generations=2, hint_timing="inline")
     group = hints.Group(hints.Problem(0, [], "1"), [hints.Stage([0.0, 0.0], ["", ""], [0.0, 0.0])])
-    with pytest.raises(ValueError, match="next_ratio gave 0.0 twice"):
+    with pytest.raises(ValueError, match="next_ratio gave 0.0 after 100 stages: it must end"):
         hints.advance(group, config, None, lambda problem, ratio: ("", False))
 
 
