@@ -150,11 +150,13 @@ def test_a_gpu_that_torch_does_not_see_ends_the_run(machine, monkeypatch):
         fsdp_utils.refuse_unseen_gpu()
 
 
-def slow_varlen(query, key, value, ends, ends_k, longest, longest_k, *, scale, window_size,
-                enable_gqa):  # fmt: skip
+def slow_varlen(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa
+):
     """What torch's varlen_attn documents, segment by segment, in plain matrix products."""
-    assert enable_gqa and ends is ends_k and ends.dtype == torch.int32
-    assert int(ends.diff().max()) == longest == longest_k and int(ends[-1]) == len(query)
+    ends = cu_seq_q
+    assert enable_gqa and ends is cu_seq_k and ends.dtype == torch.int32
+    assert int(ends.diff().max()) == max_q == max_k and int(ends[-1]) == len(query)
     before, after = window_size
     parts = []
     for start, end in zip(ends[:-1].tolist(), ends[1:].tolist()):

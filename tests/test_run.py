@@ -446,7 +446,7 @@ def test_evaluation_is_in_the_metrics(main, tmp_path):
         (
             "return 1.0 if response in ('', gold) else 1 / (zlib.crc32(response.encode()) % 2)",
             0,
-            "scored 0; last: Zero",
+            "texts; last: Zero",
         ),
     ],
 )

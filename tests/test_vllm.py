@@ -421,7 +421,7 @@ def test_a_server_left_in_mid_update_is_to_be_restarted(server):
 
 def test_dead_or_wrong_server_is_named():
     port = free_port()
-    with pytest.raises(RuntimeError, match=f"127.0.0.1:{port}.*refused.*run.sh serve"):
+    with pytest.raises(RuntimeError, match=f"127.0.0.1:{port}.*ConnectError.*run.sh serve"):
         server_engine(port)
     web = ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler)
     threading.Thread(target=web.serve_forever, daemon=True).start()
