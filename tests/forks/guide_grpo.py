@@ -20,6 +20,6 @@ def merge(previous, new, config, state):
 
 
 hints.merge = merge
-sys.argv += ["hint_ratio=[0.5]", "hint_context=original"]
+sys.argv += ["hint_ratio=[0.75]", "hint_context=original"]
 if __name__ == "__main__":
     ghpo.main()

@@ -20,7 +20,6 @@ import compare  # noqa: E402, of the folder above
 GOAL = 0.9
 FEW = 160
 REMEMBERS = ("adaback", "pope")
-SETTINGS = {"guide_grpo": ["hint_ratio=[0.75]"]}  # its one ratio: at .5 four own steps are left
 NO_FORKS = ("test_", "learn", "self_distill")  # the last is an arm of tests/EXPERIMENTS.md
 FORKS = sorted(path.stem for path in HERE.glob("*.py") if not path.name.startswith(NO_FORKS))
 
@@ -28,7 +27,6 @@ FORKS = sorted(path.stem for path in HERE.glob("*.py") if not path.name.startswi
 def train(name: str, settings: list[str]) -> dict:
     """One run of a fork, or of ghpo itself; what compare.read_run makes of it."""
     folder = ROOT / "runs/forks" / name
-    settings = [*SETTINGS.get(name, []), *settings]
     compare.set_aside(folder)
     program = ROOT / "ghpo.py" if name == "ghpo" else HERE / f"{name}.py"
     if name in REMEMBERS:
