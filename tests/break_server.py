@@ -286,7 +286,7 @@ def break_running(trial):
     server.kill()
     trial.judge("killed in mid-generation", process, since, BROKEN)
     since = time.monotonic()
-    trial.judge("no server", trial.start(), since, f"refused.*run.sh serve.*{AGAIN}")
+    trial.judge("no server", trial.start(), since, f"ConnectError.*run.sh serve.*{AGAIN}")
     server.start()
 
     process = trial.to_a_new_step()
