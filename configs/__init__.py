@@ -6,6 +6,8 @@ The settings are in settings.py, what they amount to in plan.py, the run's folde
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -18,6 +20,18 @@ def need(condition: object, message: str) -> None:
     """UserError with this message unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+@contextmanager
+def as_user_error(what: str) -> Iterator[None]:
+    """What libraries raise inside becomes one line that begins with `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever they raise: tokenizers has but Exception for a full disk
+        reason = " ".join(f"{error} {error.__cause__ or ''}".split())
+        raise UserError(f"{what}: {reason[:400]}") from error
 
 
 def say(message: str) -> None:

@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import json
 import re
-import zlib
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from configs import UserError, need, say
+from configs import UserError, as_user_error, need, say
 from hints import Problem, uses_hints
 from reward import extract_answer, gold_answer, gold_fault
 
-UNREADABLE = (OSError, EOFError, zlib.error, csv.Error, ValueError, TypeError, RecursionError)
 FLOAT_NOISE = re.compile(r"-?\d*\.\d*(?:0{7,}|9{7,})\d{1,2}")  # 0.1 + 0.2 is 0.30000000000000004
 TEMPLATE_SLACK = 16  # tokens that a text in its template may take beyond those of both alone
 
@@ -36,7 +34,8 @@ def read_rows(config: Any) -> list[dict]:
     need(not path.is_fifo(), f"dataset_name={name} is a pipe: write a file, every rank reads it")
     if kind in ("jsonl", "json", "csv", "tsv") and not path.is_dir():
         return read_text_rows(path, kind)
-    try:
+    kinds = "a hub name, a folder, or a .jsonl, .json, .csv, .tsv or .parquet file"
+    with as_user_error(f"dataset_name={name} ({kinds})"):
         import datasets
 
         if (path / "state.json").is_file():  # by save_to_disk
@@ -46,46 +45,32 @@ def read_rows(config: Any) -> list[dict]:
         else:
             data = datasets.load_dataset(name, config.dataset_config, split=config.dataset_split)
         return data.to_list()
-    except Exception as error:  # whatever the library makes of a file or of the hub's answer
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(
-            f"dataset_name={name}: {reason} (dataset_name is a hub name, with "
-            "dataset_config and dataset_split, a folder, or a .jsonl, .json, .csv, "
-            ".tsv or .parquet file)"
-        ) from error
 
 
 def read_text_rows(path: Path, kind: str) -> list[dict]:
     """Rows of a .jsonl, .json, .csv or .tsv file, plain or gzipped, without `datasets`."""
-    rows, place = [], ""
+    rows, name = [], f"dataset_name={path}"
     opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-            if kind in ("csv", "tsv"):  # all cells are text: 007 is not 7.0
-                csv.field_size_limit(2**31 - 1)
-                table = csv.DictReader(file, delimiter="\t" if kind == "tsv" else ",", strict=True)
-                for row in table:
-                    place = f", line {table.line_num}"
-                    if None in row:
-                        raise ValueError("more cells than columns: are all separators quoted?")
-                    rows.append(row)
-                return rows
-            text = file.read()
+    with as_user_error(name), opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+        if kind in ("csv", "tsv"):  # all cells are text: 007 is not 7.0
+            csv.field_size_limit(2**31 - 1)
+            table = csv.DictReader(file, delimiter="\t" if kind == "tsv" else ",", strict=True)
+            for row in table:
+                place = f"{name}, line {table.line_num}"
+                need(None not in row, f"{place}: more cells than columns: is a separator unquoted?")
+                rows.append(row)
+            return rows
+        text = file.read()
         if text.lstrip().startswith("["):
             for number, row in enumerate(json.loads(text)):
-                place = f", row {number}"
-                rows.append({**row})
+                with as_user_error(f"{name}, row {number}"):
+                    rows.append({**row})
             return rows
         for number, line in enumerate(text.split("\n"), 1):
-            place = f", line {number}"
-            if line.strip():
-                rows.append({**json.loads(line)})
-        return rows
-    except UNREADABLE as error:
-        raise UserError(
-            f"dataset_name={path}{place}: {error} (rows are UTF-8: a JSON "
-            "object a line, an array of objects, or a table with a header)"
-        ) from None
+            with as_user_error(f"{name}, line {number}"):
+                if line.strip():
+                    rows.append({**json.loads(line)})
+    return rows
 
 
 def flat(row: dict, levels: int = 4) -> dict:
@@ -117,8 +102,7 @@ def check_columns(config: Any, table: list[dict]) -> None:
     )
 
 
-class BadRow(Exception):
-    """Why a row of the data set cannot be used."""
+# What is wrong with a row is raised as a UserError by the functions that read it.
 
 
 def split_chat(turns: list[dict]) -> tuple[list[dict], str]:
@@ -126,13 +110,16 @@ def split_chat(turns: list[dict]) -> tuple[list[dict], str]:
     messages, solution = [], ""
     for turn in turns:
         turn = turn if isinstance(turn, dict) else {}
-        messages.append({"role": turn.get("role"), "content": turn.get("content")})
-        if not all(isinstance(part, str) for part in messages[-1].values()):
-            raise BadRow("a turn of the chat has no role, or content that is no text")
+        role, content = turn.get("role"), turn.get("content")
+        is_text = isinstance(role, str) and isinstance(content, str)
+        need(is_text, "a turn of the chat has no role, or content that is no text")
+        messages.append({"role": role, "content": content})
     while messages and messages[-1]["role"] == "assistant":
         solution = messages.pop()["content"] + "\n" + solution
-    if messages and messages[-1]["role"] != "user":
-        raise BadRow("the chat ends with neither the user's turn nor the assistant's")
+    need(
+        not messages or messages[-1]["role"] == "user",
+        "the chat ends with neither the user's turn nor the assistant's",
+    )
     return messages, solution.rstrip()
 
 
@@ -143,48 +130,53 @@ def cell_text(cells: dict, column: str) -> str:
         return split_chat(value)[1]
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if isinstance(value, (list, dict)):
-        raise BadRow(f"{column} is a {type(value).__name__}, not a text")
+    is_text = not isinstance(value, list | dict)
+    need(is_text, f"{column} is a {type(value).__name__}, not a text")
     return "" if value is None or value != value else str(value)  # NaN is not itself
 
 
 def read_gold(text: str) -> str:
-    """The answer in a text that may be a whole solution; BadRow where there is none."""
+    """The answer in a text that may be a whole solution."""
     if FLOAT_NOISE.fullmatch(text):
         text = f"{float(text):.15g}"
     gold = gold_answer(text).strip()
     if gold == text:
         gold = extract_answer(text) or text  # "The answer is 4."
-    if gold.lower() in ("", "nan", "inf", "-inf"):
-        raise BadRow("no answer")
+    need(gold.lower() not in ("", "nan", "inf", "-inf"), "no answer")
     return gold
 
 
 def as_choice(question: str, options: list[str], seed: list[int]) -> tuple[str, str]:
     """(the question with its options in an order of the seed's, the letter of the first one)."""
-    if "" in options:
-        raise BadRow("an option of the multiple choice is missing")
+    need("" not in options, "an option of the multiple choice is missing")
     order = np.random.default_rng(seed).permutation(len(options)).tolist()
     lines = [f"{letter}) {options[i]}" for letter, i in zip(ascii_uppercase, order)]
     return "\n".join([question, "", *lines]), ascii_uppercase[order.index(0)]
 
 
-def read_problem(number: int, row: dict, cells: dict, config: Any) -> tuple[Problem, str | None]:
-    """(Problem, why its gold is of no use or None) of a row; BadRow when it cannot be asked."""
-    c, own_solution = config, ""
-    if isinstance(cells.get(c.dataset_prompt_column), list):
-        messages, own_solution = split_chat(cells[c.dataset_prompt_column])
+def read_messages(cells: dict, config: Any) -> tuple[list[dict], str]:
+    """(turns of the problem, a solution after them) of the prompt column."""
+    value, solution = cells.get(config.dataset_prompt_column), ""
+    if isinstance(value, list):
+        messages, solution = split_chat(value)
     else:
-        messages = [{"role": "user", "content": cell_text(cells, c.dataset_prompt_column)}]
-    if not messages or not messages[-1]["content"].strip():
-        raise BadRow("no problem text")
-    if c.system_prompt:
+        messages = [{"role": "user", "content": cell_text(cells, config.dataset_prompt_column)}]
+    need(messages and messages[-1]["content"].strip(), "no problem text")
+    if config.system_prompt:
         others = [turn for turn in messages if turn["role"] != "system"]
-        messages = [{"role": "system", "content": c.system_prompt}, *others]
+        messages = [{"role": "system", "content": config.system_prompt}, *others]
+    return messages, solution
+
+
+def read_problem(number: int, row: dict, cells: dict, config: Any) -> tuple[Problem, str | None]:
+    """(Problem, why its gold is of no use or None) of a row."""
+    c, gold, reason = config, "", None
+    messages, own_solution = read_messages(cells, c)
     solution = cell_text(cells, c.dataset_hint_column) if uses_hints(c) else ""
-    solution = solution if solution.strip() else own_solution
+    if not solution.strip():
+        solution = own_solution
     try:
-        gold, reason = read_gold(cell_text(cells, c.dataset_answer_column).strip()), None
+        gold = read_gold(cell_text(cells, c.dataset_answer_column).strip())
         if c.dataset_choice_columns:
             columns = (c.dataset_answer_column, *c.dataset_choice_columns)
             options = [cell_text(cells, column).strip() for column in columns]
@@ -192,11 +184,11 @@ def read_problem(number: int, row: dict, cells: dict, config: Any) -> tuple[Prob
             messages[-1] = {**messages[-1], "content": text}
         elif "accuracy" in c.reward_funcs:
             reason = gold_fault(gold)
-    except BadRow as error:
+    except UserError as error:
         gold, reason = "", str(error)
     texts = [solution, gold, *(turn["content"] for turn in messages)]
-    if re.search("[\ud800-\udfff]", "".join(texts)):
-        raise BadRow("halves of surrogate pairs, which are no text")
+    has_halves = re.search("[\ud800-\udfff]", "".join(texts))
+    need(not has_halves, "halves of surrogate pairs, which are no text")
     level = re.search(r"\d+\.?\d*|$", str(cells.get(c.dataset_level_column)))[0]  # "Level 5" is 5
     columns = {}
     for column, value in row.items():
@@ -204,15 +196,6 @@ def read_problem(number: int, row: dict, cells: dict, config: Any) -> tuple[Prob
             json.dumps(value, allow_nan=False)
             columns[column] = value
     return Problem(number, messages, gold, solution, float(level or 0), columns), reason
-
-
-def prompt_length(problem: Problem, prompts: Any) -> int:
-    """Tokens of the prompt without a hint; BadRow when the chat template refuses its turns."""
-    try:
-        ids, _ = prompts.ids(problem)
-    except UserError as error:
-        raise BadRow("chat template: " + str(error).rpartition("chat template: ")[2]) from None
-    return len(ids)
 
 
 def load_problems(config: Any, prompts: Any, keep_all: bool = False) -> list[Problem]:
@@ -232,16 +215,17 @@ def load_problems(config: Any, prompts: Any, keep_all: bool = False) -> list[Pro
     for number, (row, cells) in enumerate(zip(rows, table)):
         try:
             problem, reason = read_problem(number, row, cells, c)
-            roles = [turn["role"] for turn in problem.messages]
-            is_short = frame + len(problem.text.encode()) <= c.max_prompt_length
-            is_sure = is_short and roles == usual_roles
-            if not is_sure and prompt_length(problem, prompts) > c.max_prompt_length:
-                raise BadRow(f"prompt over max_prompt_length={c.max_prompt_length} tokens")
-            if reason and not keep_all:
-                raise BadRow(reason)
-        except BadRow as error:
-            need(not keep_all, f"{name}, row {number}: {error}; evaluation drops no row, mend it")
-            told["dropped", str(error)].append(number)
+            n_tokens = frame + len(problem.text.encode())
+            is_usual = [turn["role"] for turn in problem.messages] == usual_roles
+            if n_tokens > c.max_prompt_length or not is_usual:
+                n_tokens = len(prompts.ids(problem)[0])
+            is_short = n_tokens <= c.max_prompt_length
+            need(is_short, f"prompt over max_prompt_length={c.max_prompt_length} tokens")
+            need(keep_all or not reason, reason)
+        except UserError as error:
+            reason = str(error).removeprefix(f"{name}: row {number}: ")  # of a chat template
+            need(not keep_all, f"{name}, row {number}: {reason}; evaluation drops no row, mend it")
+            told["dropped", reason].append(number)
             continue
         if reason:
             problem = replace(problem, gold="")

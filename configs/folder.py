@@ -5,12 +5,11 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import get_type_hints
 
 import yaml
 
 from configs import UserError, say
-from configs.settings import DEFAULTS, RESUMABLE, Config, read_settings
+from configs.settings import DEFAULTS, RESUMABLE, Config, is_marked, read_settings
 
 locks = {}  # folder: the open file that holds its lock until the process ends
 
@@ -26,12 +25,7 @@ def changed_settings(config: Config, path: Path) -> list[str]:
     mine = yaml.safe_load(as_yaml(config))
     theirs = yaml.safe_load(yaml.safe_dump(DEFAULTS))
     theirs |= read_settings(path)
-    changed = []
-    for name, kind in get_type_hints(Config, include_extras=True).items():
-        may_change = RESUMABLE in getattr(kind, "__metadata__", ())
-        if not may_change and mine[name] != theirs[name]:
-            changed.append(name)
-    return changed
+    return [name for name in mine if mine[name] != theirs[name] and not is_marked(name, RESUMABLE)]
 
 
 def as_yaml(config: Config) -> str:

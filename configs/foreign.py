@@ -22,16 +22,28 @@ def translate(
     """(Settings of ours and unknown ones, mistakes) for settings that may be another trainer's.
 
     layers: the settings of a file, then those of the command line, which win in whatever words.
+    Within a layer the order means nothing: keys that disagree about a setting are a mistake.
     """
-    layers, ignored = without_idle_mode(layers)
-    ours, mistakes = {}, []
+    merged = {}
+    for layer in layers:
+        merged |= layer
+    ours, mistakes, ignored = {}, [], idle_keys(merged)
     for number, layer in enumerate(layers):
         later = {our_name(key) for other in layers[number + 1 :] for key in other}
-        kept = {key: value for key, value in layer.items() if our_name(key) not in later}
-        found, wrong, idle = translate_layer(kept, our_keys)
-        ours |= found
-        mistakes += wrong
-        ignored += idle
+        said = {}  # {our name: the key and value behind it}
+        for key, value in layer.items():
+            words = f"{key}={value!r}"
+            if key in ignored or our_name(key) in later:
+                continue
+            meaning = meaning_of(our_name(key), value, our_keys)
+            if meaning is None:
+                known = ", ".join(map(str, ["null", *TABLES["meanings"][key]]))
+                mistakes.append(f"{words} is not supported here, only {known}")
+                continue
+            for name, setting in meaning.items():
+                if name in said and ours[name] != setting:
+                    mistakes.append(f"{said[name]} and {words} disagree, set one")
+                ours[name], said[name] = setting, words
     steps = ours.pop("steps_per_generation", None)
     accumulation = ours.get("gradient_accumulation_steps", 1)
     if steps is not None and str(steps) != str(accumulation):
@@ -44,49 +56,25 @@ def translate(
     return ours, mistakes
 
 
-def without_idle_mode(layers: list[dict]) -> tuple[list[dict], list[str]]:
-    """(layers, what to tell) without vllm_mode where TRL ignores it: there is no vLLM."""
-    merged = {}
-    for layer in layers:
-        merged |= layer
-    mode, use_vllm = merged.get("vllm_mode"), merged.get("use_vllm")
-    is_default = mode == "colocate" and not use_vllm and not merged.get("engine")
-    if use_vllm is not False and not is_default:
-        return layers, []
-    told = ["vllm_mode without use_vllm"] if mode == "server" else []
-    return [{key: layer[key] for key in layer if key != "vllm_mode"} for layer in layers], told
+def idle_keys(values: dict[str, Any]) -> list[str]:
+    """Those that say nothing here, or nothing beside the others."""
+    idle = [key for key in values if key in TABLES["ignored"]]
+    uses_vllm = values.get("use_vllm", values.get("engine"))
+    if "vllm_mode" in values and not uses_vllm:
+        idle.append("vllm_mode")
+    has_cap = "vllm_importance_sampling_cap" in values
+    if has_cap and values.get("vllm_importance_sampling_correction") is False:
+        idle.append("vllm_importance_sampling_cap")
+    return idle
 
 
-def translate_layer(values: dict, our_keys: set[str]) -> tuple[dict, list[str], list[str]]:
-    """(settings, mistakes, names of what is ignored) of one file or command line, where the order
-    of keys means nothing: two that say different things of one setting are a mistake."""
-    ours, mistakes, ignored, said = {}, [], [], {}  # said: {our name: the key and value behind it}
-    for key, value in values.items():
-        name = our_name(key)
-        meanings = TABLES["meanings"].get(name, {})
-        meaning = {}
-        if name in TABLES["ignored"]:
-            ignored.append(name)
-        elif isinstance(value, Hashable) and value in meanings:
-            meaning = meanings[value]
-        elif name in our_keys or name not in TABLES["meanings"]:
-            meaning = {name: value}
-        elif value not in (None, [], {}):
-            only = ", ".join(map(str, ["null", *meanings]))
-            mistakes.append(f"{key}={value!r} is not supported here, only {only}")
-        for one, setting in meaning.items():
-            if one in ours and ours[one] != setting:
-                mistakes.append(f"{said[one]} and {key}={value!r} disagree, set one")
-            ours[one], said[one] = setting, f"{key}={value!r}"
-    if values.get("vllm_importance_sampling_correction") is False:  # whatever its cap
-        ours["importance_cap"] = None
-    warmup = ours.get("warmup_steps")
-    if isinstance(warmup, float) and 0 < warmup < 1:  # a share, in transformers 5
-        ours["warmup_ratio"] = ours.pop("warmup_steps")
-    if "report_to" in ours:
-        loggers = ours["report_to"] or []
-        if not isinstance(loggers, list | tuple):
-            loggers = [loggers]
-        ours["report_to"] = [name for name in loggers if name == "wandb"]
-        ignored += [f"report_to: {name}" for name in loggers if name not in ("wandb", "none")]
-    return ours, mistakes, ignored
+def meaning_of(name: str, value: Any, our_keys: set[str]) -> dict[str, Any] | None:
+    """The settings that a key stands for with this value; None: it is not supported."""
+    meanings = TABLES["meanings"].get(name, {})
+    if isinstance(value, Hashable) and value in meanings:
+        return meanings[value]
+    if name == "warmup_steps" and isinstance(value, float) and 0 < value < 1:
+        return {"warmup_ratio": value}  # a share, in transformers 5
+    if name in our_keys or name not in TABLES["meanings"]:
+        return {name: value}
+    return {} if value in (None, [], {}) else None

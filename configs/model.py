@@ -4,9 +4,8 @@ Called by ghpo.py. What the libraries refuse is one line that names the model, a
 writes beside the weights is written once at the start, lest the first checkpoint fails on it.
 """
 
+import functools
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,27 +20,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import configs.varlen  # noqa: F401, makes transformers know it
-from configs import UserError, need, say
+from configs import UserError, as_user_error, need, say
 from configs.plan import longest_sequence
 from configs.settings import Config
 
 EXAMPLE_TEMPLATE = (  # as YAML
     r'"{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"'
 )
-
-
-@contextmanager
-def as_user_error(what: str) -> Iterator[None]:
-    """What the libraries raise inside becomes one line that begins with `what`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # whatever they raise: tokenizers has but Exception for a full disk
-        raise UserError(f"{what}: {' '.join(str(error).split())[:400]}") from None
+tell = functools.cache(say)  # once a process: the reference model is loaded as the policy was
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -92,17 +80,20 @@ def load_model(config: Config, dtype: torch.dtype | str) -> PreTrainedModel:
         text_config = model_config.get_text_config()
     if text_config is not model_config:
         check_wrapper(name, model_config)
-    off = turn_off_dropout(text_config)
-    if off:
-        say(f"{name}: trained without its {', '.join(off)}")
-    attention = attention_of(config, name, model_config, text_config)
-    need_positions(config, name, text_config)
+    turn_off_dropout(name, text_config)
+    longest = longest_sequence(config)
+    limit = getattr(text_config, "max_position_embeddings", longest)
+    need(
+        longest <= limit,
+        f"{name}: max_prompt_length + max_completion_length = {longest} tokens (of training or of "
+        f"an eval set), but it has {limit} positions: lower one of them",
+    )
     with as_user_error(name):
         model, report = AutoModelForCausalLM.from_pretrained(
             config.model_name_or_path,
             config=model_config,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=attention_of(config, name, model_config, text_config),
             output_loading_info=True,
             **where,
         )
@@ -122,28 +113,20 @@ def attention_of(
 ) -> str:
     """attn_implementation, or eager where the model's attention is more than sdpa computes."""
     attention = config.attn_implementation
-    if sdpa_computes(model_config, text_config):
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
+    # sdpa would leave out a cap on the logits (Gemma 2) silently
+    is_capped = getattr(text_config, "attn_logit_softcapping", None) is not None
+    if getattr(kind, "_supports_sdpa", True) and not is_capped:
         return attention
-    if attention == "varlen":
-        raise UserError(
-            f"{name}: attn_implementation=varlen cannot compute its attention: set eager, or "
-            "install flash-attn"
-        )
+    need(
+        attention != "varlen",
+        f"{name}: attn_implementation=varlen cannot compute its attention: set eager, or "
+        "install flash-attn",
+    )
     if attention == "sdpa":
-        say(f"{name}: attn_implementation: sdpa cannot compute its attention, using eager")
+        tell(f"{name}: attn_implementation: sdpa cannot compute its attention, using eager")
         return "eager"
     return attention
-
-
-def need_positions(config: Config, name: str, text_config: PretrainedConfig) -> None:
-    """UserError when the longest sequence has more tokens than the model has positions."""
-    longest = longest_sequence(config)
-    limit = getattr(text_config, "max_position_embeddings", longest)
-    need(
-        longest <= limit,
-        f"{name}: max_prompt_length + max_completion_length = {longest} tokens (of training or of "
-        f"an eval set), but it has {limit} positions: lower one of them",
-    )
 
 
 def check_wrapper(name: str, model_config: PretrainedConfig) -> None:
@@ -151,34 +134,23 @@ def check_wrapper(name: str, model_config: PretrainedConfig) -> None:
     text_config = model_config.get_text_config()
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
     if kind and kind.config_class is type(text_config):
-        say(f"{name}: of {model_config.model_type} the text model alone is trained and exported")
+        tell(f"{name}: of {model_config.model_type} the text model alone is trained and exported")
         return
-    text_type = text_config.model_type
-    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    text_model = names.get(text_type) or names.get(text_type.split("_")[0]) or "one for text alone"
     raise UserError(
-        f"{name}: {model_config.model_type} wraps a text model ({text_type}) and is "
-        f"not trained here: name a text model, {text_model}"
+        f"{name}: {model_config.model_type} wraps a text model ({text_config.model_type}) and is "
+        "not trained here: name a text model"
     )
 
 
-def sdpa_computes(model_config: PretrainedConfig, text_config: PretrainedConfig) -> bool:
-    """Can sdpa compute the attention? It would leave out a cap on its logits (Gemma 2) silently."""
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
-    is_capped = getattr(text_config, "attn_logit_softcapping", None) is not None
-    return getattr(kind, "_supports_sdpa", True) and not is_capped
-
-
-def turn_off_dropout(model_config: PretrainedConfig) -> list[str]:
-    """Sets what is random in training to 0; the names of what was not."""
-    names = [
-        name
-        for name, value in vars(model_config).items()
-        if re.search("drop|jitter", name) and isinstance(value, float) and value > 0
-    ]
-    for name in names:
-        setattr(model_config, name, 0.0)
-    return names
+def turn_off_dropout(name: str, model_config: PretrainedConfig) -> None:
+    """Sets what is random in training to 0."""
+    off = []
+    for key, value in list(vars(model_config).items()):
+        if re.search("drop|jitter", key) and isinstance(value, float) and value > 0:
+            setattr(model_config, key, 0.0)
+            off.append(key)
+    if off:
+        tell(f"{name}: trained without its {', '.join(off)}")
 
 
 def allow_sampling(name: str, generation: Any) -> None:
@@ -188,7 +160,7 @@ def allow_sampling(name: str, generation: Any) -> None:
     except ValueError:
         if not generation.do_sample:
             generation.do_sample = True
-            say(f"{name}: its generation_config is exported with do_sample: true")
+            tell(f"{name}: its generation_config is exported with do_sample: true")
 
 
 def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:

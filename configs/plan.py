@@ -12,10 +12,15 @@ from pathlib import Path
 
 from configs import UserError, need, say
 from configs.serve_key import LOCAL_HOSTS, key_header
-from configs.settings import Config, eval_config, read_config
+from configs.settings import Config, eval_config, make_config, parse_overrides, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}  # of a number
+CPU_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ def make_plan(config: Config, world: int, n_problems: int, is_dry: bool = False)
     """Batch arithmetic, told: prompts = ranks * per_device * accumulation / G. is_dry: nothing will
     be sharded, so replicas may be meant for more ranks than there are."""
     need(
-        is_dry or fits_replicas(config, world),
+        is_dry or world % replicas_of(config, world) == 0,
         f"config: replicas={config.replicas} does not "
         f"divide {world} ranks (--nproc_per_node times --nnodes)",
     )
@@ -64,9 +69,9 @@ def make_plan(config: Config, world: int, n_problems: int, is_dry: bool = False)
     return Plan(prompts, per_epoch, steps, save_every)
 
 
-def fits_replicas(config: Config, world: int) -> bool:
-    """Can the ranks be split into the replicas? ddp has as many as ranks, whatever is set."""
-    return config.sharding == "ddp" or world % config.replicas == 0
+def replicas_of(config: Config, world: int) -> int:
+    """Copies of the sharded model; of ddp a copy a rank, whatever is set."""
+    return world if config.sharding == "ddp" else config.replicas
 
 
 def mismatch_limit(config: Config) -> float | None:
@@ -81,13 +86,7 @@ def bytes_per_gpu(config: Config, world: int, n_params: int, gathered: int) -> d
 
     gathered: weights that zero3 holds at once (the root's plus two blocks').
     """
-    replicas = world if config.sharding == "ddp" else min(config.replicas, world)
-    if not fits_replicas(config, world):
-        say(
-            f"memory: replicas={config.replicas} does not divide {world} ranks: shown for "
-            f"replicas={replicas} and {world // replicas} ranks in each"
-        )
-    shards = world // replicas
+    shards = max(1, world // replicas_of(config, world))
     copied = gathered if config.sharding == "zero3" else n_params
     if world == 1 and config.torch_dtype == "float32":  # it computes with the masters themselves
         copied = 0
@@ -108,44 +107,24 @@ def longest_sequence(config: Config) -> int:
 
 
 def server_arguments(config: Config, n_gpus: int) -> tuple[list[str], dict[str, str]]:
-    """(argv, environment) of the vLLM server; without a GPU its weights come over gloo."""
-    forms, environment = server_forms(config, n_gpus)
-    return forms["cli" if n_gpus else "module"], environment
-
-
-def server_forms(config: Config, n_gpus: int) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """({"cli": argv, "module": argv}, environment): the same server by vLLM's command line, which
-    vllm-cpu's cannot start, and by the module behind it."""
-    words, environment = server_options(config, n_gpus), server_environment(n_gpus)
-    cli = [str(Path(sys.executable).parent / "vllm"), "serve", config.model_name_or_path]
-    module = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    module += ["--model", config.model_name_or_path]
-    return {"cli": cli + words, "module": module + words}, environment
-
-
-def server_environment(n_gpus: int) -> dict[str, str]:
-    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # the calls that update weights
-    path = [str(ROOT), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path)  # where it finds configs
-    if n_gpus == 0:
-        environment |= {
-            "OMP_NUM_THREADS": "1",
-            "TORCHDYNAMO_DISABLE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        }
-    return environment
-
-
-def server_options(config: Config, n_gpus: int) -> list[str]:
-    """The server's options, for either form."""
-    length, host, has_key = longest_sequence(config), config.vllm_server_host, bool(key_header())
+    """(argv, environment) of the vLLM server on a machine with so many GPUs. With none its weights
+    come over gloo, and it starts by the module behind the command line, which vllm-cpu lacks."""
+    length, host, model = (
+        longest_sequence(config),
+        config.vllm_server_host,
+        config.model_name_or_path,
+    )
+    has_key = bool(key_header())
     need(
         has_key or host in LOCAL_HOSTS,
         f"config: vllm_server_host={host}: whoever reaches the "
         "server could change its weights: set VLLM_API_KEY in the environment, here and of the "
         "training, to a word of your own",
     )
-    words = ["--enable-scale-out", "--skip-tokenizer-init"]
+    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # the calls that update weights
+    path = [str(ROOT), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path)  # where it finds configs
+    argv = [str(Path(sys.executable).parent / "vllm"), "serve", model]
     options = {
         "revision": config.model_revision,
         "host": host,
@@ -160,34 +139,40 @@ def server_options(config: Config, n_gpus: int) -> list[str]:
     if n_gpus > 1:
         options["data-parallel-size"] = n_gpus  # a copy of the model on each
     if n_gpus == 0:
+        environment |= CPU_ENVIRONMENT
+        argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
         # trap: seeded requests crash in a chunked prefill on CPU
-        words += ["--enforce-eager", "--no-enable-chunked-prefill"]
+        argv += ["--enforce-eager", "--no-enable-chunked-prefill"]
         options |= {
             "worker-extension-cls": "configs.vllm_cpu.Extension",
             "max-num-batched-tokens": max(4096, length),
             "kv-cache-memory-bytes": 2**30,
         }
     for name, value in options.items():
-        words += [f"--{name}", str(value)]
-    return words
+        argv += [f"--{name}", str(value)]
+    return [*argv, "--enable-scale-out", "--skip-tokenizer-init"], environment
 
 
 def server_commands(config: Config, n_gpus: int) -> str:
-    """Both forms for a shell, with what they need in the environment; the key is not shown."""
-    forms, environment = server_forms(config, n_gpus)
-    added = {name: text for name, text in environment.items() if os.environ.get(name) != text}
-    prefix = ["env", *(f"{name}={text}" for name, text in added.items())]
-    return "\n".join(
-        f"server, {told}: {shlex.join([*prefix, *forms[form]])}"
-        for form, told in (("cli", "on GPUs"), ("module", "with vllm-cpu"))
-    )
+    """The server's command for a shell, on the GPUs here (or one elsewhere) and without any, each
+    with what it needs in the environment; the key is not shown."""
+    lines = []
+    for machine, count in (("on GPUs", max(1, n_gpus)), ("with vllm-cpu", 0)):
+        argv, environment = server_arguments(config, count)
+        words = ["env"]
+        for name, text in environment.items():
+            if os.environ.get(name) != text:
+                words.append(f"{name}={text}")
+        lines.append(f"server, {machine}: {shlex.join([*words, *argv])}")
+    return "\n".join(lines)
 
 
 def main(path: str, *overrides: str) -> None:
     """Becomes the server of a config; Ctrl-C or SIGTERM stops it. --dry_run only prints."""
     words = [word for word in overrides if word != "--dry_run"]
     try:
-        config = read_config(path, words)  # with all eval sets: --eval comes here too
+        # with all eval sets, as --eval comes here too
+        config = make_config(read_settings(path), parse_overrides(words))
         import torch  # slow
 
         n_gpus = torch.cuda.device_count()

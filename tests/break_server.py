@@ -40,10 +40,10 @@ class Server:
 
     def start(self):
         from configs.plan import server_arguments
-        from configs.settings import read_config
+        from configs.settings import load_config
 
         os.environ["VLLM_API_KEY"] = KEY
-        config = read_config(ROOT / "configs/tiny.yaml", [f"vllm_server_port={self.port}"])
+        config = load_config(ROOT / "configs/tiny.yaml", [f"vllm_server_port={self.port}"])
         argv, environment = server_arguments(config, 0)
         argv[argv.index("--kv-cache-memory-bytes") + 1] = str(2**27)
         with open(self.log, "a") as file:

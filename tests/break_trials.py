@@ -751,7 +751,7 @@ TRIALS += [
     no_data("no_row_is_usable", rows(*[{"solution": None}] * 12, at=0), "none of its 12 rows"),
     no_data("too_few_rows", rows(n=3), "3 usable problems, a step takes 4"),
     no_data("empty_file", data_file("data.jsonl", b""), "data.jsonl"),
-    no_data("latin_1", data_file("data.jsonl", b'{"problem": "caf\xe9"}\n'), "data.jsonl.*UTF-8"),
+    no_data("latin_1", data_file("data.jsonl", b'{"problem": "caf\xe9"}\n'), "data.jsonl.*utf-8"),
     no_data(
         "wrong_column",
         setting("dataset_answer_column=sollution"),

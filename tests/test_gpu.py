@@ -18,7 +18,7 @@ import configs.varlen
 import fsdp_utils
 import ghpo
 from configs import UserError
-from configs.settings import parse_overrides, read_config
+from configs.settings import load_config, parse_overrides
 
 PYTHON = """#!/bin/sh
 echo "$(basename "$0") $*" | grep -v ' -c' >> "$LOG"
@@ -263,7 +263,9 @@ def test_torchs_kernel_takes_these_arguments():
     """On no device: shapes and signature alone."""
     query, key = (torch.empty(1, heads, 50, 8, device="meta") for heads in (4, 2))
     lengths = {"cu_seq_lens_q": torch.empty(3, device="meta"), "max_length_q": 30}
-    out, _ = configs.varlen.attention(None, query, key, key, None, 0.1, 16, **lengths)
+    out, _ = configs.varlen.attention(
+        None, query, key, key, None, scaling=0.1, sliding_window=16, **lengths
+    )
     assert out.shape == (1, 50, 4, 8)
 
 
@@ -389,7 +391,7 @@ def test_the_first_day_can_begin():
         if "ghpo.py" in words:
             config = words.index("--config") + 1
             settings = [word for word in words[config + 1 :] if "=" in word]
-            assert read_config(ROOT / words[config], settings).max_steps < 20
+            assert load_config(ROOT / words[config], settings).max_steps < 20
             assert parse_overrides(settings)
         seconds += int(limit.split()[0])
     assert seconds <= 25 * 60 + 240 + 420  # the last two need a second card
