@@ -6,7 +6,6 @@ dropped; what is wrong with a file is one line that names file and line.
 
 import contextlib
 import csv
-import difflib
 import gzip
 import hashlib
 import json
@@ -84,7 +83,7 @@ def flat(row: dict, levels: int = 4) -> dict:
 
 
 def check_columns(config: Any, table: list[dict]) -> None:
-    """UserError with the columns there are, and the nearest, when no row has a wanted one."""
+    """UserError with the columns there are when no row has a wanted one."""
     c, columns = config, list(dict.fromkeys(column for cells in table for column in cells))
     wanted = [c.dataset_prompt_column, c.dataset_answer_column, *c.dataset_choice_columns]
     has_chats = any(isinstance(cells.get(c.dataset_prompt_column), list) for cells in table)
@@ -92,13 +91,11 @@ def check_columns(config: Any, table: list[dict]) -> None:
         wanted.append(c.dataset_hint_column)
     if c.curriculum:
         wanted.append(c.dataset_level_column)
-    missing, near = [column for column in wanted if column not in columns], []
-    for column in missing:
-        near += difflib.get_close_matches(column, columns, n=1, cutoff=0.4)
+    missing = [column for column in wanted if column not in columns]
     need(
         not table or not missing,
-        f"{c.dataset_name}: no column {missing} in {columns}, nearest "
-        f"{near}: set dataset_prompt_column and so on (eval_datasets: in a set's own settings)",
+        f"{c.dataset_name}: no column {missing} in {columns}: set "
+        "dataset_prompt_column and so on (eval_datasets: in a set's own settings)",
     )
 
 

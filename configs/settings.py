@@ -26,9 +26,7 @@ from configs.foreign import our_name, translate
 from hints import uses_hints
 from reward import REWARDS
 
-INTEGER = re.compile(r"[-+]?\d+")
-NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
-SUBJECT = re.compile(r"^\w+ should")  # of pydantic's messages
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 RESUMABLE = "may differ when a run is resumed"
 IN_EVAL_SET = "may differ in an eval set"
 ALL_GREEDY = "are several greedy samples, all the same"
@@ -43,12 +41,8 @@ FLASH = {  # what each of them needs installed
 INSTEAD = {"temperature": "eval_temperature", "num_generations": "eval_samples"}
 
 
-def as_number(value: object) -> object:
-    """YAML 1.1 takes 1e-6 for text and 1e6 for no integer."""
-    if isinstance(value, str) and INTEGER.fullmatch(value):
-        return int(value)
-    if isinstance(value, str) and NUMBER.fullmatch(value):
-        value = float(value)
+def as_integer(value: object) -> object:
+    """1e6 means one."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value
@@ -62,9 +56,8 @@ def as_tuple(value: object) -> tuple:
 T = TypeVar("T")
 MayChange = Annotated[T, RESUMABLE]  # all the other settings define the run
 PerSet = Annotated[T, IN_EVAL_SET]  # in all others an evaluation is like the run
-Int = Annotated[int, BeforeValidator(as_number)]
-Number = Annotated[Any, BeforeValidator(as_number)]  # or another word
-Real = Annotated[float, BeforeValidator(as_number), AllowInfNan(False)]
+Int = Annotated[int, BeforeValidator(as_integer)]
+Real = Annotated[float, AllowInfNan(False)]
 Tuple = Annotated[tuple[T, ...], BeforeValidator(as_tuple)]
 Natural = Annotated[Int, Ge(0)]
 Count = Annotated[Int, Ge(1)]
@@ -152,7 +145,7 @@ class Config:
     # optimisation
     learning_rate: Share = 1e-6
     lr_scheduler_type: str = "cosine"  # as in transformers
-    lr_scheduler_kwargs: dict[str, Number] = field(default_factory=dict)  # min_lr_rate ...
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)  # min_lr_rate ...
     warmup_ratio: Share = 0.0
     warmup_steps: Natural = 0  # above 0 it wins over warmup_ratio
     weight_decay: NonNegative = 0.0
@@ -206,7 +199,7 @@ class Config:
             try:
                 value = kind.validate_python(value, strict=True)
             except ValidationError as error:
-                found = [SUBJECT.sub("must", one["msg"]) for one in error.errors()]
+                found = [re.sub(r"^\w+ should", "must", one["msg"]) for one in error.errors()]
                 wrong[name] = f"{shown(name, value)} {' or '.join(dict.fromkeys(found))}"
                 value = DEFAULTS[name]  # for what follows; the config is refused below
             object.__setattr__(self, name, value)
@@ -299,8 +292,9 @@ def schedule_fault(name: str, more: dict[str, Any]) -> str | None:
 DEFAULTS = asdict(Config(model_name_or_path="-", dataset_name="-"))
 
 
-class OnceLoader(yaml.SafeLoader):
-    """YAML in which no key stands twice: of two values the first would be lost without a word."""
+class Loader(yaml.SafeLoader):
+    """YAML in which 1e-6 is a number, which YAML 1.1 takes for text, and no key stands twice: of
+    two values the first would be lost without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -312,32 +306,29 @@ class OnceLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("+-.0123456789"))
+
+
 def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
-    """Settings from a command line: key=value, --key=value, --key value, --key value value."""
-    texts, last = {}, None  # last: the key of a --key, whose values follow
-    for word in arguments:
+    """Settings from a command line: key=value, --key=value, --key value."""
+    values, words = {}, iter(arguments)
+    for word in words:
         key, equals, text = word.removeprefix("--").partition("=")
         key = key.replace("-", "_")
-        is_first = last and not texts[last]  # of the values of a --key: it may have any look
-        if word.startswith("--") or (equals and key.isidentifier() and not is_first):
-            texts[key] = [text] if equals else []
-            last = None if equals else key
-        else:
-            need(last, f"config: {word}: an override is written key=value")
-            texts[last].append(word)
-    values = {}
-    for key, words in texts.items():
-        need(words, f"config: --{key} has no value")
-        with as_user_error(f"config: {key}={' '.join(words)}"):
-            found = [yaml.load(word, OnceLoader) for word in words]
-        values[key] = found[0] if len(found) == 1 else found
+        if word.startswith("--") and not equals:
+            text = next(words, "--")
+            need(not text.startswith("--"), f"config: {word} has no value")
+        elif not (equals and key.isidentifier()):
+            raise UserError(f"config: {word}: an override is written key=value")
+        with as_user_error(f"config: {key}={text}"):
+            values[key] = yaml.load(text, Loader)
     return values
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """The unchecked settings of a YAML file; UserError names it when it holds no mapping."""
     with as_user_error(f"config: {path}"):
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), OnceLoader)
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)
     need(isinstance(values, dict | None), f"config: {path}: no settings, but {shown('', values)}")
     return values or {}
 

@@ -46,14 +46,14 @@ def mistakes(call, *arguments, **changes):
 
 READ = [  # as YAML text, or as the command line has it
     ("learning_rate", "1e-6", 1e-6), ("learning_rate", "1E-6", 1e-6), ("learning_rate", "0", 0.0),
-    ("learning_rate", "'.5'", 0.5), ("micro_batch_tokens", "1E6", 1_000_000),
-    ("micro_batch_tokens", "1e4", 10_000), ("max_steps", "'8'", 8), ("max_steps", "8.0", 8),
-    ("seed", "9007199254740993", 2**53 + 1), ("seed", "'9007199254740993'", 2**53 + 1),
+    ("learning_rate", ".5", 0.5), ("micro_batch_tokens", "1E6", 1_000_000),
+    ("micro_batch_tokens", "1e4", 10_000), ("max_steps", "8.0", 8),
+    ("seed", "9007199254740993", 2**53 + 1),
     ("eval_strategy", "no", "no"), ("save_strategy", "'no'", "no"), ("save_strategy", "No", "no"),
     ("save_total_limit", "null", None), ("importance_cap", "~", None),
     ("mismatch_limit", "1e-3", 1e-3),
     ("mismatch_limit", "null", None), ("mismatch_limit", "auto", "auto"),
-    ("hint_ratio", "0.5", (0.5,)), ("hint_ratio", "[0, '1']", (0.0, 1.0)),
+    ("hint_ratio", "0.5", (0.5,)), ("hint_ratio", "[0, 1]", (0.0, 1.0)),
     ("reward_weights", "[1, 2e-1]", (1.0, 0.2)), ("report_to", "none", ()), ("report_to", "[]", ()),
     ("chat_template_kwargs", "{enable_thinking: false}", {"enable_thinking": False}),
     ("chat_template", "'{{ messages }}'", "{{ messages }}"), ("save_minutes", "15", 15.0),
@@ -74,6 +74,7 @@ def test_what_yaml_and_command_lines_say(key, text, value, tmp_path):
 
 REFUSED = [
     ("max_steps", "many", "max_steps='many' must be a valid integer"),
+    ("max_steps", "8", "max_steps='8' must be a valid integer"),  # in quotes
     ("max_steps", 2.5, "max_steps=2.5 must be a valid integer"),
     ("max_steps", None, "max_steps=None must be a valid integer"),
     ("num_generations", True, "num_generations=True must be a valid integer"),
@@ -84,7 +85,7 @@ REFUSED = [
     ("learning_rate", True, "learning_rate=True must be a valid number"),
     ("learning_rate", "nan", "learning_rate='nan' must be a valid number"),
     ("learning_rate", float("nan"), "learning_rate=nan must be a finite number"),
-    ("learning_rate", "1e999", "learning_rate='1e999' must be a finite number"),
+    ("learning_rate", float("1e999"), "learning_rate=inf must be a finite number"),
     ("learning_rate", -1e-6, "learning_rate=-1e-06 must be greater than or equal to 0"),
     ("learning_rate", 1e6, "learning_rate=1000000.0 must be less than or equal to 1"),
     ("gradient_checkpointing", "yes", "gradient_checkpointing='yes' must be a valid boolean"),
@@ -244,7 +245,7 @@ def test_schedules_are_those_of_transformers():
         c = from_dict(MODEL | {"lr_scheduler_type": name, "lr_scheduler_kwargs": more})
         assert (c.lr_scheduler_type, c.lr_scheduler_kwargs) == (name, more)
     c = from_dict(MODEL | {"lr_scheduler_type": "cosine_with_min_lr",
-                           "lr_scheduler_kwargs": yaml.safe_load("min_lr: 1e-7")})  # fmt: skip
+                           "lr_scheduler_kwargs": parse_overrides(["min_lr=1e-7"])})  # fmt: skip
     assert c.lr_scheduler_kwargs == {"min_lr": 1e-7}  # text in YAML 1.1
 
 
@@ -271,8 +272,8 @@ def test_a_config_is_frozen_and_its_engine_is_known():
 FORMS = [
     (["a=1", "b=x y"], {"a": 1, "b": "x y"}),
     (["--a=1", "--b-c=[1, 2]"], {"a": 1, "b_c": [1, 2]}),
-    (["--a", "1e-6", "--b", "-1", "c=no"], {"a": "1e-6", "b": -1, "c": False}),
-    (["--a", "x", "y", "z", "b=1"], {"a": ["x", "y", "z"], "b": 1}),
+    (["--a", "1e-6", "--b", "-1", "c=no"], {"a": 1e-6, "b": -1, "c": False}),
+    (["--a", "[x, y]", "b=1"], {"a": ["x", "y"], "b": 1}),
     (["--a", "k=v", "b=1"], {"a": "k=v", "b": 1}),
     (["a=1", "--a", "2"], {"a": 2}),
     (["a=k=v", "b="], {"a": "k=v", "b": None}),
@@ -293,7 +294,7 @@ def test_overrides(words, values):
     (["a"], "a: an override is written key=value"), (["--a"], "--a has no value"),
     (["--a", "--b=1"], "--a has no value"), (["a=1", "b"], "b: an override"),
     (["--a=1", "b"], "b: an override"), (["a=[1"], "a=[1: "),
-    (["a=1", "2b=3"], "2b=3: an override"),
+    (["a=1", "2b=3"], "2b=3: an override"), (["--a", "x", "y"], "y: an override"),
     (["a={b: 1, b: 2}"], "b stands there twice"),
 ])  # fmt: skip
 def test_bad_overrides(words, message):
@@ -304,7 +305,7 @@ def test_bad_overrides(words, message):
 def test_the_three_forms_on_the_command_line(main, tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(settings()))
-    words = ("max_steps=7", "--learning_rate", "2e-6", "--reward_weights", "1", "0.25", "--seed=5")
+    words = ("max_steps=7", "--learning_rate", "2e-6", "--reward_weights", "[1, 0.25]", "--seed=5")
     done = main.command("--config", str(path), "--dry_run", *words)
     assert done.status in (0, None)
     shown = yaml.safe_load(done.out.split("\n----")[0])
@@ -726,7 +727,7 @@ def test_an_eval_sets_config():
     assert (c.rl_type, c.strict_answers, c.max_completion_length) == ("grpo", False, 9)
     assert c.max_prompt_length == config.max_prompt_length
     c = eval_config(
-        config, {"dataset_name": "x", "max_completion_length": 7, "eval_temperature": "1"}
+        config, {"dataset_name": "x", "max_completion_length": 7, "eval_temperature": 1}
     )
     assert (c.max_completion_length, c.num_generations, c.temperature) == (7, 4, 1.0)
     assert eval_config(config, "x.jsonl") == eval_config(config, {"dataset_name": "x.jsonl"})
