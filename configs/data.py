@@ -127,8 +127,7 @@ def cell_text(cells: dict, column: str) -> str:
         return split_chat(value)[1]
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    is_text = not isinstance(value, list | dict)
-    need(is_text, f"{column} is a {type(value).__name__}, not a text")
+    need(not isinstance(value, list | dict), f"{column} is a {type(value).__name__}, not a text")
     return "" if value is None or value != value else str(value)  # NaN is not itself
 
 
@@ -206,15 +205,13 @@ def load_problems(config: Any, prompts: Any, keep_all: bool = False) -> list[Pro
     # most prompts need not be tokenised: a token is at least a byte, and the template around the
     # usual turns takes about as many tokens as around a problem of one letter
     blank, _ = read_problem(0, {}, {c.dataset_prompt_column: "x"}, c)
-    usual_roles = [turn["role"] for turn in blank.messages]
     frame = len(prompts.ids(blank)[0]) + TEMPLATE_SLACK
     problems, told = [], defaultdict(list)  # told: {(what became of rows, why): their numbers}
     for number, (row, cells) in enumerate(zip(rows, table)):
         try:
             problem, reason = read_problem(number, row, cells, c)
             n_tokens = frame + len(problem.text.encode())
-            is_usual = [turn["role"] for turn in problem.messages] == usual_roles
-            if n_tokens > c.max_prompt_length or not is_usual:
+            if n_tokens > c.max_prompt_length or len(problem.messages) > len(blank.messages):
                 n_tokens = len(prompts.ids(problem)[0])
             is_short = n_tokens <= c.max_prompt_length
             need(is_short, f"prompt over max_prompt_length={c.max_prompt_length} tokens")
@@ -227,15 +224,15 @@ def load_problems(config: Any, prompts: Any, keep_all: bool = False) -> list[Pro
         if reason:
             problem = replace(problem, gold="")
             told["counted as wrong", reason].append(number)
+        if uses_hints(c) and problem.solution.strip() in ("", problem.gold):
+            told["kept", "without a solution to hint from"].append(number)
         shown = "\n".join(turn["content"] for turn in problem.messages)
         if problem.solution not in ("", problem.gold) and problem.solution.strip() in shown:
             told["kept", "but the prompt shows the whole solution"].append(number)
         for column in row.keys() - problem.row.keys():
             told["kept", f"but rewards do not get {column}, which is no JSON"].append(number)
         problems.append(problem)
-    bare = sum(problem.solution.strip() in ("", problem.gold) for problem in problems)
-    hintless = f", {bare} without a solution to hint from" if bare and uses_hints(c) else ""
-    say(f"data: {name}: {len(problems)} of {len(rows)} rows usable{hintless}")
+    say(f"data: {name}: {len(problems)} of {len(rows)} rows usable")
     for (fate, reason), numbers in told.items():
         say(f"data: {fate} {len(numbers)}, {reason}: rows {numbers[:5]}")
     reasons = "".join(f"; {reason}" for _, reason in told)

@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, and the settings it was started with."""
 
 import fcntl
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict
@@ -35,15 +36,11 @@ def as_yaml(config: Config) -> str:
 
 def save_config(config: Config, path: Path) -> None:
     """Writes the config with the command line and the commit; a kill leaves the old one."""
-    git = subprocess.run(
-        "git describe --always --dirty --abbrev=40 --exclude '*'",
-        shell=True,
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
+    here = shlex.quote(str(Path(__file__).parent))
+    describe = f"git -C {here} describe --always --dirty --abbrev=40 --exclude '*' 2>/dev/null"
+    commit = subprocess.getoutput(describe)
     new = path.with_suffix(".new")
-    new.write_text(f"# {sys.argv}\n# git {git.stdout.strip()}\n{as_yaml(config)}")
+    new.write_text(f"# {sys.argv}\n# git {commit}\n{as_yaml(config)}")
     new.rename(path)
 
 

@@ -16,9 +16,7 @@ def our_name(key: object) -> str:
     return TABLES["renamed"].get(key, str(key))
 
 
-def translate(
-    layers: Sequence[dict[str, Any]], our_keys: set[str]
-) -> tuple[dict[str, Any], list[str]]:
+def translate(layers: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
     """(Settings of ours and unknown ones, mistakes) for settings that may be another trainer's.
 
     layers: the settings of a file, then those of the command line, which win in whatever words.
@@ -35,9 +33,9 @@ def translate(
             words = f"{key}={value!r}"
             if key in ignored or our_name(key) in later:
                 continue
-            meaning = meaning_of(our_name(key), value, our_keys)
+            meaning = meaning_of(our_name(key), value)
             if meaning is None:
-                known = ", ".join(map(str, ["null", *TABLES["meanings"][key]]))
+                known = ", ".join(map(str, ["null", *TABLES["keys"][key]]))
                 mistakes.append(f"{words} is not supported here, only {known}")
                 continue
             for name, setting in meaning.items():
@@ -68,13 +66,13 @@ def idle_keys(values: dict[str, Any]) -> list[str]:
     return idle
 
 
-def meaning_of(name: str, value: Any, our_keys: set[str]) -> dict[str, Any] | None:
+def meaning_of(name: str, value: Any) -> dict[str, Any] | None:
     """The settings that a key stands for with this value; None: it is not supported."""
-    meanings = TABLES["meanings"].get(name, {})
-    if isinstance(value, Hashable) and value in meanings:
-        return meanings[value]
     if name == "warmup_steps" and isinstance(value, float) and 0 < value < 1:
         return {"warmup_ratio": value}  # a share, in transformers 5
-    if name in our_keys or name not in TABLES["meanings"]:
+    meanings = TABLES["words"].get(name, {}) | TABLES["keys"].get(name, {})
+    if isinstance(value, Hashable) and value in meanings:
+        return meanings[value]
+    if name not in TABLES["keys"]:
         return {name: value}
     return {} if value in (None, [], {}) else None

@@ -26,9 +26,6 @@ from configs import UserError, as_user_error, need, say
 from configs.plan import longest_sequence
 from configs.settings import Config
 
-EXAMPLE_TEMPLATE = (  # as YAML
-    r'"{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"'
-)
 tell = functools.cache(say)  # once a process: the reference model is loaded as the policy was
 
 
@@ -50,10 +47,11 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
             template = Path(template).read_text(encoding="utf-8")
     if template:
         tokenizer.chat_template = template
+    example = r'"{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"'
     need(
         tokenizer.chat_template,
-        f"{name}: its tokenizer has no chat template: set one, Jinja or "
-        f"a file, for example chat_template: {EXAMPLE_TEMPLATE}",
+        f"{name}: its tokenizer has no chat template: set one, Jinja or a file, for example "
+        f"chat_template: {example}",
     )
     need(tokenizer.eos_token is not None, f"{name}: its tokenizer names no eos_token")
     if tokenizer.pad_token_id is None:
@@ -93,7 +91,7 @@ def load_model(config: Config, dtype: torch.dtype | str) -> PreTrainedModel:
             config.model_name_or_path,
             config=model_config,
             dtype=dtype,
-            attn_implementation=attention_of(config, name, model_config, text_config),
+            attn_implementation=attention_of(config.attn_implementation, name, model_config),
             output_loading_info=True,
             **where,
         )
@@ -108,15 +106,12 @@ def load_model(config: Config, dtype: torch.dtype | str) -> PreTrainedModel:
     return model
 
 
-def attention_of(
-    config: Config, name: str, model_config: PretrainedConfig, text_config: PretrainedConfig
-) -> str:
-    """attn_implementation, or eager where the model's attention is more than sdpa computes."""
-    attention = config.attn_implementation
+def attention_of(attention: str, name: str, model_config: PretrainedConfig) -> str:
+    """This one, or eager where the model's is more than sdpa computes."""
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
     # sdpa would leave out a cap on the logits (Gemma 2) silently
-    is_capped = getattr(text_config, "attn_logit_softcapping", None) is not None
-    if getattr(kind, "_supports_sdpa", True) and not is_capped:
+    cap = getattr(model_config.get_text_config(), "attn_logit_softcapping", None)
+    if getattr(kind, "_supports_sdpa", True) and cap is None:
         return attention
     need(
         attention != "varlen",

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs import UserError, need, say
+from configs import UserError, as_user_error, need, say
 from configs.serve_key import LOCAL_HOSTS, key_header
 from configs.settings import Config, eval_config, make_config, parse_overrides, read_settings
 
@@ -64,8 +64,6 @@ def make_plan(config: Config, world: int, n_problems: int, is_dry: bool = False)
         f"batch: {world} ranks * {batch} per device * {accumulation} accumulation / {G} generations"
         f" = {prompts} prompts a step; {per_epoch} steps an epoch; {steps} steps"
     )
-    if config.rl_type == "ghpo" and config.start_hint_step > 0:
-        say(f"hints: after {config.start_hint_step} steps without them (start_hint_step)")
     return Plan(prompts, per_epoch, steps, save_every)
 
 
@@ -90,11 +88,8 @@ def bytes_per_gpu(config: Config, world: int, n_params: int, gathered: int) -> d
     copied = gathered if config.sharding == "zero3" else n_params
     if world == 1 and config.torch_dtype == "float32":  # it computes with the masters themselves
         copied = 0
-    held = {
-        "weights": 4 * n_params // shards,
-        "gradients": 4 * n_params // shards,
-        "optimizer": 8 * n_params // shards,
-    }
+    share = 4 * n_params // shards
+    held = {"weights": share, "gradients": share, "optimizer": 2 * share}
     compute_copy = copied * BYTES[config.torch_dtype]
     total = compute_copy if config.cpu_offload else compute_copy + sum(held.values())
     return {"parameters": n_params, **held, "compute_copy": compute_copy, "total": total}
@@ -191,13 +186,9 @@ def main(path: str, *overrides: str) -> None:
 def need_port(host: str, port: int) -> None:
     """UserError unless a server of this process could listen there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
+    remedy = "end what does, or choose another vllm_server_port, for server and training alike"
+    with as_user_error(f"{host}:{port} cannot be listened to ({remedy})"):
         socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        raise UserError(
-            f"{host}:{port} cannot be listened to: {error}. End what does, or choose "
-            "another vllm_server_port, for server and training alike"
-        ) from None
 
 
 if __name__ == "__main__":

@@ -29,16 +29,14 @@ from reward import REWARDS
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 RESUMABLE = "may differ when a run is resumed"
 IN_EVAL_SET = "may differ in an eval set"
+OF_EVAL_SETS = "dataset_*, eval_*, system_prompt, max_*_length, top_*, strict_answers, seed"
 ALL_GREEDY = "are several greedy samples, all the same"
-NEAREST = 0.8  # similarity from which an unknown key is taken for a misspelt one
-SHOWN = 90  # characters of a value in a message
 FLASH = {  # what each of them needs installed
-    "varlen": "torch",
+    "varlen": "torch",  # its own flash attention
     "flash_attention_2": "flash-attn",
     "kernels-community/flash-attn2": "kernels",
     "kernels-community/flash-attn3": "kernels",
 }
-INSTEAD = {"temperature": "eval_temperature", "num_generations": "eval_samples"}
 
 
 def as_integer(value: object) -> object:
@@ -67,8 +65,6 @@ NonNegative = Annotated[Real, Ge(0)]
 Share = Annotated[Real, Interval(ge=0, le=1)]
 Part = Annotated[Real, Interval(gt=0, le=1)]
 Temperature = Annotated[Real, Interval(ge=0, le=10)]
-Port = Annotated[Int, Interval(ge=1, lt=65535)]
-Attention = Literal["sdpa", "eager", *FLASH]
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class Config:
     model_name_or_path: str = ""  # hub name or folder of a causal LM
     model_revision: str = "main"
     torch_dtype: Literal["bfloat16", "float32", "float64"] = "bfloat16"  # of computing
-    attn_implementation: MayChange[Attention] = "sdpa"  # varlen: the flash attention of torch
+    attn_implementation: MayChange[Literal["sdpa", "eager", *FLASH]] = "sdpa"
     chat_template: str | None = None  # Jinja text or its file; null: the tokenizer's
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # enable_thinking ...
 
@@ -123,7 +119,9 @@ class Config:
     mismatch_limit: MayChange[Literal["auto"] | Positive | None] = "auto"
     vllm_gpu_memory_utilization: MayChange[Part] = 0.3  # of the whole GPU, colocated engine
     vllm_server_host: MayChange[str] = "127.0.0.1"
-    vllm_server_port: MayChange[Port] = 8000  # weights travel through port + 1
+    vllm_server_port: MayChange[Annotated[Int, Interval(ge=1, lt=65535)]] = (
+        8000  # weights travel through port + 1
+    )
 
     # rewards
     reward_funcs: Annotated[Tuple[str], MinLen(1)] = ("accuracy", "format")  # or file.py:function
@@ -226,8 +224,7 @@ class SettingsError(UserError):
 
 def shown(name: str, value: object) -> str:
     """key=value, not longer than a message can hold."""
-    text = repr(value)
-    return f"{name}={text if len(text) <= SHOWN else text[:SHOWN] + '...'}"
+    return f"{name}={value!r:.90}"
 
 
 HINTS = get_type_hints(Config, include_extras=True)
@@ -241,10 +238,9 @@ def is_marked(name: str, mark: str) -> bool:
 
 def contradictions(c: Config) -> Iterator[tuple[str, str]]:
     """(names of settings, why they cannot stand so) for values that are right one by one."""
-    if not c.model_name_or_path:
-        yield "model_name_or_path", "must be set, to a hub name or a folder"
-    if not c.dataset_name:
-        yield "dataset_name", "must be set, to a hub name, a folder or a file"
+    for name in ("model_name_or_path", "dataset_name"):
+        if not getattr(c, name):
+            yield name, "must be set, to a hub name or a path"
     if c.use_vllm is not None and c.use_vllm != (c.engine != "hf"):
         yield "engine use_vllm", "disagree, set one"
     if c.chat_template and "{" not in c.chat_template and not isfile(c.chat_template):
@@ -339,24 +335,24 @@ def load_config(
     """The checked Config of a YAML file and a command line's overrides (see parse_overrides) for
     one run: without eval sets when it evaluates nothing. will_run: what it needs must be there."""
     config = make_config(read_settings(path), parse_overrides(arguments))
-    need(config.eval_datasets or not is_eval, "config: --eval needs eval_datasets")
     need(
         not will_run or config.engine == "hf" or importlib.util.find_spec("vllm"),
         "config: engine: vllm is not installed: pip install -r requirements-vllm.txt "
         "(on a CPU: ./run.sh test-vllm)",
     )
-    if config.eval_strategy == "steps" and not config.eval_datasets:
-        say("config: eval_strategy: nothing is evaluated without eval_datasets")
     if config.eval_datasets and (is_eval or config.eval_strategy == "steps"):
         return config
+    need(not is_eval, "config: --eval needs eval_datasets")
+    if config.eval_strategy == "steps":
+        say("config: eval_strategy: nothing is evaluated without eval_datasets")
     return replace(config, eval_strategy="no", eval_datasets={})
 
 
 def make_config(*layers: dict[str, Any]) -> Config:
     """The checked Config of settings, ours or another trainer's; those of a later dict win."""
-    ours, lines = translate(layers, KINDS.keys())
+    ours, lines = translate(layers)
     for key in [key for key in ours if key not in KINDS]:
-        near = difflib.get_close_matches(key, KINDS, 1, NEAREST)
+        near = difflib.get_close_matches(key, KINDS, n=1, cutoff=0.8)  # a misspelt one
         lines.append(f"unknown key {key!r}" + "".join(f", not {name}?" for name in near))
         del ours[key]
     if isinstance(ours.get("hint_ratio"), int | float):
@@ -381,10 +377,9 @@ def eval_config(config: Config, spec: str | dict) -> Config:
         spec = {"dataset_name": spec}
     spec = {our_name(key): value for key, value in spec.items()}
     lines = [] if "dataset_name" in spec else ["has no dataset_name"]
-    for key in [key for key in spec if not is_marked(key, IN_EVAL_SET)]:
-        instead = INSTEAD.get(key, "that of the run")
-        known = f"{key} has no meaning there, use {instead}"
-        lines.append(known if key in KINDS else f"unknown key {key!r}")
+    for key in spec:
+        if not is_marked(key, IN_EVAL_SET):
+            lines.append(f"{key} has no meaning there, only {OF_EVAL_SETS}")
     if lines:
         raise SettingsError(lines)
     values = asdict(config) | {"strict_answers": False} | spec  # as others report accuracies
@@ -396,35 +391,23 @@ def eval_config(config: Config, spec: str | dict) -> Config:
 
 def with_what_is_installed(config: Config) -> Config:
     """The config without wandb and flash attention where they are missing, which is told."""
-    report_to, attention = [], config.attn_implementation
+    report_to = [name for name in config.report_to if name == "wandb" and is_installed(name)]
     for name in config.report_to:
-        if name == "wandb" and is_installed(name):
-            report_to.append(name)
-        else:
+        if name not in report_to:
             say(f"config: report_to: {name} is not here; metrics.jsonl has everything")
-    if attention in FLASH and not is_installed(FLASH[attention]):
-        instead = "varlen" if config.torch_dtype == "bfloat16" and sees_gpu() else "sdpa"
-        say(f"config: attn_implementation: {FLASH[attention]} is not installed, using {instead}")
-        attention = instead
-    if attention == "varlen" and not sees_gpu():
-        say("config: attn_implementation: varlen needs a GPU, using sdpa")
-        attention = "sdpa"
-    need(
-        attention not in FLASH or config.torch_dtype == "bfloat16",
-        "config: attn_implementation="
-        f"{attention} and torch_dtype={config.torch_dtype} disagree: flash attention computes in "
-        "bfloat16, take sdpa",
-    )
+    attention = asked = config.attn_implementation
+    if asked in FLASH:
+        import torch  # slow
+
+        can_flash = config.torch_dtype == "bfloat16" and torch.cuda.is_available()
+        if not can_flash or not is_installed(FLASH[asked]):
+            attention = "varlen" if can_flash else "sdpa"
+            needed = f"{asked} needs {FLASH[asked]}, a GPU and bfloat16"
+            say(f"config: attn_implementation: {needed}, using {attention}")
     packing = config.packing
     if packing is None:
         packing = attention in FLASH
     return replace(config, report_to=report_to, attn_implementation=attention, packing=packing)
-
-
-def sees_gpu() -> bool:
-    import torch  # slow
-
-    return torch.cuda.is_available()
 
 
 def is_installed(package: str) -> bool:

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, asdict, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,11 @@ from configs.folder import changed_settings, lock_folder, save_config
 from configs.model import load_model
 from configs.settings import (
     DEFAULTS,
+    IN_EVAL_SET,
+    OF_EVAL_SETS,
     Config,
     eval_config,
+    is_marked,
     load_config,
     parse_overrides,
 )
@@ -91,8 +95,8 @@ REFUSED = [
     ("gradient_checkpointing", "yes", "gradient_checkpointing='yes' must be a valid boolean"),
     ("gradient_checkpointing", 1, "gradient_checkpointing=1 must be a valid boolean"),
     ("dataset_name", 5, "dataset_name=5 must be a valid string"),
-    ("dataset_name", "", "dataset_name='' must be set, to a hub name, a folder or a file"),
-    ("model_name_or_path", "", "model_name_or_path='' must be set, to a hub name or a folder"),
+    ("dataset_name", "", "dataset_name='' must be set, to a hub name or a path"),
+    ("model_name_or_path", "", "model_name_or_path='' must be set, to a hub name or a path"),
     ("output_dir", "", "output_dir='' must have at least 1 character"),
     ("weight_decay", -1, "weight_decay=-1 must be greater than or equal to 0"),
     ("seed", -1, "seed=-1 must be greater than or equal to 0"),
@@ -142,9 +146,9 @@ REFUSED = [
     ("chat_template", "no_such_file",
      "chat_template='no_such_file' is neither Jinja text nor a file"),
     ("chat_template", "x" * 5000,
-     "chat_template='" + "x" * 89 + "... is neither Jinja text nor a file"),
+     "chat_template='" + "x" * 89 + " is neither Jinja text nor a file"),
     ("system_prompt", {"a": "b" * 99},
-     "system_prompt={'a': '" + "b" * 83 + "... must be a valid string"),
+     "system_prompt={'a': '" + "b" * 83 + " must be a valid string"),
 ]  # fmt: skip
 
 
@@ -168,7 +172,7 @@ def test_all_mistakes_are_told_at_once():
         "unknown key 'max_stepz', not max_steps?",
         "num_generations=True must be a valid integer",
         "learning_rate='fast' must be a valid number",
-        "model_name_or_path='' must be set, to a hub name or a folder",
+        "model_name_or_path='' must be set, to a hub name or a path",
         "reward_funcs=('accuracy', 'format') and reward_weights=(1.0,) "
         "need one weight for each reward",
         "hint_ratio=(1.0, 0.0) must ascend",
@@ -673,13 +677,15 @@ def test_loggers_that_are_not_here_are_told(loggers, told, capsys):
 
 def test_a_command_line_without_loggers_leaves_those_of_the_file():
     layers = [{"report_to": "wandb"}, {"seed": 1}]
-    assert foreign.translate(layers, DEFAULTS.keys()) == ({"report_to": "wandb", "seed": 1}, [])
+    assert foreign.translate(layers) == ({"report_to": "wandb", "seed": 1}, [])
 
 
 def test_the_tables_of_other_trainers_name_no_setting_of_ours():
-    assert not DEFAULTS.keys() & {*foreign.TABLES["ignored"], *foreign.TABLES["renamed"]}
-    assert not set(foreign.TABLES["ignored"]) & foreign.TABLES["meanings"].keys()
-    for meanings in foreign.TABLES["meanings"].values():
+    words, keys = foreign.TABLES["words"], foreign.TABLES["keys"]
+    others = [*foreign.TABLES["ignored"], *foreign.TABLES["renamed"], *keys]
+    assert not DEFAULTS.keys() & set(others) and len(others) == len(set(others))
+    assert words.keys() <= DEFAULTS.keys()
+    for meanings in [*words.values(), *keys.values()]:
         for ours in meanings.values():
             Config(**MODEL, **ours)  # each is a setting with a value that is allowed
 
@@ -742,18 +748,23 @@ def test_an_eval_sets_config():
     assert {key: getattr(c, key) for key in own} == own
 
 
-@pytest.mark.parametrize("key, value, line", [
-    ("chat_template", "{{ x }}", "that of the run"),
-    ("chat_template_kwargs", {}, "that of the run"),
-    ("model_name_or_path", "m", "that of the run"), ("learning_rate", 0.1, "that of the run"),
-    ("rl_type", "grpo", "that of the run"), ("engine", "hf", "that of the run"),
-    ("eval_steps", 5, "that of the run"), ("reward_funcs", ["format"], "that of the run"),
-    ("dtype", "float32", "that of the run"), ("num_generations", 4, "eval_samples"),
+@pytest.mark.parametrize("key, value", [
+    ("chat_template", "{{ x }}"), ("chat_template_kwargs", {}), ("model_name_or_path", "m"),
+    ("learning_rate", 0.1), ("rl_type", "grpo"), ("engine", "hf"), ("eval_steps", 5),
+    ("reward_funcs", ["format"]), ("dtype", "float32"), ("num_generations", 4),
 ])  # fmt: skip
-def test_what_has_no_meaning_in_an_eval_set(key, value, line):
+def test_what_has_no_meaning_in_an_eval_set(key, value):
     name = "torch_dtype" if key == "dtype" else key
     found = mistakes(make_config, eval_datasets={"x": {"dataset_name": "d", key: value}})
-    assert found == [f"eval_datasets: x: {name} has no meaning there, use {line}"]
+    assert found == [f"eval_datasets: x: {name} has no meaning there, only {OF_EVAL_SETS}"]
+
+
+def test_what_has_a_meaning_in_an_eval_set():
+    patterns = OF_EVAL_SETS.split(", ")
+    for name in DEFAULTS:
+        is_named = any(fnmatch(name, pattern) for pattern in patterns)
+        is_of_the_run = name in ("eval_strategy", "eval_steps", "eval_datasets")
+        assert is_marked(name, IN_EVAL_SET) == (is_named and not is_of_the_run)
 
 
 @pytest.mark.parametrize("sets, lines", [
@@ -761,8 +772,8 @@ def test_what_has_no_meaning_in_an_eval_set(key, value, line):
         "eval_datasets={'x': None} must be a valid string or must be a valid dictionary"]),
     ({"x": {}, "y": {"dataset_name": "d", "temperature": 0.6, "what": 1}}, [
         "eval_datasets: x: has no dataset_name",
-        "eval_datasets: y: temperature has no meaning there, use eval_temperature",
-        "eval_datasets: y: unknown key 'what'"]),
+        f"eval_datasets: y: temperature has no meaning there, only {OF_EVAL_SETS}",
+        f"eval_datasets: y: what has no meaning there, only {OF_EVAL_SETS}"]),
     ({"x": {"dataset_name": "d", "eval_samples": 4}}, [
         "eval_datasets: x: eval_temperature=0.0 and eval_samples=4 are several greedy samples, "
         "all the same"]),

@@ -398,7 +398,9 @@ def test_unusable_rows_are_dropped_counted_and_named(tmp_path, capsys):
     assert re.search("dropped 1, no problem text: rows .1.", told)
     assert re.search("dropped 2, no answer: rows .2, 3.", told)
     assert re.search("dropped 1, prompt over max_prompt_length=128 tokens: rows .5.", told)
-    assert re.search("usable, 2 without a solution", told)  # an answer is no solution
+    assert re.search(
+        "kept 2, without a solution to hint from: rows .7, 8.", told
+    )  # an answer is no solution
 
 
 @pytest.mark.parametrize("cell, gold", [
