@@ -113,10 +113,8 @@ def split_chat(turns: list[dict]) -> tuple[list[dict], str]:
         messages.append({"role": role, "content": content})
     while messages and messages[-1]["role"] == "assistant":
         solution = messages.pop()["content"] + "\n" + solution
-    need(
-        not messages or messages[-1]["role"] == "user",
-        "the chat ends with neither the user's turn nor the assistant's",
-    )
+    is_asked = not messages or messages[-1]["role"] == "user"
+    need(is_asked, "the chat ends with neither the user's turn nor the assistant's")
     return messages, solution.rstrip()
 
 

@@ -24,8 +24,7 @@ def changed_settings(config: Config, path: Path) -> list[str]:
     if not path.is_file() or not begun:
         return []
     mine = yaml.safe_load(as_yaml(config))
-    theirs = yaml.safe_load(yaml.safe_dump(DEFAULTS))
-    theirs |= read_settings(path)
+    theirs = yaml.safe_load(yaml.safe_dump(DEFAULTS)) | read_settings(path)
     return [name for name in mine if mine[name] != theirs[name] and not is_marked(name, RESUMABLE)]
 
 

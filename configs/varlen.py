@@ -22,9 +22,7 @@ def attention(
     ends, longest = more.get("cu_seq_lens_q"), more.get("max_length_q")
     if ends is None:
         return sdpa_attention_forward(module, query, key, value, mask, **more)
-    before = -1  # tokens that a token sees: all
-    if more.get("sliding_window"):
-        before = more["sliding_window"] - 1
+    before = (more.get("sliding_window") or 0) - 1  # tokens that a token sees, -1: all
     out = varlen_attn(
         *(states[0].transpose(0, 1) for states in (query, key, value)),
         cu_seq_q=ends,

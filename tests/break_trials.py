@@ -683,7 +683,7 @@ TRIALS += map(
     hint_ratio=[] max_completion_length=1e9 verifier_timeout=1e30 num_generations=0""".split(),
 )
 TRIALS += [
-    out_of_range("reward_funcs=[format,format]", "reward_funcs=.*twice"),
+    out_of_range("reward_funcs=[accuracy,none.py:f]", "^error: config: .*'none.py:f': none"),
     out_of_range("reward_funcs=[acuracy,format]", "^error: config: .*'acuracy': none"),
     out_of_range("temperature=0", "temperature=0.* and num_generations=4"),
     out_of_range("max_completion_length=9000", "^error: .*max_completion_length.*positions"),

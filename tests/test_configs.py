@@ -143,10 +143,6 @@ REFUSED = [
     ("loss_type", "ppo", "loss_type='ppo' must be 'bnpo', 'dapo', 'grpo' or 'dr_grpo'"),
     ("engine", "sglang", "engine='sglang' must be 'hf', 'vllm' or 'server'"),
     ("eval_datasets", "x.jsonl", "eval_datasets='x.jsonl' must be a valid dictionary"),
-    ("chat_template", "no_such_file",
-     "chat_template='no_such_file' is neither Jinja text nor a file"),
-    ("chat_template", "x" * 5000,
-     "chat_template='" + "x" * 89 + " is neither Jinja text nor a file"),
     ("system_prompt", {"a": "b" * 99},
      "system_prompt={'a': '" + "b" * 83 + " must be a valid string"),
 ]  # fmt: skip
@@ -198,7 +194,6 @@ def test_unknown_keys(key, hint):
     ({"torch_dtype": "bfloat16", "bf16": False}, "'bfloat16' and bf16=False disagree"),
     ({"reward_weights": [1.0]}, "need one weight for each reward"),
     ({"reward_funcs": []}, "reward_funcs=[] must have at least 1 item"),
-    ({"reward_funcs": ["accuracy", "accuracy"]}, "('accuracy', 'accuracy') names a reward twice"),
     ({"reward_funcs": ["acuracy", "format"]}, "'acuracy': none of accuracy, format"),
     ({"reward_funcs": ["accuracy", "none.py:f"]}, "'none.py:f': none of accuracy, format, no file"),
     ({"hint_trigger": "acuracy"},
@@ -206,7 +201,7 @@ def test_unknown_keys(key, hint):
     ({"hint_ratio": []}, "hint_ratio=() shows no hint"),
     ({"hint_ratio": [], "hint_exhausted": "drop", "hint_trigger": "always"}, "shows no hint"),
     ({"hint_timing": "deferred", "deferred_share": 0}, "deferred_share=0 must be greater than 0"),
-    ({"temperature": 0}, "temperature=0.0 and num_generations=8 are several greedy samples"),
+    ({"temperature": 0}, "temperature=0.0 and num_generations=8 are greedy samples, all"),
     ({"lr_scheduler_type": "cosin"}, "cosin is not a valid SchedulerType"),
     ({"lr_scheduler_type": "greedy"}, "it is no function of the step"),
     ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "it is no function of the step"),
@@ -512,8 +507,8 @@ def test_a_trl_config_loads_with_model_and_data_overridden(source, tmp_path, cap
     assert (config.epsilon_high, config.loss_type, config.top_k) == (0.28, "dapo", 0)
     assert config.dataset_answer_column == "reward_model.ground_truth"
     assert mistakes(load_config, path, [*OVERRIDES, "gradient_accumulation_steps=4"]) == [
-        "steps_per_generation=8 and gradient_accumulation_steps=4 must be the same: "
-        "a step samples what it trains on"]  # fmt: skip
+        "steps_per_generation=8 is not supported here, only gradient_accumulation_steps=4"
+    ]
 
 
 OPEN_R1 = """
@@ -569,7 +564,7 @@ def test_an_open_r1_recipe_says_at_once_what_is_not_here(tmp_path):
     ("importance_sampling_level", [None, "token"], ["sequence"]), ("fp16", [None, False], [True]),
     ("use_peft", [False], [True]), ("deepspeed", [None], ["zero3.json"]),
     ("generation_kwargs", [None, {}], [{"num_beams": 2}]), ("vllm_tensor_parallel_size", [1], [2]),
-    ("steps_per_generation", [None, 1, "1"], [2, 8]), ("run_name", ["x", None], []),
+    ("steps_per_generation", [None, 1], [2, 8]), ("run_name", ["x", None], []),
     ("top_k", [-1, None, 0], [-5]), ("vllm_mode", ["colocate", None, "server"], []),
     ("torch_dtype", ["auto", None], ["float16"]), ("scale_rewards", [True, "group"], ["batch"]),
 ])  # fmt: skip
@@ -677,7 +672,7 @@ def test_loggers_that_are_not_here_are_told(loggers, told, capsys):
 
 def test_a_command_line_without_loggers_leaves_those_of_the_file():
     layers = [{"report_to": "wandb"}, {"seed": 1}]
-    assert foreign.translate(layers) == ({"report_to": "wandb", "seed": 1}, [])
+    assert foreign.translate(*layers) == ({"report_to": "wandb", "seed": 1}, [])
 
 
 def test_the_tables_of_other_trainers_name_no_setting_of_ours():
@@ -775,8 +770,8 @@ def test_what_has_a_meaning_in_an_eval_set():
         f"eval_datasets: y: temperature has no meaning there, only {OF_EVAL_SETS}",
         f"eval_datasets: y: what has no meaning there, only {OF_EVAL_SETS}"]),
     ({"x": {"dataset_name": "d", "eval_samples": 4}}, [
-        "eval_datasets: x: eval_temperature=0.0 and eval_samples=4 are several greedy samples, "
-        "all the same"]),
+        "eval_datasets: x: temperature=0.0 and num_generations=4 are greedy samples, "
+        "all the same (in an eval set they are eval_temperature and eval_samples)"]),
     ({"x": {"dataset_name": "d", "eval_temperature": "hot"}}, [
         "eval_datasets: x: eval_temperature='hot' must be a valid number"]),
     ({"x": {"dataset_name": "d", "max_prompt_length": 0}}, [
