@@ -84,7 +84,7 @@ def flat(row: dict, levels: int = 4) -> dict:
 
 def check_columns(config: Any, table: list[dict]) -> None:
     """UserError with the columns there are when no row has a wanted one."""
-    c, columns = config, list(dict.fromkeys(column for cells in table for column in cells))
+    c, columns = config, sorted(set().union(*table))
     wanted = [c.dataset_prompt_column, c.dataset_answer_column, *c.dataset_choice_columns]
     has_chats = any(isinstance(cells.get(c.dataset_prompt_column), list) for cells in table)
     if uses_hints(c) and not has_chats:  # a chat can end with the solution

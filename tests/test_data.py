@@ -520,13 +520,14 @@ def test_deep_cells(tmp_path, capsys):
 
 @pytest.mark.parametrize("rows, changes, message", [
     ([{"problem": "4a3b5?", "answer": "(7,2)"}] * 3, {},
-     "no column .'solution', 'solution_hint'. in .'problem', 'answer'."),
+     "no column .'solution', 'solution_hint'. in .'answer', 'problem'."),
     ([{k: ROW[k] for k in ("problem", "solution")}] * 3, {},
      "no column .'solution_hint'. in .'problem', 'solution'"),
     ([dapo(MATH[0], "1")] * 3, columns("prompt", "reward_model.ground_thruth", "x"),
      "no column .'reward_model.ground_thruth'. in .*'reward_model.ground_truth'"),
     ([ROW] * 3, {"curriculum": True}, "no column .'level'"),
-    ([ROW] * 3, {"dataset_prompt_column": "Problem"}, "no column .'Problem'. in .'problem'"),
+    ([ROW] * 3, {"dataset_prompt_column": "Problem"},
+     "no column .'Problem'. in .'problem', 'solution'"),
     ([openr1(MATH[0], "1")] * 3, {"dataset_hint_column": "generations"},
      "none of its 3 rows is usable; generations is a list, not a text"),
     ([], {}, "none of its 0 rows is usable"),
