@@ -23,8 +23,9 @@ def attention(
     if ends is None:
         return sdpa_attention_forward(module, query, key, value, mask, **more)
     before = (more.get("sliding_window") or 0) - 1  # tokens that a token sees, -1: all
+    packed = [states[0].transpose(0, 1) for states in (query, key, value)]
     out = varlen_attn(
-        *(states[0].transpose(0, 1) for states in (query, key, value)),
+        *packed,
         cu_seq_q=ends,
         cu_seq_k=ends,
         max_q=longest,
@@ -36,7 +37,7 @@ def attention(
     return out[None], None
 
 
-def mask(**options: Any) -> Tensor | None:
+def mask_of(**options: Any) -> Tensor | None:
     """sdpa's mask, but none of T x T for packed rows: an empty one, which sdpa itself refuses."""
     is_packed = options.get("allow_is_causal_skip") is False
     if is_packed and options.get("attention_mask") is None:
@@ -45,4 +46,4 @@ def mask(**options: Any) -> Tensor | None:
 
 
 AttentionInterface.register("varlen", attention)
-AttentionMaskInterface.register("varlen", mask)
+AttentionMaskInterface.register("varlen", mask_of)

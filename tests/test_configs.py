@@ -625,6 +625,9 @@ CORRECTION, CAP = "vllm_importance_sampling_correction", "vllm_importance_sampli
      {"use_vllm": True, "engine": "server"}),
     # others
     ({"scale_rewards": "none"}, ["scale_rewards=group"], {}),
+    ({"bf16": True}, ["torch_dtype=float32"], {"torch_dtype": "float32"}),
+    ({"bf16": True, "torch_dtype": "bfloat16"}, ["bf16=false", "torch_dtype=float32"],
+     {"torch_dtype": "float32"}),
     ({"warmup_steps": 0.1}, ["warmup_ratio=0.2"], {"warmup_ratio": 0.2}),
     ({"warmup_ratio": 0.2}, ["warmup_steps=0.1"], {"warmup_ratio": 0.1}),
     ({"steps_per_generation": 2}, ["gradient_accumulation_steps=2"],
