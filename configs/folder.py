@@ -49,8 +49,6 @@ def lock_folder(folder: Path) -> None:
     try:
         fcntl.lockf(locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(
-            f"output_dir={folder}: another process writes there, end it first"
-        ) from None
+        raise UserError(f"output_dir={folder}: another process writes there, end it") from None
     except OSError as error:
         say(f"output_dir={folder} cannot be locked, see that no other run uses it: {error}")

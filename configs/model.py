@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import configs.varlen  # noqa: F401, makes transformers know it
-from configs import UserError, as_user_error, need, say
+from configs import as_user_error, need, say
 from configs.plan import longest_sequence
 from configs.settings import Config
 
@@ -128,13 +128,12 @@ def check_wrapper(name: str, model_config: PretrainedConfig) -> None:
     """A model of several modalities is refused, or told where the library has its text model."""
     text_config = model_config.get_text_config()
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
-    if kind and kind.config_class is type(text_config):
-        tell(f"{name}: of {model_config.model_type} the text model alone is trained and exported")
-        return
-    raise UserError(
+    need(
+        kind and kind.config_class is type(text_config),
         f"{name}: {model_config.model_type} wraps a text model ({text_config.model_type}) and is "
-        "not trained here: name a text model"
+        "not trained here: name a text model",
     )
+    tell(f"{name}: of {model_config.model_type} the text model alone is trained and exported")
 
 
 def turn_off_dropout(name: str, model_config: PretrainedConfig) -> None:
