@@ -185,7 +185,7 @@ def extract_answer(response: str) -> str | None:
     if blocks:
         box = boxed(blocks[0])
         if box is None:
-            return from_sentence(blocks[0])
+            return announced(blocks[0]) or from_sentence(blocks[0])
         return box or None
     text = text.replace("\\fbox", "\\boxed")
     box = boxed(text)
@@ -508,23 +508,21 @@ def is_integer(value: Number) -> bool:
 
 
 def power(base: Number, exponent: Number) -> Number:
-    """Exact where base and exponent say so, after a look at the size of the result."""
+    """Exact where base and exponent say so, after a look at the size of the result; real where it
+    can be: (-8)^(2/3) is 4, the third root of -8 is -2."""
     if base == 0 and exponent > 0:
         return base
     is_exact = isinstance(base, Fraction) and is_integer(exponent)
+    has_odd_root = isinstance(exponent, Fraction) and exponent.denominator % 2 == 1
+    if has_odd_root and not is_exact and is_real(base) and base < 0:
+        size = power(-base, exponent)
+        return size if exponent.numerator % 2 == 0 else -size
     size = bits(base) if is_exact else abs(MP.ln(base))
     if abs(exponent) * size > MAX_SIZE:
         raise ValueError("power too large")
     if is_exact:
         return base ** int(exponent)
     return MP.power(base, exponent)
-
-
-def root(index: Number, base: Number) -> Number:
-    """The real root where there is one: the third root of -8 is -2."""
-    if base < 0 and is_integer(index) and index % 2 == 1:
-        return -power(-base, 1 / index)
-    return power(base, 1 / index)
 
 
 SUMS, PRODUCTS = {"sum", "mixed"}, {"product", "magnitude"}
@@ -582,7 +580,8 @@ def operate(kind: str, values: list[Number]) -> Number:
     if kind == "power":
         return power(*values)
     if kind == "root":
-        return root(*values)
+        index, base = values
+        return power(base, 1 / index)
     if kind in COUNTS and COUNTED.issuperset(values):
         return Fraction(COUNTS[kind](*map(int, values)))
     if kind not in FUNCTIONS:
@@ -828,6 +827,8 @@ def settle_relation(parts: tuple) -> Answer:
     if not names and len(sides) == 2 and sides[0][0] in QUANTITIES and not variables(sides[1]):
         names = [sides[0]]
     name = names[0] if names else None
+    if name and name[0] == "word" and PATTERNS["hedges"].search(name[1]):  # not: 5
+        raise ValueError(name[1])
     value = values[-1]
     numbers = [side for side in values if not variables(side)]
     is_wrong = any(not same(numbers[0], other) for other in numbers[1:])  # 7 = 5
@@ -859,6 +860,8 @@ def same(answer: Answer, gold: Answer) -> bool:
         return same_residue(answer, gold)
     if kinds & STRUCTURES:
         return same_parts(answer, gold)
+    if "piecewise" in kinds:
+        return same_pieces(answer, gold)
     return same_value(answer, gold)
 
 
@@ -977,7 +980,7 @@ def with_names_of(gold: Tree, answer: Tree) -> Tree:
     return answer
 
 
-# ---- regions of the real line ----
+# ---- regions of the real line, and functions by pieces ----
 
 
 def same_region(answer: Tree, gold: Tree) -> bool:
@@ -988,15 +991,57 @@ def same_region(answer: Tree, gold: Tree) -> bool:
         return same_items(answer[1:], gold[1:])
     if len(names) > 1 or (not names and kinds == {"relation"}):
         return same_parts(answer, gold)
-    marks = sorted(end for end in ends(answer) + ends(gold) if abs(end) < MP.inf)
-    if len(marks) > MAX_ITEMS:
-        return False
-    between = [(low + high) / 2 for low, high in itertools.pairwise(marks)]
-    outside = [marks[0] - 1, marks[-1] + 1] if marks else [MP.zero]
-    points = [*marks, *between, *outside]
+    points = spread(ends(answer) + ends(gold))
     in_answer = [holds(answer, x=x) for x in points]
     in_gold = [holds(gold, x=x) for x in points]
     return any(in_gold) and in_answer == in_gold
+
+
+def same_pieces(answer: Tree, gold: Tree) -> bool:
+    """Are they the same function of their variable: at the sample points, where the pieces end and
+    in each of them? What is not by pieces may have values where the other has none."""
+    if len(variables(answer) | variables(gold)) > 1:
+        return same_value(answer, gold)
+    try:
+        points = spread(ends_of_pieces(answer) + ends_of_pieces(gold))
+    except ValueError:  # a condition is not linear
+        return same_value(answer, gold)
+    points += [sample("x", point) for point in range(len(RANGES))]
+    pairs = [(value_at(answer, x), value_at(gold, x)) for x in points]
+    if answer[0] != gold[0]:
+        pairs = [pair for pair in pairs if None not in pair]
+    return bool(pairs) and all(same_or_none(*pair) for pair in pairs)
+
+
+def same_or_none(a: Number | None, b: Number | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return near(a, b)
+
+
+def ends_of_pieces(tree: Tree) -> list[Number]:
+    """Of a function by pieces; "otherwise" has none."""
+    if tree[0] != "piecewise":
+        return []
+    return [end for when in tree[2::2] if variables(when) for end in ends(when)]
+
+
+def value_at(tree: Tree, x: Number) -> Number | None:
+    """None where there is no value: between pieces, at a pole."""
+    try:
+        return evaluate(tree, x=x)
+    except (ValueError, ArithmeticError):
+        return None
+
+
+def spread(marks: list[Number]) -> list[Number]:
+    """The finite marks, and a point between any two neighbours and beyond the outermost."""
+    marks = sorted(mark for mark in marks if abs(mark) < MP.inf)
+    if len(marks) > MAX_ITEMS:
+        raise ValueError("too many ends")
+    between = [(low + high) / 2 for low, high in itertools.pairwise(marks)]
+    outside = [marks[0] - 1, marks[-1] + 1] if marks else [MP.zero]
+    return [*marks, *between, *outside]
 
 
 def ends(tree: Tree) -> list[Number]:
@@ -1096,9 +1141,10 @@ def is_number(tree: Answer | str, with_pi: bool = False) -> bool:
         return is_number(parts[0], with_pi)
     if kind == "power":
         return parts[0] == TEN and is_number(parts[1])
-    if kind == "sum" and len(parts) == 2:  # 3 + 1/8
+    if kind == "sum" and len(parts) == 2:  # 3 + 1/8, not 48 + 48/2
         whole, rest = parts
-        return whole[0] == "num" and rest[0] == "quotient" and is_number(rest)
+        is_mixed = whole[0] == "num" and rest[0] == "quotient" and is_number(rest)
+        return is_mixed and evaluate(rest) < 1
     is_wanted = kind in ("quotient", "mixed")
     if kind == "product" and len(parts) == 2:  # 5 * 10^3
         is_wanted = parts[1] == TEN or parts[1][0] == "power"
