@@ -25,18 +25,17 @@ import math
 import os
 import re
 import runpy
-import select
 import signal
+import socket
 import sys
-import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from subprocess import PIPE, Popen
+from subprocess import DEVNULL, Popen
 from typing import Any, NamedTuple
 
 import yaml
@@ -1384,14 +1383,14 @@ def score(reward: Callable, text: str, gold: str, row: dict) -> tuple[float, str
     return value, None
 
 
-def serve(timeout: str, *names: str) -> None:
-    """A worker's life. It first tells which columns its rewards want (or why it cannot start);
-    {"gold", "row"} opens a group, and each text of it is answered by {"rewards", "errors"}."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what functions print does not mix with the replies
+def serve(pipe: str, timeout: str, *names: str) -> None:
+    """A worker's life at its end of a socket. It first tells which columns its rewards want (or why
+    it cannot start); {"gold", "row"} opens a group, and each text of it is answered by {"rewards",
+    "errors"}."""
+    lines = socket.socket(fileno=int(pipe)).makefile("rw")
 
     def reply(**message) -> None:
-        print(json.dumps(message, allow_nan=False), file=replies, flush=True)
+        print(json.dumps(message, allow_nan=False), file=lines, flush=True)
 
     try:
         rewards = [resolve_reward(name) for name in names]
@@ -1404,7 +1403,7 @@ def serve(timeout: str, *names: str) -> None:
         columns = sorted(set().union(*asked))
     reply(columns=columns)
     group = {}
-    for line in sys.stdin:
+    for line in lines:
         message = json.loads(line)
         if isinstance(message, dict):
             group = message
@@ -1425,45 +1424,44 @@ PIPE_BYTES = 1 << 16  # read at a time
 class Worker:
     """A process in a group of its own, so that whatever it forks is killed with it."""
 
-    def __init__(self, command: list[str]):
-        self.process = Popen(command, stdin=PIPE, stdout=PIPE, bufsize=0, start_new_session=True)
-        os.set_blocking(self.process.stdin.fileno(), False)
+    def __init__(self, arguments: list[str]):
+        self.pipe, theirs = socket.socketpair()
+        with theirs:
+            end = theirs.fileno()
+            self.process = Popen(
+                [sys.executable, os.path.abspath(__file__), str(end), *arguments],
+                stdin=DEVNULL,
+                stdout=2,  # what functions print goes to stderr
+                pass_fds=[end],
+                start_new_session=True,
+            )
         self.group = None  # the last one whose gold and row it got
-        hello = {"refused": "a worker does not start"}
-        reply = self.ask(b"", START)
-        if reply:
-            hello = json.loads(reply)
+        try:
+            hello = self.ask(b"", START)
+        except (OSError, ValueError):
+            hello = {"refused": "a worker does not start"}
         if "refused" in hello:
             self.kill()
             raise UserError(hello["refused"])
         self.columns = hello["columns"]
 
-    def ask(self, request: bytes, seconds: float) -> bytes | None:
-        """Its line of reply; b"" when it died, None when it is late. Never waits longer."""
+    def ask(self, request: bytes, seconds: float) -> dict:
+        """Its reply. TimeoutError when it is late, never later; another OSError when it died, a
+        ValueError when a reward wrote into the socket."""
         deadline = time.monotonic() + seconds
+        self.pipe.settimeout(seconds)  # of all that is sent
+        self.pipe.sendall(request)
         reply = b""
-        stdin, stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
         while not reply.endswith(b"\n"):
-            poller = select.poll()
-            poller.register(stdout, select.POLLIN)
-            if request:
-                poller.register(stdin, select.POLLOUT)
             left = deadline - time.monotonic()
-            ready = dict(poller.poll(max(0.0, 1000 * left)))
-            if not ready:  # a process that has ended may have left its pipe to a child
-                return None if self.process.poll() is None else b""
-            try:
-                if stdin in ready:
-                    request = request[os.write(stdin, request) :]
-                if stdout not in ready:
-                    continue
-                part = os.read(stdout, PIPE_BYTES)
-            except OSError:
-                return b""
+            if left <= 0:
+                raise TimeoutError
+            self.pipe.settimeout(left)
+            part = self.pipe.recv(PIPE_BYTES)
             if not part:
-                return b""
+                raise ConnectionError
             reply += part
-        return reply if reply.startswith(b"{") else b""  # else a reward wrote into the pipe
+        return json.loads(reply)
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -1482,51 +1480,46 @@ class VerifierPool:
     def __init__(self, reward_funcs: list[str], workers: int, timeout: float = 5.0):
         self.names = list(reward_funcs)
         self.timeout = timeout
-        self.command = [sys.executable, os.path.abspath(__file__), str(timeout), *reward_funcs]
         self.stats = {"timeouts": 0, "errors": 0}
         self.error = None
         self.groups = []  # (key, the futures of its texts)
-        self.lock = threading.Lock()
         self.is_closed = False
+        self.workers = []
+        self.idle = [None] * (workers - 1)  # for each thread a worker, or None: one to start
+        self.idle.append(self._start())
+        self.columns = self.idle[-1].columns
         self.threads = ThreadPoolExecutor(workers)
-        self.workers, self.idle = [], []  # one worker for each thread
-        starts = [self.threads.submit(self._start) for _ in range(workers)]
-        try:
-            for start in starts:
-                start.result()
-        except UserError:
-            self.close()
-            raise
-        self.columns = self.workers[0].columns
 
     def submit(self, key: Any, texts: list[str], gold: str, row: dict | None = None) -> None:
         """Queue the G `texts` of one problem; returns at once. `row`: JSON values by name, the
         "problem", the data's columns, strict_answers (see rollout.row_of); what the rewards'
         signatures name is sent."""
-        group = self._group(gold, row or {})
-        replies = [self.threads.submit(self._ask, text, group) for text in texts]
-        self.groups.append((key, replies))
+        self.groups.append((key, self._ask_all(texts, gold, row or {})))
 
     def poll(self, wait: bool) -> list[tuple]:
         """(key, rewards_GF) of the groups that are ready; with `wait`, of all submitted ones."""
         ready, waiting = [], []
-        for key, replies in self.groups:
-            if wait or all(reply.done() for reply in replies):
-                ready.append((key, [reply.result()["rewards"] for reply in replies]))
-            else:
-                waiting.append((key, replies))
+        for key, futures in self.groups:
+            if not wait and not all(future.done() for future in futures):
+                waiting.append((key, futures))
+                continue
+            replies = [future.result() for future in futures]
+            ready.append((key, [reply["rewards"] for reply in replies]))
+            for reply in replies:
+                errors = [error for error in reply["errors"] if error]
+                if errors:
+                    self.stats[reply.get("kind", "errors")] += 1
+                    self.error = errors[0]
         self.groups = waiting
         return ready
 
     def probe(self, examples: list[tuple[str, dict]]) -> None:
         """Try the rewards on the (gold, row) of some problems, with the gold and with nothing as
         response; UserError names one that fails every time."""
-        calls = []
+        futures = []
         for gold, row in examples:
-            group = self._group(gold, row)
-            for text in (gold, ""):
-                calls.append(self.threads.submit(self._ask, text, group))
-        replies = [call.result() for call in calls]
+            futures += self._ask_all([gold, ""], gold, row)
+        replies = [future.result() for future in futures]
         for index, name in enumerate(self.names):
             errors = [reply["errors"][index] for reply in replies]
             if errors and all(errors):
@@ -1534,60 +1527,56 @@ class VerifierPool:
                     f"reward {name!r} failed in all {len(errors)} trials: {errors[0]}; "
                     "f(response, gold) -> float is wanted, or columns by their names"
                 )
-        self.stats = dict.fromkeys(self.stats, 0)
-        self.error = None
 
     def close(self) -> None:
         """Drop what is still queued and stop the workers. Can be called twice."""
         self.is_closed = True
+        self.threads.shutdown(wait=False, cancel_futures=True)
         for worker in list(self.workers):
             worker.kill()
-        self.threads.shutdown(cancel_futures=True)
+        self.threads.shutdown()
 
-    def _group(self, gold: str, row: dict) -> bytes:
+    def _ask_all(self, texts: list[str], gold: str, row: dict) -> list[Future]:
         names = row if self.columns is None else self.columns
         columns = {name: row[name] for name in names if name in row}
-        return json.dumps({"gold": gold, "row": columns}).encode() + b"\n"
+        group = json.dumps({"gold": gold, "row": columns}).encode() + b"\n"
+        return [self.threads.submit(self._ask, text, group) for text in texts]
 
     def _ask(self, text: str, group: bytes, may_retry: bool = True) -> dict:
         """In a thread: {"rewards", "errors"} of one text."""
         worker = self.idle.pop()
+        if worker is None:
+            worker = self._start()
         request = json.dumps(text).encode() + b"\n"
         if worker.group is not group:
             request = group + request
         worker.group = group
-        reply = worker.ask(request, self.timeout + GRACE)
-        if reply:
+        try:
+            reply = worker.ask(request, self.timeout + GRACE)
             self.idle.append(worker)
-            return self._counted(json.loads(reply), "errors")
+            return reply
+        except TimeoutError:  # a process that has ended may have left its socket to a child
+            is_late = worker.process.poll() is None
+        except (OSError, ValueError):
+            is_late = False
         worker.kill()
         self.workers.remove(worker)
-        if not self.is_closed:
-            self._start()
-        if reply == b"" and may_retry and not self.is_closed:
+        self.idle.append(None)
+        if is_late:
+            kind, error = "timeouts", f"no reply within {self.timeout} s"
+        elif may_retry and not self.is_closed:
             return self._ask(text, group, may_retry=False)
-        if reply is None:
-            return self._counted(self._failed(f"no reply within {self.timeout} s"), "timeouts")
-        return self._counted(self._failed("its worker died"), "errors")
+        else:
+            kind, error = "errors", "its worker died"
+        n = len(self.names)
+        return {"rewards": [0.0] * n, "errors": [error] * n, "kind": kind}
 
-    def _failed(self, why: str) -> dict:
-        return {"rewards": [0.0] * len(self.names), "errors": [why] * len(self.names)}
-
-    def _counted(self, reply: dict, kind: str) -> dict:
-        errors = [error for error in reply["errors"] if error]
-        if errors:
-            with self.lock:
-                self.stats[kind] += 1
-                self.error = errors[0]
-        return reply
-
-    def _start(self) -> None:
-        worker = Worker(self.command)
-        with self.lock:
-            self.workers.append(worker)
-            self.idle.append(worker)
+    def _start(self) -> Worker:
+        worker = Worker([str(self.timeout), *self.names])
+        self.workers.append(worker)
         if self.is_closed:
             worker.kill()
+        return worker
 
 
 if __name__ == "__main__":
