@@ -32,7 +32,6 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from subprocess import DEVNULL, Popen
@@ -393,17 +392,16 @@ class Reader:
         while length < len(words) and words[length] in NUMBER_WORDS:
             length += 1
         value = ("num", spelled(words[:length]))
-        if length == len(words):
-            return value
         return self.measured(value, " ".join(words[length:]))
 
     def measured(self, value: Tree, words: str) -> Tree:
         """A value and the words after it: a unit, or a multiplier and perhaps a unit."""
+        if not words:
+            return value
         first, _, rest = words.partition(" ")
         factor = MULTIPLIERS.get(first.rstrip("s"))
         if factor:
-            value = ("magnitude", value, ("num", factor))
-            return self.measured(value, rest) if rest else value
+            return self.measured(("magnitude", value, ("num", factor)), rest)
         if PATTERNS["hedges"].search(words) or not NO_UNITS.isdisjoint(words.split()):
             raise ValueError(words)
         name = unit_name(words)
@@ -490,7 +488,7 @@ def number(token: str) -> Fraction:
 
 MP = MPContext()
 MP.dps = 100
-EQUAL_DIGITS = 60  # of two numbers that are not exact
+TOLERANCE = MP.mpf(10) ** -60  # relative, of numbers that are not exact
 CONSTANTS = {"π": +MP.pi, "e": +MP.e, "i": MP.j, "∞": MP.inf, "°": MP.pi / 180}
 
 
@@ -597,9 +595,7 @@ def near(a: Number, b: Number) -> bool:
         return True
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return False
-    a, b = MP.convert(a), MP.convert(b)
-    tolerance = max(abs(a), abs(b)) / 10**EQUAL_DIGITS
-    return tolerance < MP.inf and abs(a - b) <= tolerance  # an infinity equals only itself
+    return MP.almosteq(MP.convert(a), MP.convert(b), TOLERANCE, 0)
 
 
 def is_real(value: Number) -> bool:
@@ -664,21 +660,16 @@ FLIPPED = {">": "<", "≥": "≤"}
 QUANTITIES = {"quotient", "ratio", *FUNCTIONS}  # cos A = 1/2 is an answer of 1/2, xy = 5 a curve
 
 
-@dataclass(frozen=True)
-class Equation:
-    """name = value, as of x = 5; `whole` is left side - right side, for lines and conics."""
+class Equation(NamedTuple):
+    """The tree of name = value, as of x = 5; `whole` is left - right side, of lines and conics."""
 
+    kind: str  # "equation"
     name: Tree | None
     value: Tree | None
     whole: Tree | None
 
 
-Answer = Tree | Equation  # a settled tree: its parts are answers, or the signs of a relation
-
-
-def kind_of(answer: Answer) -> str:
-    """The kind of a tree, "" of an equation."""
-    return "" if isinstance(answer, Equation) else answer[0]
+Answer = Tree  # a settled one: its parts are answers, or the signs of a relation
 
 
 def settle(tree: Tree) -> Answer:
@@ -761,17 +752,17 @@ def settle_items(kind: str, parts: Any) -> Answer:
     """A list or set of several items; conditions are a region; 2 h and 15 min are one value."""
     items = []
     for part in parts:
-        if kind_of(part) == "list":
+        if part[0] == "list":
             items += part[1:]
         else:
             items.append(part)
     if not 0 < len(items) <= MAX_ITEMS:
         raise ValueError("no items, or too many")
-    kinds = [kind_of(item) for item in items]
+    kinds = [item[0] for item in items]
     if not REGIONS.isdisjoint(kinds):
         conditions = [as_condition(item, items[0]) for item in items]  # 1/2 or x < 3: x = 1/2
         return ("union" if kind in ("or", "∨") else "intersection", *conditions)
-    if kind in LOGIC and "" not in kinds:
+    if kind in LOGIC and "equation" not in kinds:
         return (kind, *parts)
     if len(items) == 1:
         return items[0]
@@ -798,7 +789,7 @@ def as_condition(item: Answer, first: Answer) -> Tree:
         if item.value[0] in STRUCTURES:
             return item.value
         return ("relation", item.name, "=", item.value)
-    is_exclusion = kind_of(first) == "relation" and first[2] == "≠"
+    is_exclusion = first[0] == "relation" and first[2] == "≠"
     if is_exclusion and item[0] not in STRUCTURES:
         return ("relation", first[1], "≠", item)
     return item
@@ -836,7 +827,7 @@ def settle_relation(parts: tuple) -> Answer:
     whole = None
     if list(signs) == ["="] and any(map(variables, sides)):
         whole = ("scaled", ("sum", sides[0], ("negative", sides[1])))
-    return Equation(name, value, whole)
+    return Equation("equation", name, value, whole)
 
 
 # ---- when two answers are the same ----
@@ -933,33 +924,26 @@ def same_items(items: tuple, gold_items: tuple) -> bool:
     return True
 
 
-class Quantity(NamedTuple):
+def quantity(tree: Tree) -> tuple[Tree, Tree, set[str]]:
     """A value and its units: of 5 % the 5, the product of 5 and 1/100, and {"%"}."""
-
-    bare: Tree
-    sized: Tree
-    units: set[str]
-
-
-def quantity(tree: Tree) -> Quantity:
     if tree[0] != "unit":
-        return Quantity(tree, tree, set())
+        return tree, tree, set()
     _, value, name, size = tree
-    inner = quantity(value)
-    sized = ("product", inner.sized, FACTORS.get(name, size))
-    return Quantity(inner.bare, sized, inner.units | {name})
+    bare, sized, units = quantity(value)
+    return bare, ("product", sized, FACTORS.get(name, size)), units | {name}
 
 
 def same_value(answer: Tree, gold: Tree) -> bool:
     """With units ignored when one side has none; a % or ° may also be a factor."""
-    a, b = quantity(with_names_of(gold, answer)), quantity(gold)
-    if a.units and b.units:
-        is_comparable = a.units <= b.units or b.units <= a.units
-        return is_comparable and equal(a.sized, b.sized)
-    if equal(a.bare, b.bare):
+    a, sized_a, units_a = quantity(with_names_of(gold, answer))
+    b, sized_b, units_b = quantity(gold)
+    if units_a and units_b:
+        is_comparable = units_a <= units_b or units_b <= units_a
+    elif equal(a, b):
         return True
-    is_factor = a.units | b.units <= FACTORS.keys()
-    return is_factor and equal(a.sized, b.sized)
+    else:
+        is_comparable = units_a | units_b <= FACTORS.keys()
+    return is_comparable and equal(sized_a, sized_b)
 
 
 INTEGER_NAMES, CONSTANT_NAMES = set("kmnl"), set("CcKk")
@@ -1047,9 +1031,10 @@ def ends(tree: Tree) -> list[Number]:
     """All points where the region may begin or end; ValueError when a condition is not linear."""
     kind, *parts = tree
     found = []
-    if kind in ("union", "intersection", "without", "list", "set"):
+    if kind in ("union", "intersection", "without", "list", "set", "tuple"):
         for part in parts:
-            found += ends(part)
+            if isinstance(part, tuple):
+                found += ends(part)
         return found
     if (kind == "relation") != bool(variables(tree)):
         raise ValueError("neither a condition on a variable nor a number")
@@ -1057,9 +1042,6 @@ def ends(tree: Tree) -> list[Number]:
         for left, right in itertools.pairwise(parts[::2]):
             found += roots(left, right)
         return found
-    if kind == "tuple" and len(parts) == 3:
-        _, low, high = parts
-        return [MP.convert(evaluate(low)), MP.convert(evaluate(high))]
     return [MP.convert(evaluate(tree))]
 
 
@@ -1384,9 +1366,9 @@ def score(reward: Callable, text: str, gold: str, row: dict) -> tuple[float, str
 
 
 def serve(pipe: str, timeout: str, *names: str) -> None:
-    """A worker's life at its end of a socket. It first tells which columns its rewards want (or why
-    it cannot start); {"gold", "row"} opens a group, and each text of it is answered by {"rewards",
-    "errors"}."""
+    """A worker's life at its end of a socket. It first tells why it cannot start, or that nothing
+    is {"refused": null}; {"gold", "row"} opens a group, and each text of it is answered by
+    {"rewards", "errors"}."""
     lines = socket.socket(fileno=int(pipe)).makefile("rw")
 
     def reply(**message) -> None:
@@ -1397,11 +1379,7 @@ def serve(pipe: str, timeout: str, *names: str) -> None:
     except UserError as error:
         reply(refused=str(error))
         return
-    asked = [wanted_columns(reward) for reward in rewards]
-    columns = None  # all
-    if None not in asked:
-        columns = sorted(set().union(*asked))
-    reply(columns=columns)
+    reply(refused=None)
     group = {}
     for line in lines:
         message = json.loads(line)
@@ -1440,10 +1418,9 @@ class Worker:
             hello = self.ask(b"", START)
         except (OSError, ValueError):
             hello = {"refused": "a worker does not start"}
-        if "refused" in hello:
+        if hello["refused"]:
             self.kill()
             raise UserError(hello["refused"])
-        self.columns = hello["columns"]
 
     def ask(self, request: bytes, seconds: float) -> dict:
         """Its reply. TimeoutError when it is late, never later; another OSError when it died, a
@@ -1484,16 +1461,18 @@ class VerifierPool:
         self.error = None
         self.groups = []  # (key, the futures of its texts)
         self.is_closed = False
-        self.workers = []
-        self.idle = [None] * (workers - 1)  # for each thread a worker, or None: one to start
-        self.idle.append(self._start())
-        self.columns = self.idle[-1].columns
         self.threads = ThreadPoolExecutor(workers)
+        self.workers = []  # one for each thread
+        starts = [self.threads.submit(self._start) for _ in range(workers)]
+        try:
+            self.idle = [start.result() for start in starts]
+        except UserError:
+            self.close()
+            raise
 
     def submit(self, key: Any, texts: list[str], gold: str, row: dict | None = None) -> None:
         """Queue the G `texts` of one problem; returns at once. `row`: JSON values by name, the
-        "problem", the data's columns, strict_answers (see rollout.row_of); what the rewards'
-        signatures name is sent."""
+        "problem", the data's columns, strict_answers (see rollout.row_of)."""
         self.groups.append((key, self._ask_all(texts, gold, row or {})))
 
     def poll(self, wait: bool) -> list[tuple]:
@@ -1537,16 +1516,12 @@ class VerifierPool:
         self.threads.shutdown()
 
     def _ask_all(self, texts: list[str], gold: str, row: dict) -> list[Future]:
-        names = row if self.columns is None else self.columns
-        columns = {name: row[name] for name in names if name in row}
-        group = json.dumps({"gold": gold, "row": columns}).encode() + b"\n"
+        group = json.dumps({"gold": gold, "row": row}).encode() + b"\n"
         return [self.threads.submit(self._ask, text, group) for text in texts]
 
     def _ask(self, text: str, group: bytes, may_retry: bool = True) -> dict:
         """In a thread: {"rewards", "errors"} of one text."""
         worker = self.idle.pop()
-        if worker is None:
-            worker = self._start()
         request = json.dumps(text).encode() + b"\n"
         if worker.group is not group:
             request = group + request
@@ -1561,7 +1536,8 @@ class VerifierPool:
             is_late = False
         worker.kill()
         self.workers.remove(worker)
-        self.idle.append(None)
+        if not self.is_closed:
+            self.idle.append(self._start())
         if is_late:
             kind, error = "timeouts", f"no reply within {self.timeout} s"
         elif may_retry and not self.is_closed:

@@ -1141,7 +1141,6 @@ ROW = {"problem": "What is 2+3?", "level": 4, "secret": "x", "strict_answers": F
 
 def test_rewards_see_the_row(make_pool, user):
     pool = make_pool(["accuracy", user + ":see"], workers=2)
-    assert pool.columns == ["level", "problem", "strict_answers"]  # the secret is not sent
     pool.submit("group", ["\\boxed{2+3}"] * 2, "5", ROW)
     pool.submit("strict", ["\\boxed{2+3}"] * 2, "5", ROW | {"strict_answers": True})
     assert dict(pool.poll(wait=True)) == {"group": [[1.0, 16.0]] * 2, "strict": [[0.0, 16.0]] * 2}
