@@ -138,6 +138,9 @@ def from_sentence(text: str) -> str:
     if len(text) > MAX_CHARS or PATTERNS["hedges"].search(text):
         return text
     words = WORD.findall(TEXT_COMMAND.sub("", text))
+    told = PATTERNS["result"].search(text)
+    if told:
+        return told[1]
     calculation, _, result = text.rpartition("=")
     if words and CALCULATION.search(calculation):  # 330 km / 110 km/h = 3 hours
         return result
@@ -705,7 +708,7 @@ def settle_value(tree: Tree) -> Answer:
 def times(matrix: Tree, factor: Tree) -> Tree:
     """A settled matrix or vector with all its cells multiplied."""
     if matrix[0] not in ("matrix", "cells", "tuple"):
-        return ("product", factor, matrix)
+        return worked_out(("product", factor, matrix))
     return with_parts(matrix, lambda part: times(part, factor))
 
 
@@ -730,7 +733,13 @@ def vector(tree: Tree) -> Tree:
     if not equal(substituted(tree, nothing), ZERO):
         raise ValueError("a vector and a number")
     axes = [substituted(tree, nothing | {axis: ONE}) for axis in BASIS[:size]]
-    return ("tuple", "()", *axes)
+    return ("tuple", "()", *map(worked_out, axes))
+
+
+def worked_out(tree: Tree) -> Tree:
+    """A number for a tree that has an exact value."""
+    value = None if variables(tree) else evaluate(tree)
+    return ("num", value) if isinstance(value, Fraction) else tree
 
 
 def settle_rows(kind: str, tree: Tree) -> Answer:
@@ -1109,6 +1118,9 @@ def compares(a: Number, sign: str, b: Number) -> bool:
 # ---- an answer must be as worked out as the gold ----
 
 
+MANY_DIVISORS = math.lcm(*range(1, 21))
+
+
 def is_number(tree: Answer | str, with_pi: bool = False) -> bool:
     """A numeral, fraction, mixed number or a times a power of ten, with sign, unit or percent."""
     if not isinstance(tree, tuple):
@@ -1158,9 +1170,39 @@ def is_unsolved(equation: Equation) -> bool:
     return bool(variables(equation.value)) and equation.value[0] != "quotient"
 
 
+def has_numerals(tree: Answer) -> bool:
+    """Is a number wherever one stands: as the answer, an item, an end of an interval, a side?"""
+    kind, *parts = tree
+    if kind == "equation":
+        return tree.value is None or has_numerals(tree.value)
+    if kind in STRUCTURES:
+        return all(has_numerals(part) for part in parts if isinstance(part, tuple))
+    return is_number(tree) or bool(variables(tree)) or ("∞",) in walk(tree)
+
+
+def has_like_terms(tree: Tree) -> bool:
+    """Does a sum in it hold two terms whose quotient is a rational number, such as 3x + 2x?"""
+    for part in walk(tree):
+        if part[0] == "sum" and not is_number(part):
+            pairs = itertools.combinations(part[1:], 2)
+            if any(is_rational_quotient(a, b) for a, b in pairs):
+                return True
+    return False
+
+
+def is_rational_quotient(a: Tree, b: Tree) -> bool:
+    try:
+        quotients = [evaluate(a, point) * (1 / evaluate(b, point)) for point in (1, 2)]
+    except REFUSED:
+        return False
+    multiple = MANY_DIVISORS * MP.convert(quotients[0])
+    is_whole = is_real(multiple) and near(multiple, MP.nint(multiple))
+    return is_whole and near(*quotients) and multiple != 0
+
+
 def is_worked_out(answer: Answer, gold: Answer) -> bool:
-    """A number wants a number, what is solved for its variable something solved. Items of lists,
-    tuples and matrices are not looked at."""
+    """A number wants a number, also as an item or an end; what is solved for its variable wants
+    something solved; like terms are collected."""
     if isinstance(gold, Equation):
         if is_unsolved(gold):
             return True
@@ -1171,6 +1213,10 @@ def is_worked_out(answer: Answer, gold: Answer) -> bool:
     if is_number(gold):
         is_angle = any(part[:1] == ("unit",) and part[2] == "°" for part in walk(gold))
         return is_number(value, with_pi=is_angle)
+    if has_numerals(gold) and not has_numerals(value):
+        return False
+    if has_like_terms(value) and not has_like_terms(gold):
+        return False
     if gold[0] in REGIONS or value[0] in REGIONS:
         return is_solved(value) or not is_solved(gold)
     return True
@@ -1189,19 +1235,23 @@ def is_plain(tree: Answer | str) -> bool:
 
 
 def is_copied(answer: str, gold: str, problem: str) -> bool:
-    """Does the answer stand in the problem's text as it is, and the gold not?"""
-    problem = squeezed(problem)
-    return stands_in(problem, answer) and not stands_in(problem, gold)
+    """Does the answer, or its last side, stand in the problem's text as it is, and the gold not?"""
+    problem, answer = squeezed(problem), squeezed(answer)
+    _, _, side = answer.rpartition("=")
+    bare = side.strip("$").removeprefix("(").removesuffix(")")
+    copies = [text for text in (answer, side, bare) if stands_in(problem, text)]
+    return bool(copies) and not stands_in(problem, squeezed(gold))
 
 
 def stands_in(problem: str, answer: str) -> bool:
-    """Is the answer in a squeezed text, not as a part of a word or number?"""
-    answer = re.escape(squeezed(answer).strip("$"))
+    """Is the answer in the text, not as a part of a word or number? Both are squeezed."""
+    answer = re.escape(answer.strip("$"))
     return bool(re.search(rf"(?<![A-Za-z0-9\\]){answer}(?![A-Za-z0-9])", problem))
 
 
 def squeezed(text: str) -> str:
-    """Without blanks, braces and sizes."""
+    """Without blanks, braces and sizes, dollars around all formulas."""
+    text = re.sub(r"\\[()\[\]]", "$", text)
     text = re.sub(r"\\(?:left|right|displaystyle|[,;:! ])|[\s{}]", "", text)
     return re.sub(r"\\[dtc]frac", r"\\frac", text)
 

@@ -81,6 +81,10 @@ def load(name: str) -> list[dict]:
         ("The final answer is $5$. I hope it is correct.", "$5$"),
         ("work\n#### 12", "12"),
         ("**Answer:** 3/4", "3/4"),
+        ("The correct option is **C**.", "C"),
+        ("So, the answer is $7\\sqrt{2}$, approximately 9.9.", "$7\\sqrt{2}$"),
+        ("<answer>9*2=18. Final answer: 18</answer>", "18"),
+        ("<answer>The range of $a$ is $(-\\infty,-1]$.</answer>", "$(-\\infty,-1]$"),
         ("no phrase, no box, 5", None),
         ("", None),
     ],
@@ -522,6 +526,10 @@ def test_worked_out(gold, answer, strict, loose):
 )
 def test_copies_of_the_problem(problem, gold, answer, score):
     assert accuracy_reward("\\boxed{%s}" % answer, gold, problem) == score
+    for written in ("\\(%s\\)", "\\[%s\\]", "$%s$", "\\left(%s\\right)", "y = %s"):
+        if not score:
+            response = f"<answer>{written % answer}</answer>"
+            assert accuracy_reward(response, gold, problem) == score, written
     assert accuracy_reward("\\boxed{%s}" % answer, gold, problem, strict_answers=False) == 1
 
 
