@@ -59,11 +59,13 @@ Number = Any  # a Fraction while it is exact, else an mpf or mpc of 100 digits
 PATTERNS = {name: re.compile(pattern) for name, pattern in NOTATION["responses"].items()}
 STRAY_END = re.compile(PATTERNS["stray"].pattern + r"\Z")
 MAX_OPEN_BLOCK = 200  # characters of an <answer> that is never closed
+BLOCK = re.compile(r"<answer>((?:(?!<answer>).)*?)(</answer>|\Z)", re.DOTALL)
 MIN_WORDS = 3  # of a sentence
 NUMERAL = re.compile(r"-?\d+(?:\.\d+)?")  # the 9 of \boxed 9
 TEXT_COMMAND = re.compile(r"\\text\w*|\\mathrm")
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # "so" and "is" of: so \sin x is 1
 CALCULATION = re.compile(r"\d.*[-+*/×÷]")  # 330 km / 110 km/h
+FORMULA_SIGNS = tuple("+-*/^_{")  # beside what is no whole answer
 UNIT_AFTER = re.compile(r"\s*(?:\\text\w*\s*\{[^{}]*\}|[A-Za-z/]+)?")  # km/h, \text{ cats}
 
 
@@ -113,19 +115,6 @@ def closing(box: str, brace: str) -> int | None:
     return None
 
 
-def answer_blocks(text: str) -> list[str]:
-    """What stands in <answer>..</answer>; a last one that is not closed counts if it is short."""
-    _, *pieces = text.split("<answer>")
-    blocks = []
-    for number, piece in enumerate(pieces, 1):
-        body, end, _ = piece.partition("</answer>")
-        body = body.strip()
-        is_last = number == len(pieces)
-        if end or (is_last and len(body) <= MAX_OPEN_BLOCK):
-            blocks.append(without_stray(body))
-    return blocks
-
-
 def without_stray(body: str) -> str:
     """Without tags, fences and end markers at its beginning and in its last 200 characters."""
     end = STRAY_END.sub("", body[-MAX_OPEN_BLOCK:])
@@ -148,6 +137,9 @@ def from_sentence(text: str) -> str:
     if calculation or len(words) < MIN_WORDS or len(numbers) != 1:
         return text
     (number,) = numbers
+    before, after = text[: number.start()].rstrip(), text[number.end() :].lstrip()
+    if before.endswith(FORMULA_SIGNS) or after.startswith(FORMULA_SIGNS):  # the 4 of \pi + 4
+        return text
     unit = UNIT_AFTER.match(text, number.end())
     return number[0] + unit[0]
 
@@ -173,20 +165,24 @@ def extract_answer(response: str) -> str | None:
     the usual phrases.
     """
     _, _, text = response.rpartition("</think>")
-    blocks = answer_blocks(text)
+    found = list(BLOCK.finditer(text))
     if "<think>" in text:
-        _, _, last_block = text.rpartition("<answer>")
-        body, end, after = last_block.partition("</answer>")
-        is_block = end or len(body.strip()) <= MAX_OPEN_BLOCK
-        if not is_block or not PATTERNS["stray"].fullmatch(after):
+        found = found[-1:]
+        if not found or not PATTERNS["stray"].fullmatch(text, found[0].end()):
             return None
-        text, blocks = "", blocks[-1:]
-    if len(set(blocks)) > 1:
+        text = ""
+    bodies = set()
+    for body, end in (block.groups() for block in found):
+        body = body.strip()
+        if end or len(body) <= MAX_OPEN_BLOCK:
+            bodies.add(without_stray(body))
+    if len(bodies) > 1:
         return None
-    if blocks:
-        box = boxed(blocks[0])
+    if bodies:
+        (body,) = bodies
+        box = boxed(body)
         if box is None:
-            return announced(blocks[0]) or from_sentence(blocks[0])
+            return announced(body) or from_sentence(body)
         return box or None
     text = text.replace("\\fbox", "\\boxed")
     box = boxed(text)
@@ -482,9 +478,8 @@ def number(token: str) -> Fraction:
     if not match:
         return Fraction(token)
     whole, fixed, cycle = match.groups()
-    start = int(whole + fixed or "0")
-    repeated = Fraction(int(whole + fixed + cycle) - start, 10 ** len(cycle) - 1)
-    return repeated / 10 ** len(fixed)
+    repeated = Fraction(int(cycle), 10 ** len(cycle) - 1)
+    return Fraction(f"0{whole}.{fixed}") + repeated / 10 ** len(fixed)
 
 
 # ---- values ----
@@ -1389,22 +1384,16 @@ def resolve_reward(name: str) -> Callable:
     return reward
 
 
-def wanted_columns(reward: Callable) -> set[str] | None:
-    """The columns that a reward asks for after (response, gold); None for all of them."""
-    parameters = list(inspect.signature(reward).parameters.values())
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    return {parameter.name for parameter in parameters[2:]}
-
-
 # ---- workers: one line of JSON in, one out ----
 
 
 def score(reward: Callable, text: str, gold: str, row: dict) -> tuple[float, str | None]:
-    """The reward of one text, or 0.0 and what went wrong."""
-    names = wanted_columns(reward)
+    """The reward of one text, or 0.0 and what went wrong. The reward gets the columns that it names
+    after (response, gold), all of them as **row."""
+    parameters = list(inspect.signature(reward).parameters.values())
     columns = row
-    if names is not None:
+    if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+        names = [parameter.name for parameter in parameters[2:]]
         columns = {name: row[name] for name in names if name in row}
     try:
         value = float(reward(text, gold, **columns))
