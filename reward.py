@@ -25,18 +25,16 @@ import math
 import os
 import re
 import runpy
-import select
 import signal
+import socket
 import sys
-import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from subprocess import PIPE, Popen
+from subprocess import DEVNULL, Popen
 from typing import Any, NamedTuple
 
 import yaml
@@ -61,11 +59,13 @@ Number = Any  # a Fraction while it is exact, else an mpf or mpc of 100 digits
 PATTERNS = {name: re.compile(pattern) for name, pattern in NOTATION["responses"].items()}
 STRAY_END = re.compile(PATTERNS["stray"].pattern + r"\Z")
 MAX_OPEN_BLOCK = 200  # characters of an <answer> that is never closed
+BLOCK = re.compile(r"<answer>((?:(?!<answer>).)*?)(</answer>|\Z)", re.DOTALL)
 MIN_WORDS = 3  # of a sentence
 NUMERAL = re.compile(r"-?\d+(?:\.\d+)?")  # the 9 of \boxed 9
 TEXT_COMMAND = re.compile(r"\\text\w*|\\mathrm")
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # "so" and "is" of: so \sin x is 1
 CALCULATION = re.compile(r"\d.*[-+*/×÷]")  # 330 km / 110 km/h
+FORMULA_SIGNS = tuple("+-*/^_{")  # beside what is no whole answer
 UNIT_AFTER = re.compile(r"\s*(?:\\text\w*\s*\{[^{}]*\}|[A-Za-z/]+)?")  # km/h, \text{ cats}
 
 
@@ -115,19 +115,6 @@ def closing(box: str, brace: str) -> int | None:
     return None
 
 
-def answer_blocks(text: str) -> list[str]:
-    """What stands in <answer>..</answer>; a last one that is not closed counts if it is short."""
-    _, *pieces = text.split("<answer>")
-    blocks = []
-    for number, piece in enumerate(pieces, 1):
-        body, end, _ = piece.partition("</answer>")
-        body = body.strip()
-        is_last = number == len(pieces)
-        if end or (is_last and len(body) <= MAX_OPEN_BLOCK):
-            blocks.append(without_stray(body))
-    return blocks
-
-
 def without_stray(body: str) -> str:
     """Without tags, fences and end markers at its beginning and in its last 200 characters."""
     end = STRAY_END.sub("", body[-MAX_OPEN_BLOCK:])
@@ -140,6 +127,9 @@ def from_sentence(text: str) -> str:
     if len(text) > MAX_CHARS or PATTERNS["hedges"].search(text):
         return text
     words = WORD.findall(TEXT_COMMAND.sub("", text))
+    told = PATTERNS["result"].search(text)
+    if told:
+        return told[1]
     calculation, _, result = text.rpartition("=")
     if words and CALCULATION.search(calculation):  # 330 km / 110 km/h = 3 hours
         return result
@@ -147,6 +137,9 @@ def from_sentence(text: str) -> str:
     if calculation or len(words) < MIN_WORDS or len(numbers) != 1:
         return text
     (number,) = numbers
+    before, after = text[: number.start()].rstrip(), text[number.end() :].lstrip()
+    if before.endswith(FORMULA_SIGNS) or after.startswith(FORMULA_SIGNS):  # the 4 of \pi + 4
+        return text
     unit = UNIT_AFTER.match(text, number.end())
     return number[0] + unit[0]
 
@@ -172,20 +165,24 @@ def extract_answer(response: str) -> str | None:
     the usual phrases.
     """
     _, _, text = response.rpartition("</think>")
-    blocks = answer_blocks(text)
+    found = list(BLOCK.finditer(text))
     if "<think>" in text:
-        _, _, last_block = text.rpartition("<answer>")
-        body, end, after = last_block.partition("</answer>")
-        is_block = end or len(body.strip()) <= MAX_OPEN_BLOCK
-        if not is_block or not PATTERNS["stray"].fullmatch(after):
+        found = found[-1:]
+        if not found or not PATTERNS["stray"].fullmatch(text, found[0].end()):
             return None
-        text, blocks = "", blocks[-1:]
-    if len(set(blocks)) > 1:
+        text = ""
+    bodies = set()
+    for body, end in (block.groups() for block in found):
+        body = body.strip()
+        if end or len(body) <= MAX_OPEN_BLOCK:
+            bodies.add(without_stray(body))
+    if len(bodies) > 1:
         return None
-    if blocks:
-        box = boxed(blocks[0])
+    if bodies:
+        (body,) = bodies
+        box = boxed(body)
         if box is None:
-            return from_sentence(blocks[0])
+            return announced(body) or from_sentence(body)
         return box or None
     text = text.replace("\\fbox", "\\boxed")
     box = boxed(text)
@@ -394,17 +391,16 @@ class Reader:
         while length < len(words) and words[length] in NUMBER_WORDS:
             length += 1
         value = ("num", spelled(words[:length]))
-        if length == len(words):
-            return value
         return self.measured(value, " ".join(words[length:]))
 
     def measured(self, value: Tree, words: str) -> Tree:
         """A value and the words after it: a unit, or a multiplier and perhaps a unit."""
+        if not words:
+            return value
         first, _, rest = words.partition(" ")
         factor = MULTIPLIERS.get(first.rstrip("s"))
         if factor:
-            value = ("magnitude", value, ("num", factor))
-            return self.measured(value, rest) if rest else value
+            return self.measured(("magnitude", value, ("num", factor)), rest)
         if PATTERNS["hedges"].search(words) or not NO_UNITS.isdisjoint(words.split()):
             raise ValueError(words)
         name = unit_name(words)
@@ -482,16 +478,15 @@ def number(token: str) -> Fraction:
     if not match:
         return Fraction(token)
     whole, fixed, cycle = match.groups()
-    start = int(whole + fixed or "0")
-    repeated = Fraction(int(whole + fixed + cycle) - start, 10 ** len(cycle) - 1)
-    return repeated / 10 ** len(fixed)
+    repeated = Fraction(int(cycle), 10 ** len(cycle) - 1)
+    return Fraction(f"0{whole}.{fixed}") + repeated / 10 ** len(fixed)
 
 
 # ---- values ----
 
 MP = MPContext()
 MP.dps = 100
-EQUAL_DIGITS = 60  # of two numbers that are not exact
+TOLERANCE = MP.mpf(10) ** -60  # relative, of numbers that are not exact
 CONSTANTS = {"π": +MP.pi, "e": +MP.e, "i": MP.j, "∞": MP.inf, "°": MP.pi / 180}
 
 
@@ -508,23 +503,21 @@ def is_integer(value: Number) -> bool:
 
 
 def power(base: Number, exponent: Number) -> Number:
-    """Exact where base and exponent say so, after a look at the size of the result."""
+    """Exact where base and exponent say so, after a look at the size of the result; real where it
+    can be: (-8)^(2/3) is 4, the third root of -8 is -2."""
     if base == 0 and exponent > 0:
         return base
     is_exact = isinstance(base, Fraction) and is_integer(exponent)
+    has_odd_root = isinstance(exponent, Fraction) and exponent.denominator % 2 == 1
+    if has_odd_root and not is_exact and is_real(base) and base < 0:
+        size = power(-base, exponent)
+        return size if exponent.numerator % 2 == 0 else -size
     size = bits(base) if is_exact else abs(MP.ln(base))
     if abs(exponent) * size > MAX_SIZE:
         raise ValueError("power too large")
     if is_exact:
         return base ** int(exponent)
     return MP.power(base, exponent)
-
-
-def root(index: Number, base: Number) -> Number:
-    """The real root where there is one: the third root of -8 is -2."""
-    if base < 0 and is_integer(index) and index % 2 == 1:
-        return -power(-base, 1 / index)
-    return power(base, 1 / index)
 
 
 SUMS, PRODUCTS = {"sum", "mixed"}, {"product", "magnitude"}
@@ -582,7 +575,8 @@ def operate(kind: str, values: list[Number]) -> Number:
     if kind == "power":
         return power(*values)
     if kind == "root":
-        return root(*values)
+        index, base = values
+        return power(base, 1 / index)
     if kind in COUNTS and COUNTED.issuperset(values):
         return Fraction(COUNTS[kind](*map(int, values)))
     if kind not in FUNCTIONS:
@@ -599,9 +593,7 @@ def near(a: Number, b: Number) -> bool:
         return True
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return False
-    a, b = MP.convert(a), MP.convert(b)
-    tolerance = max(abs(a), abs(b)) / 10**EQUAL_DIGITS
-    return tolerance < MP.inf and abs(a - b) <= tolerance  # an infinity equals only itself
+    return MP.almosteq(MP.convert(a), MP.convert(b), TOLERANCE, 0)
 
 
 def is_real(value: Number) -> bool:
@@ -666,21 +658,16 @@ FLIPPED = {">": "<", "≥": "≤"}
 QUANTITIES = {"quotient", "ratio", *FUNCTIONS}  # cos A = 1/2 is an answer of 1/2, xy = 5 a curve
 
 
-@dataclass(frozen=True)
-class Equation:
-    """name = value, as of x = 5; `whole` is left side - right side, for lines and conics."""
+class Equation(NamedTuple):
+    """The tree of name = value, as of x = 5; `whole` is left - right side, of lines and conics."""
 
+    kind: str  # "equation"
     name: Tree | None
     value: Tree | None
     whole: Tree | None
 
 
-Answer = Tree | Equation  # a settled tree: its parts are answers, or the signs of a relation
-
-
-def kind_of(answer: Answer) -> str:
-    """The kind of a tree, "" of an equation."""
-    return "" if isinstance(answer, Equation) else answer[0]
+Answer = Tree  # a settled one: its parts are answers, or the signs of a relation
 
 
 def settle(tree: Tree) -> Answer:
@@ -716,7 +703,7 @@ def settle_value(tree: Tree) -> Answer:
 def times(matrix: Tree, factor: Tree) -> Tree:
     """A settled matrix or vector with all its cells multiplied."""
     if matrix[0] not in ("matrix", "cells", "tuple"):
-        return ("product", factor, matrix)
+        return worked_out(("product", factor, matrix))
     return with_parts(matrix, lambda part: times(part, factor))
 
 
@@ -741,7 +728,13 @@ def vector(tree: Tree) -> Tree:
     if not equal(substituted(tree, nothing), ZERO):
         raise ValueError("a vector and a number")
     axes = [substituted(tree, nothing | {axis: ONE}) for axis in BASIS[:size]]
-    return ("tuple", "()", *axes)
+    return ("tuple", "()", *map(worked_out, axes))
+
+
+def worked_out(tree: Tree) -> Tree:
+    """A number for a tree that has an exact value."""
+    value = None if variables(tree) else evaluate(tree)
+    return ("num", value) if isinstance(value, Fraction) else tree
 
 
 def settle_rows(kind: str, tree: Tree) -> Answer:
@@ -763,17 +756,17 @@ def settle_items(kind: str, parts: Any) -> Answer:
     """A list or set of several items; conditions are a region; 2 h and 15 min are one value."""
     items = []
     for part in parts:
-        if kind_of(part) == "list":
+        if part[0] == "list":
             items += part[1:]
         else:
             items.append(part)
     if not 0 < len(items) <= MAX_ITEMS:
         raise ValueError("no items, or too many")
-    kinds = [kind_of(item) for item in items]
+    kinds = [item[0] for item in items]
     if not REGIONS.isdisjoint(kinds):
         conditions = [as_condition(item, items[0]) for item in items]  # 1/2 or x < 3: x = 1/2
         return ("union" if kind in ("or", "∨") else "intersection", *conditions)
-    if kind in LOGIC and "" not in kinds:
+    if kind in LOGIC and "equation" not in kinds:
         return (kind, *parts)
     if len(items) == 1:
         return items[0]
@@ -800,7 +793,7 @@ def as_condition(item: Answer, first: Answer) -> Tree:
         if item.value[0] in STRUCTURES:
             return item.value
         return ("relation", item.name, "=", item.value)
-    is_exclusion = kind_of(first) == "relation" and first[2] == "≠"
+    is_exclusion = first[0] == "relation" and first[2] == "≠"
     if is_exclusion and item[0] not in STRUCTURES:
         return ("relation", first[1], "≠", item)
     return item
@@ -828,6 +821,8 @@ def settle_relation(parts: tuple) -> Answer:
     if not names and len(sides) == 2 and sides[0][0] in QUANTITIES and not variables(sides[1]):
         names = [sides[0]]
     name = names[0] if names else None
+    if name and name[0] == "word" and PATTERNS["hedges"].search(name[1]):  # not: 5
+        raise ValueError(name[1])
     value = values[-1]
     numbers = [side for side in values if not variables(side)]
     is_wrong = any(not same(numbers[0], other) for other in numbers[1:])  # 7 = 5
@@ -836,7 +831,7 @@ def settle_relation(parts: tuple) -> Answer:
     whole = None
     if list(signs) == ["="] and any(map(variables, sides)):
         whole = ("scaled", ("sum", sides[0], ("negative", sides[1])))
-    return Equation(name, value, whole)
+    return Equation("equation", name, value, whole)
 
 
 # ---- when two answers are the same ----
@@ -859,6 +854,8 @@ def same(answer: Answer, gold: Answer) -> bool:
         return same_residue(answer, gold)
     if kinds & STRUCTURES:
         return same_parts(answer, gold)
+    if "piecewise" in kinds:
+        return same_pieces(answer, gold)
     return same_value(answer, gold)
 
 
@@ -931,33 +928,26 @@ def same_items(items: tuple, gold_items: tuple) -> bool:
     return True
 
 
-class Quantity(NamedTuple):
+def quantity(tree: Tree) -> tuple[Tree, Tree, set[str]]:
     """A value and its units: of 5 % the 5, the product of 5 and 1/100, and {"%"}."""
-
-    bare: Tree
-    sized: Tree
-    units: set[str]
-
-
-def quantity(tree: Tree) -> Quantity:
     if tree[0] != "unit":
-        return Quantity(tree, tree, set())
+        return tree, tree, set()
     _, value, name, size = tree
-    inner = quantity(value)
-    sized = ("product", inner.sized, FACTORS.get(name, size))
-    return Quantity(inner.bare, sized, inner.units | {name})
+    bare, sized, units = quantity(value)
+    return bare, ("product", sized, FACTORS.get(name, size)), units | {name}
 
 
 def same_value(answer: Tree, gold: Tree) -> bool:
     """With units ignored when one side has none; a % or ° may also be a factor."""
-    a, b = quantity(with_names_of(gold, answer)), quantity(gold)
-    if a.units and b.units:
-        is_comparable = a.units <= b.units or b.units <= a.units
-        return is_comparable and equal(a.sized, b.sized)
-    if equal(a.bare, b.bare):
+    a, sized_a, units_a = quantity(with_names_of(gold, answer))
+    b, sized_b, units_b = quantity(gold)
+    if units_a and units_b:
+        is_comparable = units_a <= units_b or units_b <= units_a
+    elif equal(a, b):
         return True
-    is_factor = a.units | b.units <= FACTORS.keys()
-    return is_factor and equal(a.sized, b.sized)
+    else:
+        is_comparable = units_a | units_b <= FACTORS.keys()
+    return is_comparable and equal(sized_a, sized_b)
 
 
 INTEGER_NAMES, CONSTANT_NAMES = set("kmnl"), set("CcKk")
@@ -977,7 +967,7 @@ def with_names_of(gold: Tree, answer: Tree) -> Tree:
     return answer
 
 
-# ---- regions of the real line ----
+# ---- regions of the real line, and functions by pieces ----
 
 
 def same_region(answer: Tree, gold: Tree) -> bool:
@@ -988,24 +978,67 @@ def same_region(answer: Tree, gold: Tree) -> bool:
         return same_items(answer[1:], gold[1:])
     if len(names) > 1 or (not names and kinds == {"relation"}):
         return same_parts(answer, gold)
-    marks = sorted(end for end in ends(answer) + ends(gold) if abs(end) < MP.inf)
-    if len(marks) > MAX_ITEMS:
-        return False
-    between = [(low + high) / 2 for low, high in itertools.pairwise(marks)]
-    outside = [marks[0] - 1, marks[-1] + 1] if marks else [MP.zero]
-    points = [*marks, *between, *outside]
+    points = spread(ends(answer) + ends(gold))
     in_answer = [holds(answer, x=x) for x in points]
     in_gold = [holds(gold, x=x) for x in points]
     return any(in_gold) and in_answer == in_gold
+
+
+def same_pieces(answer: Tree, gold: Tree) -> bool:
+    """Are they the same function of their variable: at the sample points, where the pieces end and
+    in each of them? What is not by pieces may have values where the other has none."""
+    if len(variables(answer) | variables(gold)) > 1:
+        return same_value(answer, gold)
+    try:
+        points = spread(ends_of_pieces(answer) + ends_of_pieces(gold))
+    except ValueError:  # a condition is not linear
+        return same_value(answer, gold)
+    points += [sample("x", point) for point in range(len(RANGES))]
+    pairs = [(value_at(answer, x), value_at(gold, x)) for x in points]
+    if answer[0] != gold[0]:
+        pairs = [pair for pair in pairs if None not in pair]
+    return bool(pairs) and all(same_or_none(*pair) for pair in pairs)
+
+
+def same_or_none(a: Number | None, b: Number | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return near(a, b)
+
+
+def ends_of_pieces(tree: Tree) -> list[Number]:
+    """Of a function by pieces; "otherwise" has none."""
+    if tree[0] != "piecewise":
+        return []
+    return [end for when in tree[2::2] if variables(when) for end in ends(when)]
+
+
+def value_at(tree: Tree, x: Number) -> Number | None:
+    """None where there is no value: between pieces, at a pole."""
+    try:
+        return evaluate(tree, x=x)
+    except (ValueError, ArithmeticError):
+        return None
+
+
+def spread(marks: list[Number]) -> list[Number]:
+    """The finite marks, and a point between any two neighbours and beyond the outermost."""
+    marks = sorted(mark for mark in marks if abs(mark) < MP.inf)
+    if len(marks) > MAX_ITEMS:
+        raise ValueError("too many ends")
+    between = [(low + high) / 2 for low, high in itertools.pairwise(marks)]
+    outside = [marks[0] - 1, marks[-1] + 1] if marks else [MP.zero]
+    return [*marks, *between, *outside]
 
 
 def ends(tree: Tree) -> list[Number]:
     """All points where the region may begin or end; ValueError when a condition is not linear."""
     kind, *parts = tree
     found = []
-    if kind in ("union", "intersection", "without", "list", "set"):
+    if kind in ("union", "intersection", "without", "list", "set", "tuple"):
         for part in parts:
-            found += ends(part)
+            if isinstance(part, tuple):
+                found += ends(part)
         return found
     if (kind == "relation") != bool(variables(tree)):
         raise ValueError("neither a condition on a variable nor a number")
@@ -1013,9 +1046,6 @@ def ends(tree: Tree) -> list[Number]:
         for left, right in itertools.pairwise(parts[::2]):
             found += roots(left, right)
         return found
-    if kind == "tuple" and len(parts) == 3:
-        _, low, high = parts
-        return [MP.convert(evaluate(low)), MP.convert(evaluate(high))]
     return [MP.convert(evaluate(tree))]
 
 
@@ -1083,6 +1113,9 @@ def compares(a: Number, sign: str, b: Number) -> bool:
 # ---- an answer must be as worked out as the gold ----
 
 
+MANY_DIVISORS = math.lcm(*range(1, 21))
+
+
 def is_number(tree: Answer | str, with_pi: bool = False) -> bool:
     """A numeral, fraction, mixed number or a times a power of ten, with sign, unit or percent."""
     if not isinstance(tree, tuple):
@@ -1096,9 +1129,10 @@ def is_number(tree: Answer | str, with_pi: bool = False) -> bool:
         return is_number(parts[0], with_pi)
     if kind == "power":
         return parts[0] == TEN and is_number(parts[1])
-    if kind == "sum" and len(parts) == 2:  # 3 + 1/8
+    if kind == "sum" and len(parts) == 2:  # 3 + 1/8, not 48 + 48/2
         whole, rest = parts
-        return whole[0] == "num" and rest[0] == "quotient" and is_number(rest)
+        is_mixed = whole[0] == "num" and rest[0] == "quotient" and is_number(rest)
+        return is_mixed and evaluate(rest) < 1
     is_wanted = kind in ("quotient", "mixed")
     if kind == "product" and len(parts) == 2:  # 5 * 10^3
         is_wanted = parts[1] == TEN or parts[1][0] == "power"
@@ -1131,9 +1165,39 @@ def is_unsolved(equation: Equation) -> bool:
     return bool(variables(equation.value)) and equation.value[0] != "quotient"
 
 
+def has_numerals(tree: Answer) -> bool:
+    """Is a number wherever one stands: as the answer, an item, an end of an interval, a side?"""
+    kind, *parts = tree
+    if kind == "equation":
+        return tree.value is None or has_numerals(tree.value)
+    if kind in STRUCTURES:
+        return all(has_numerals(part) for part in parts if isinstance(part, tuple))
+    return is_number(tree) or bool(variables(tree)) or ("∞",) in walk(tree)
+
+
+def has_like_terms(tree: Tree) -> bool:
+    """Does a sum in it hold two terms whose quotient is a rational number, such as 3x + 2x?"""
+    for part in walk(tree):
+        if part[0] == "sum" and not is_number(part):
+            pairs = itertools.combinations(part[1:], 2)
+            if any(is_rational_quotient(a, b) for a, b in pairs):
+                return True
+    return False
+
+
+def is_rational_quotient(a: Tree, b: Tree) -> bool:
+    try:
+        quotients = [evaluate(a, point) * (1 / evaluate(b, point)) for point in (1, 2)]
+    except REFUSED:
+        return False
+    multiple = MANY_DIVISORS * MP.convert(quotients[0])
+    is_whole = is_real(multiple) and near(multiple, MP.nint(multiple))
+    return is_whole and near(*quotients) and multiple != 0
+
+
 def is_worked_out(answer: Answer, gold: Answer) -> bool:
-    """A number wants a number, what is solved for its variable something solved. Items of lists,
-    tuples and matrices are not looked at."""
+    """A number wants a number, also as an item or an end; what is solved for its variable wants
+    something solved; like terms are collected."""
     if isinstance(gold, Equation):
         if is_unsolved(gold):
             return True
@@ -1144,6 +1208,10 @@ def is_worked_out(answer: Answer, gold: Answer) -> bool:
     if is_number(gold):
         is_angle = any(part[:1] == ("unit",) and part[2] == "°" for part in walk(gold))
         return is_number(value, with_pi=is_angle)
+    if has_numerals(gold) and not has_numerals(value):
+        return False
+    if has_like_terms(value) and not has_like_terms(gold):
+        return False
     if gold[0] in REGIONS or value[0] in REGIONS:
         return is_solved(value) or not is_solved(gold)
     return True
@@ -1162,19 +1230,23 @@ def is_plain(tree: Answer | str) -> bool:
 
 
 def is_copied(answer: str, gold: str, problem: str) -> bool:
-    """Does the answer stand in the problem's text as it is, and the gold not?"""
-    problem = squeezed(problem)
-    return stands_in(problem, answer) and not stands_in(problem, gold)
+    """Does the answer, or its last side, stand in the problem's text as it is, and the gold not?"""
+    problem, answer = squeezed(problem), squeezed(answer)
+    _, _, side = answer.rpartition("=")
+    bare = side.strip("$").removeprefix("(").removesuffix(")")
+    copies = [text for text in (answer, side, bare) if stands_in(problem, text)]
+    return bool(copies) and not stands_in(problem, squeezed(gold))
 
 
 def stands_in(problem: str, answer: str) -> bool:
-    """Is the answer in a squeezed text, not as a part of a word or number?"""
-    answer = re.escape(squeezed(answer).strip("$"))
+    """Is the answer in the text, not as a part of a word or number? Both are squeezed."""
+    answer = re.escape(answer.strip("$"))
     return bool(re.search(rf"(?<![A-Za-z0-9\\]){answer}(?![A-Za-z0-9])", problem))
 
 
 def squeezed(text: str) -> str:
-    """Without blanks, braces and sizes."""
+    """Without blanks, braces and sizes, dollars around all formulas."""
+    text = re.sub(r"\\[()\[\]]", "$", text)
     text = re.sub(r"\\(?:left|right|displaystyle|[,;:! ])|[\s{}]", "", text)
     return re.sub(r"\\[dtc]frac", r"\\frac", text)
 
@@ -1312,22 +1384,16 @@ def resolve_reward(name: str) -> Callable:
     return reward
 
 
-def wanted_columns(reward: Callable) -> set[str] | None:
-    """The columns that a reward asks for after (response, gold); None for all of them."""
-    parameters = list(inspect.signature(reward).parameters.values())
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    return {parameter.name for parameter in parameters[2:]}
-
-
 # ---- workers: one line of JSON in, one out ----
 
 
 def score(reward: Callable, text: str, gold: str, row: dict) -> tuple[float, str | None]:
-    """The reward of one text, or 0.0 and what went wrong."""
-    names = wanted_columns(reward)
+    """The reward of one text, or 0.0 and what went wrong. The reward gets the columns that it names
+    after (response, gold), all of them as **row."""
+    parameters = list(inspect.signature(reward).parameters.values())
     columns = row
-    if names is not None:
+    if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
+        names = [parameter.name for parameter in parameters[2:]]
         columns = {name: row[name] for name in names if name in row}
     try:
         value = float(reward(text, gold, **columns))
@@ -1338,27 +1404,23 @@ def score(reward: Callable, text: str, gold: str, row: dict) -> tuple[float, str
     return value, None
 
 
-def serve(timeout: str, *names: str) -> None:
-    """A worker's life. It first tells which columns its rewards want (or why it cannot start);
-    {"gold", "row"} opens a group, and each text of it is answered by {"rewards", "errors"}."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what functions print does not mix with the replies
+def serve(pipe: str, timeout: str, *names: str) -> None:
+    """A worker's life at its end of a socket. It first tells why it cannot start, or that nothing
+    is {"refused": null}; {"gold", "row"} opens a group, and each text of it is answered by
+    {"rewards", "errors"}."""
+    lines = socket.socket(fileno=int(pipe)).makefile("rw")
 
     def reply(**message) -> None:
-        print(json.dumps(message, allow_nan=False), file=replies, flush=True)
+        print(json.dumps(message, allow_nan=False), file=lines, flush=True)
 
     try:
         rewards = [resolve_reward(name) for name in names]
     except UserError as error:
         reply(refused=str(error))
         return
-    asked = [wanted_columns(reward) for reward in rewards]
-    columns = None  # all
-    if None not in asked:
-        columns = sorted(set().union(*asked))
-    reply(columns=columns)
+    reply(refused=None)
     group = {}
-    for line in sys.stdin:
+    for line in lines:
         message = json.loads(line)
         if isinstance(message, dict):
             group = message
@@ -1379,45 +1441,43 @@ PIPE_BYTES = 1 << 16  # read at a time
 class Worker:
     """A process in a group of its own, so that whatever it forks is killed with it."""
 
-    def __init__(self, command: list[str]):
-        self.process = Popen(command, stdin=PIPE, stdout=PIPE, bufsize=0, start_new_session=True)
-        os.set_blocking(self.process.stdin.fileno(), False)
+    def __init__(self, arguments: list[str]):
+        self.pipe, theirs = socket.socketpair()
+        with theirs:
+            end = theirs.fileno()
+            self.process = Popen(
+                [sys.executable, os.path.abspath(__file__), str(end), *arguments],
+                stdin=DEVNULL,
+                stdout=2,  # what functions print goes to stderr
+                pass_fds=[end],
+                start_new_session=True,
+            )
         self.group = None  # the last one whose gold and row it got
-        hello = {"refused": "a worker does not start"}
-        reply = self.ask(b"", START)
-        if reply:
-            hello = json.loads(reply)
-        if "refused" in hello:
+        try:
+            hello = self.ask(b"", START)
+        except (OSError, ValueError):
+            hello = {"refused": "a worker does not start"}
+        if hello["refused"]:
             self.kill()
             raise UserError(hello["refused"])
-        self.columns = hello["columns"]
 
-    def ask(self, request: bytes, seconds: float) -> bytes | None:
-        """Its line of reply; b"" when it died, None when it is late. Never waits longer."""
+    def ask(self, request: bytes, seconds: float) -> dict:
+        """Its reply. TimeoutError when it is late, never later; another OSError when it died, a
+        ValueError when a reward wrote into the socket."""
         deadline = time.monotonic() + seconds
+        self.pipe.settimeout(seconds)  # of all that is sent
+        self.pipe.sendall(request)
         reply = b""
-        stdin, stdout = self.process.stdin.fileno(), self.process.stdout.fileno()
         while not reply.endswith(b"\n"):
-            poller = select.poll()
-            poller.register(stdout, select.POLLIN)
-            if request:
-                poller.register(stdin, select.POLLOUT)
             left = deadline - time.monotonic()
-            ready = dict(poller.poll(max(0.0, 1000 * left)))
-            if not ready:  # a process that has ended may have left its pipe to a child
-                return None if self.process.poll() is None else b""
-            try:
-                if stdin in ready:
-                    request = request[os.write(stdin, request) :]
-                if stdout not in ready:
-                    continue
-                part = os.read(stdout, PIPE_BYTES)
-            except OSError:
-                return b""
+            if left <= 0:
+                raise TimeoutError
+            self.pipe.settimeout(left)
+            part = self.pipe.recv(PIPE_BYTES)
             if not part:
-                return b""
+                raise ConnectionError
             reply += part
-        return reply if reply.startswith(b"{") else b""  # else a reward wrote into the pipe
+        return json.loads(reply)
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -1436,51 +1496,48 @@ class VerifierPool:
     def __init__(self, reward_funcs: list[str], workers: int, timeout: float = 5.0):
         self.names = list(reward_funcs)
         self.timeout = timeout
-        self.command = [sys.executable, os.path.abspath(__file__), str(timeout), *reward_funcs]
         self.stats = {"timeouts": 0, "errors": 0}
         self.error = None
         self.groups = []  # (key, the futures of its texts)
-        self.lock = threading.Lock()
         self.is_closed = False
         self.threads = ThreadPoolExecutor(workers)
-        self.workers, self.idle = [], []  # one worker for each thread
+        self.workers = []  # one for each thread
         starts = [self.threads.submit(self._start) for _ in range(workers)]
         try:
-            for start in starts:
-                start.result()
+            self.idle = [start.result() for start in starts]
         except UserError:
             self.close()
             raise
-        self.columns = self.workers[0].columns
 
     def submit(self, key: Any, texts: list[str], gold: str, row: dict | None = None) -> None:
         """Queue the G `texts` of one problem; returns at once. `row`: JSON values by name, the
-        "problem", the data's columns, strict_answers (see rollout.row_of); what the rewards'
-        signatures name is sent."""
-        group = self._group(gold, row or {})
-        replies = [self.threads.submit(self._ask, text, group) for text in texts]
-        self.groups.append((key, replies))
+        "problem", the data's columns, strict_answers (see rollout.row_of)."""
+        self.groups.append((key, self._ask_all(texts, gold, row or {})))
 
     def poll(self, wait: bool) -> list[tuple]:
         """(key, rewards_GF) of the groups that are ready; with `wait`, of all submitted ones."""
         ready, waiting = [], []
-        for key, replies in self.groups:
-            if wait or all(reply.done() for reply in replies):
-                ready.append((key, [reply.result()["rewards"] for reply in replies]))
-            else:
-                waiting.append((key, replies))
+        for key, futures in self.groups:
+            if not wait and not all(future.done() for future in futures):
+                waiting.append((key, futures))
+                continue
+            replies = [future.result() for future in futures]
+            ready.append((key, [reply["rewards"] for reply in replies]))
+            for reply in replies:
+                errors = [error for error in reply["errors"] if error]
+                if errors:
+                    self.stats[reply.get("kind", "errors")] += 1
+                    self.error = errors[0]
         self.groups = waiting
         return ready
 
     def probe(self, examples: list[tuple[str, dict]]) -> None:
         """Try the rewards on the (gold, row) of some problems, with the gold and with nothing as
         response; UserError names one that fails every time."""
-        calls = []
+        futures = []
         for gold, row in examples:
-            group = self._group(gold, row)
-            for text in (gold, ""):
-                calls.append(self.threads.submit(self._ask, text, group))
-        replies = [call.result() for call in calls]
+            futures += self._ask_all([gold, ""], gold, row)
+        replies = [future.result() for future in futures]
         for index, name in enumerate(self.names):
             errors = [reply["errors"][index] for reply in replies]
             if errors and all(errors):
@@ -1488,20 +1545,18 @@ class VerifierPool:
                     f"reward {name!r} failed in all {len(errors)} trials: {errors[0]}; "
                     "f(response, gold) -> float is wanted, or columns by their names"
                 )
-        self.stats = dict.fromkeys(self.stats, 0)
-        self.error = None
 
     def close(self) -> None:
         """Drop what is still queued and stop the workers. Can be called twice."""
         self.is_closed = True
+        self.threads.shutdown(wait=False, cancel_futures=True)
         for worker in list(self.workers):
             worker.kill()
-        self.threads.shutdown(cancel_futures=True)
+        self.threads.shutdown()
 
-    def _group(self, gold: str, row: dict) -> bytes:
-        names = row if self.columns is None else self.columns
-        columns = {name: row[name] for name in names if name in row}
-        return json.dumps({"gold": gold, "row": columns}).encode() + b"\n"
+    def _ask_all(self, texts: list[str], gold: str, row: dict) -> list[Future]:
+        group = json.dumps({"gold": gold, "row": row}).encode() + b"\n"
+        return [self.threads.submit(self._ask, text, group) for text in texts]
 
     def _ask(self, text: str, group: bytes, may_retry: bool = True) -> dict:
         """In a thread: {"rewards", "errors"} of one text."""
@@ -1510,38 +1565,33 @@ class VerifierPool:
         if worker.group is not group:
             request = group + request
         worker.group = group
-        reply = worker.ask(request, self.timeout + GRACE)
-        if reply:
+        try:
+            reply = worker.ask(request, self.timeout + GRACE)
             self.idle.append(worker)
-            return self._counted(json.loads(reply), "errors")
+            return reply
+        except TimeoutError:  # a process that has ended may have left its socket to a child
+            is_late = worker.process.poll() is None
+        except (OSError, ValueError):
+            is_late = False
         worker.kill()
         self.workers.remove(worker)
         if not self.is_closed:
-            self._start()
-        if reply == b"" and may_retry and not self.is_closed:
+            self.idle.append(self._start())
+        if is_late:
+            kind, error = "timeouts", f"no reply within {self.timeout} s"
+        elif may_retry and not self.is_closed:
             return self._ask(text, group, may_retry=False)
-        if reply is None:
-            return self._counted(self._failed(f"no reply within {self.timeout} s"), "timeouts")
-        return self._counted(self._failed("its worker died"), "errors")
+        else:
+            kind, error = "errors", "its worker died"
+        n = len(self.names)
+        return {"rewards": [0.0] * n, "errors": [error] * n, "kind": kind}
 
-    def _failed(self, why: str) -> dict:
-        return {"rewards": [0.0] * len(self.names), "errors": [why] * len(self.names)}
-
-    def _counted(self, reply: dict, kind: str) -> dict:
-        errors = [error for error in reply["errors"] if error]
-        if errors:
-            with self.lock:
-                self.stats[kind] += 1
-                self.error = errors[0]
-        return reply
-
-    def _start(self) -> None:
-        worker = Worker(self.command)
-        with self.lock:
-            self.workers.append(worker)
-            self.idle.append(worker)
+    def _start(self) -> Worker:
+        worker = Worker([str(self.timeout), *self.names])
+        self.workers.append(worker)
         if self.is_closed:
             worker.kill()
+        return worker
 
 
 if __name__ == "__main__":

@@ -178,10 +178,11 @@ def as_tuple(tree, other):
 
 def agree_values(a, b) -> bool:
     """Without their units or, as percent and degrees, with them."""
-    x, y = reward.quantity(a), reward.quantity(b)
-    pairs = [(x.sized, y.sized)]
-    if not x.units or not y.units:
-        pairs.append((x.bare, y.bare))
+    bare_a, sized_a, units_a = reward.quantity(a)
+    bare_b, sized_b, units_b = reward.quantity(b)
+    pairs = [(sized_a, sized_b)]
+    if not units_a or not units_b:
+        pairs.append((bare_a, bare_b))
     return any(is_zero(expression(left) - expression(right)) for left, right in pairs)
 
 
@@ -215,7 +216,7 @@ def judge(answer: str, gold: str) -> bool | None:
 
 
 def is_value(tree) -> bool:
-    return isinstance(tree, tuple) and tree[0] not in reward.STRUCTURES
+    return tree is not None and tree[0] not in {*reward.STRUCTURES, "equation"}
 
 
 @pytest.mark.parametrize("label, kind, gold, answer", PAIRS)

