@@ -69,7 +69,6 @@ HEAD_LOGITS = 2**25  # of a chunk of tokens, forward and backward
 HEAD_TOKENS = 64  # of a chunk at least
 HEAD_CHUNKS = 16  # of a micro-batch at most: in bfloat16 each rounds the sum of the head's gradient
 CHARS_PER_TOKEN = 8  # longer hints are not tried: to tokenise a whole book takes seconds
-MAX_NONFINITE = 10  # updates in a row that nonfinite: skip leaves out
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_RIGHTS = {errno.EROFS, errno.EACCES, errno.EPERM}
 NO_SUCH_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
@@ -97,7 +96,6 @@ class State:
     method: dict = field(default_factory=dict)  # see hints.py
     mismatch: list = field(default_factory=list)  # k3 of the last steps that compared something
     trend: list = field(default_factory=list)  # metrics of the last steps, for watch_collapse
-    nonfinite: int = 0  # updates left out in a row
     idle: int = 0  # steps without a gradient in a row
     prompts_per_step: int = 0
     steps: int = 0  # that the run was to have
@@ -626,7 +624,7 @@ def optimize(run: Run, rows: list[Row], lr: float) -> dict[str, float]:
             loss = loss * batch["token_weight"]  # E6
             loss.sum().backward()
             sums.append(token_sums(loss.detach(), is_clipped, entropy, old_logp[i], batch, c))
-        norm = update(run, rows)
+        norm = update(run)
     return token_metrics(sums) | {"grad_norm": norm, "lr": lr}
 
 
@@ -663,22 +661,15 @@ def signed_row(context: list[int], targets: list[int], sign: float) -> Row:
     return row
 
 
-def update(run: Run, rows: list[Row]) -> float:
-    """One optimizer step; returns the gradient's norm. Where that is not finite nothing moves."""
+def update(run: Run) -> float:
+    """One optimizer step; returns the gradient's norm, which is finite, else nothing moves."""
     norm = float(fsdp_utils.clip_grad_norm(run.policy.parameters(), run.config.max_grad_norm))
-    if math.isfinite(norm):
-        run.optimizer.step()
-        run.state.nonfinite = 0
-    else:
-        path = run.folder / f"nonfinite_step_{run.state.step + 1:06d}_rank_{run.rank}.pt"
-        torch.save(rows, path)
-        run.state.nonfinite += 1
-        allowed = MAX_NONFINITE if run.config.nonfinite == "skip" else 0
-        need(
-            run.state.nonfinite <= allowed,
-            f"gradient norm is {norm}, {run.state.nonfinite} times in a row. Its batch: {path}. "
-            "Is learning_rate too high, or are the weights not finite?",
-        )
+    need(
+        math.isfinite(norm),
+        f"gradient norm is {norm} in step {run.state.step + 1}: is learning_rate too high, or are "
+        "the weights not finite?",
+    )
+    run.optimizer.step()
     run.optimizer.zero_grad()
     return norm
 
@@ -936,13 +927,7 @@ def costs(run: Run, rows: list[Row], n_generated: float, seconds: float) -> dict
     counts["tokens/trained"] = c.num_iterations * n_trained
     metrics = fsdp_utils.all_reduce_scalars(counts)
     metrics["tokens/s"] = n_generated / seconds
-    metrics |= fsdp_utils.phase_seconds() | fsdp_utils.gpu_memory()
-    if c.gpu_tflops:  # model FLOPs utilization: attention and recomputation not counted
-        n_weights = sum(p.numel() for p in run.policy.parameters())
-        flops = 6 * n_weights * metrics["tokens/trained"]
-        speed = flops / run.world / metrics["seconds/train"]
-        metrics["mfu"] = speed / (c.gpu_tflops * 1e12)
-    return metrics
+    return metrics | fsdp_utils.phase_seconds() | fsdp_utils.gpu_memory()
 
 
 def watch(run: Run, metrics: dict) -> None:
@@ -1034,44 +1019,24 @@ def watch_idle(run: Run, metrics: dict) -> None:
 
 
 def evaluate(run: Run) -> dict[str, dict]:
-    """Without hints, on each eval set: its row of the table, by name (see evaluate_set). The log
-    has pass@1 as eval/NAME, all else as eval/NAME_KEY."""
+    """Without hints, on each eval set: {name: its row of the table}, a row having n problems, k
+    samples of each, accuracy_at_k of them, mean_tokens, the share truncated. The texts go to
+    eval_NAME.jsonl; the log has pass@1 as eval/NAME, all else as eval/NAME_KEY."""
     table, metrics = {}, {}
-    for name in run.eval_sets:
-        table[name] = evaluate_set(run, name)
-        for key, value in table[name].items():
-            if key == "pass@1":
-                metrics[f"eval/{name}"] = value
-            else:
-                metrics[f"eval/{name}_{key}"] = value
+    for name, (c, problems) in run.eval_sets.items():
+        groups = [Group(problem) for problem in of_rank(run, problems)]
+        groups = sample_groups(run, groups, c, name)
+        outcomes = write_groups(run, groups, f"eval_{name}.jsonl")
+        rewards_PKF = np.array([outcome.rewards for outcome in outcomes])
+        row = {"n": len(outcomes), "k": c.num_generations}
+        row |= accuracy_at_k(rewards_PKF[:, :, run.accuracy_column] > 0)
+        row["mean_tokens"] = float(np.mean([outcome.lengths for outcome in outcomes]))
+        row["truncated"] = float(np.mean([outcome.is_truncated for outcome in outcomes]))
+        table[name] = row
+        for key, value in row.items():
+            metrics[f"eval/{name}_{key}".removesuffix("_pass@1")] = value
     write_metrics(run, metrics)
     return table
-
-
-def evaluate_set(run: Run, name: str) -> dict[str, float]:
-    """n problems, k samples of each: accuracy_at_k of them, mean_tokens, the share truncated, and
-    as `strict` pass@1 by the rule of training. The texts go to eval_NAME.jsonl."""
-    c, problems = run.eval_sets[name]
-    blank = [Group(problem) for problem in of_rank(run, problems)]
-    groups = sample_groups(run, blank, c, name)
-    outcomes = write_groups(run, groups, f"eval_{name}.jsonl")
-    column = run.accuracy_column
-    row = {"n": len(outcomes), "k": c.num_generations}
-    row |= accuracy_at_k([rights(outcome.rewards, column) for outcome in outcomes])
-    row["mean_tokens"] = float(np.mean([outcome.lengths for outcome in outcomes]))
-    row["truncated"] = float(np.mean([outcome.is_truncated for outcome in outcomes]))
-    if "accuracy" in c.reward_funcs:
-        strict = judge(run, groups, replace(c, strict_answers=True))
-        mine = [rights(rewards_GF, column) for rewards_GF in strict]
-        of_ranks = fsdp_utils.gather_objects(mine)
-        everyone = [right_G for of_rank in of_ranks for right_G in of_rank]
-        row["strict"] = accuracy_at_k(everyone)["pass@1"]
-    return row
-
-
-def rights(rewards_GF: list[list[float]], column: int) -> list[bool]:
-    """(G,) is a sample right, by a reward column?"""
-    return [scores[column] > 0 for scores in rewards_GF]
 
 
 def write_table(table: dict[str, dict], path: Path) -> None:
@@ -1085,19 +1050,9 @@ def write_table(table: dict[str, dict], path: Path) -> None:
         print(f"{name:{width}}", *cells, flush=True)
 
 
-def judge(run: Run, groups: list[Group], config: Config) -> list[list[list[float]]]:
-    """The rewards (G, F) of each group, again, under a config."""
-    for slot, group in enumerate(groups):
-        texts = [completion.prefix + completion.text for completion in group.completions]
-        run.pool.submit(slot, texts, group.problem.gold, rollout.row_of(group.problem, config))
-    verdicts = dict(run.pool.poll(wait=True))
-    return [verdicts[slot] for slot in range(len(groups))]
-
-
-def accuracy_at_k(is_right_PK: list) -> dict[str, float]:
+def accuracy_at_k(is_right_PK: np.ndarray) -> dict[str, float]:
     """pass@1 (the mean over k samples), its standard error over problems, pass@k and pass@k/2, from
     P problems' k samples."""
-    is_right_PK = np.array(is_right_PK)
     n_problems, n_samples = is_right_PK.shape
     rates = is_right_PK.mean(1)
     error = 0.0

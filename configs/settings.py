@@ -216,7 +216,6 @@ class Config:
     adam_beta1: Annotated[NonNegative, Lt(1)] = 0.9
     adam_beta2: Annotated[NonNegative, Lt(1)] = 0.999
     max_grad_norm: NonNegative = 1.0  # 0: no clipping
-    nonfinite: Literal["stop", "skip"] = "stop"  # when the gradient norm is not finite
     num_train_epochs: MayChange[Positive] = 1.0
     max_steps: MayChange[Annotated[Int, Ge(-1)]] = -1  # above 0 it wins over num_train_epochs
     per_device_train_batch_size: MayChange[Count] = 8  # see plan.py for the prompts of a step
@@ -250,7 +249,6 @@ class Config:
     hub_model_id: MayChange[str | None] = None
     report_to: MayChange[Tuple[Literal["wandb"]]] = ()
     reliance_steps: MayChange[Natural] = 0  # log hint/reliance every so many steps; 0: never
-    gpu_tflops: MayChange[Positive | None] = None  # of a GPU in bf16 (H100: 989): then MFU is told
     logging_steps: MayChange[Count] = 1  # for the terminal; metrics.jsonl has every step
     seed: Annotated[Int, Interval(ge=0, lt=2**63)] = 42
 

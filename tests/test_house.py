@@ -108,14 +108,14 @@ def test_a_verifier_worker_stays_light():
     assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
-def test_a_run_goes_on_after_a_setting_or_a_state_key_was_added(main, tmp_path):
-    """Config and state were saved by a program that did not know them yet."""
+def test_a_run_goes_on_after_a_setting_or_a_state_key_was_added_or_cut(main, tmp_path):
+    """Config and state were saved by a program that did not know some and still had others."""
     first = main(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
     assert first.status == 0
     saved = yaml.safe_load((first.folder / "config.yaml").read_text())
     for key in ("importance_cap", "hint_threshold"):
         del saved[key]
-    (first.folder / "config.yaml").write_text(yaml.safe_dump(saved))
+    (first.folder / "config.yaml").write_text(yaml.safe_dump(saved | {"nonfinite": "skip"}))
     state = first.folder / "checkpoint-000001" / "state.json"
     kept = json.loads(state.read_text())
     del kept["method"], kept["mismatch"]
