@@ -11,6 +11,7 @@ also assign hints.NAME or ghpo.token_loss and then call ghpo.main().
 """
 
 import argparse
+import bisect
 import copy
 import errno
 import hashlib
@@ -49,22 +50,19 @@ from fsdp_utils import phase
 from hints import Group, Problem, Stage
 from reward import VerifierPool
 
-SEED_BITS = 62  # of a request's seed: sample j adds j
 MISMATCH_STEPS = 10  # their mean is looked at
 WARN_LIMIT = 1e-2  # k3 that is told where mismatch_limit is null
 COLLAPSE_STEPS = 6  # the second half of them is compared with the first
 COLLAPSE_RISE = 0.1  # of another reward, added
 COLLAPSE_FALL = 0.8  # of accuracy and length, times
 IDLE_STEPS = 3  # in a row without a gradient are told
-START_STEPS = 2  # of the start-up pass: activations beside gradients, then beside Adam's moments
 PROMPT_DATE = datetime(2025, 1, 1)  # what a chat template shows as today
-THINK_OPENED = re.compile(r"<think>\s*$")
 MARK = re.compile("\ue000(\\d+)\ue001")  # private characters, see Prompts
 SYSTEM_PROBE = {"role": "system", "content": "Be brief."}
 USER_PROBE = {"role": "user", "content": "What is 1 + 2?"}
 CHECK_LENGTHS = [48, 48, 29]  # tokens of the sequences that check_policy compares
-CHECK_LIMITS = {"bfloat16": (0.02, 0.2)}  # mean and largest |dlogp|; of other types EXACT
-EXACT = (1e-4, 1e-4)
+CHECK_LIMITS = {"bfloat16": (0.02, 0.2)}  # mean and largest |dlogp|
+EXACT = (1e-4, 1e-4)  # those of the other types
 HEAD_LOGITS = 2**25  # of a chunk of tokens, forward and backward
 HEAD_TOKENS = 64  # of a chunk at least
 HEAD_CHUNKS = 16  # of a micro-batch at most: in bfloat16 each rounds the sum of the head's gradient
@@ -73,11 +71,8 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_RIGHTS = {errno.EROFS, errno.EACCES, errno.EPERM}
 NO_SUCH_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 MENDABLE = DISK_FULL | NO_RIGHTS | NO_SUCH_PLACE  # by the user
-FILLER_IDS = [0, 0]  # of a row that runs and weighs nothing
 FILLED_SHARE = 0.97  # of a padded micro-batch that are tokens, at least,
 FEW_TOKENS = 512  # unless it has so few
-MAX_WORKERS = 8  # verifiers of a process
-N_PROBED = 4  # problems on which the rewards are tried
 # On the terminal; of eval sets only the pass rates.
 SHOWN = re.compile(
     r"accuracy_|hard_|reward/|grad_norm|mismatch_k3|eval/(?!.*(?:stderr|tokens|truncated|_n|_k)$)"
@@ -161,14 +156,8 @@ def system_in_user_turn(messages: list[dict]) -> list[dict]:
     system, *turns = messages
     first = [turn["role"] for turn in turns].index("user")
     content = f"{system['content']}\n\n{turns[first]['content']}"
-    return [*turns[:first], {**turns[first], "content": content}, *turns[first + 1 :]]
-
-
-def special_tokens(tokenizer: Any) -> list[str]:
-    """Those that a row's own text may not become: of roles too, but not <think> and <answer>."""
-    added = tokenizer.added_tokens_decoder.values()
-    texts = [str(token) for token in added if token.special]
-    return [text for text in texts if not re.fullmatch("</?(think|answer)>", text)]
+    turns[first] = {**turns[first], "content": content}
+    return turns
 
 
 class Prompts:
@@ -177,7 +166,10 @@ class Prompts:
     def __init__(self, config: Config, state: State | None = None):
         self.config, self.state = config, state or State()
         self.tokenizer = load_tokenizer(config)
-        self.special = special_tokens(self.tokenizer)
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = [str(token) for token in added if token.special]
+        # a row's own text may not become one of these: of roles too, but not <think> and <answer>
+        self.special = [name for name in special if not re.fullmatch("</?(think|answer)>", name)]
         # the date that a template shows must not change the prompts when a run is resumed
         self.template_values = {"strftime_now": PROMPT_DATE.strftime}
         self.template_values |= config.chat_template_kwargs
@@ -185,7 +177,11 @@ class Prompts:
             say(f"chat template: the date that it shows is always {PROMPT_DATE:%Y-%m-%d}")
         name = f"model_name_or_path={config.model_name_or_path}"
         self._rendered([USER_PROBE], name)  # UserError if the template cannot even do this
-        self.has_system_role = self._knows_the_system_role()
+        try:
+            shown = self._rendered([SYSTEM_PROBE, USER_PROBE], name)
+        except UserError:  # from Gemma's template; others leave the system turn out
+            shown = ""
+        self.has_system_role = SYSTEM_PROBE["content"] in shown
         if not self.has_system_role:
             say("chat template: no system role, its text goes in front of the first user turn")
 
@@ -197,7 +193,7 @@ class Prompts:
             messages = system_in_user_turn(messages)
         marked = [{**turn, "content": self._marked(turn["content"])} for turn in messages]
         text = self._rendered(marked, f"{self.config.dataset_name}: row {problem.id}")
-        opened = THINK_OPENED.search(text)
+        opened = re.search(r"<think>\s*$", text)
         opening = opened[0] if opened else ""
         if opening:
             prefix = prefix.removeprefix(hints.ASSISTANT_OPENING)
@@ -209,13 +205,6 @@ class Prompts:
                 messages, add_generation_prompt=True, tokenize=False, **self.template_values
             )
 
-    def _knows_the_system_role(self):
-        """Gemma's template raises, others leave the system turn out."""
-        try:
-            return SYSTEM_PROBE["content"] in self._rendered([SYSTEM_PROBE, USER_PROBE], "probe")
-        except UserError:
-            return False
-
     def _marked(self, content):
         """A row's own text in which special tokens are replaced, so that a template's stand out."""
         if isinstance(content, str):
@@ -225,53 +214,42 @@ class Prompts:
 
     def _encoded(self, text):
         """Token ids; special tokens of the row's own text are read as the plain text they are."""
-        first, *others = MARK.split(text)  # text, number of a token, text, number, ...
-        ids = self._plain_ids(first)
-        for number, piece in zip(others[::2], others[1::2]):
-            ids += self._plain_ids(self.special[int(number)], split_special_tokens=True)
-            ids += self._plain_ids(piece)
+        ids = []
+        for number, piece in enumerate(MARK.split(text)):  # text, number of a token, text, ...
+            is_token = number % 2 == 1
+            if is_token:
+                piece = self.special[int(piece)]
+            ids += self.tokenizer(
+                piece, add_special_tokens=False, split_special_tokens=is_token
+            ).input_ids
         return ids
 
-    def _plain_ids(self, text, **options):
-        return self.tokenizer(text, add_special_tokens=False, **options).input_ids
-
     def fit(self, problem: Problem, ratio: float) -> tuple[str, bool]:
-        """make_hint, shortened (the hint, never the problem) until max_prompt_length holds; of at
-        most CHARS_PER_TOKEN times as many characters."""
+        """make_hint, shortened (the hint, never the problem) until max_prompt_length holds."""
         c, state = self.config, self.state
-        hint, is_trimmed = hints.make_hint(problem, ratio, c, state)
-        most = CHARS_PER_TOKEN * c.max_prompt_length
-        if len(hint) <= most and self._is_short_enough(problem, hint):
-            return hint, is_trimmed
-        fitting, too_long = 0, min(len(hint), most) + 1  # limits, in characters
-        hint, is_trimmed = "", False
-        while too_long - fitting > 1:
-            limit = (fitting + too_long) // 2
-            longer, is_cut = hints.make_hint(problem, ratio, c, state, limit)
-            if longer == hint or self._is_short_enough(problem, longer):
-                hint, is_trimmed, fitting = longer, is_cut, limit
-            else:
-                too_long = limit
-        return hint, is_trimmed
 
-    def _is_short_enough(self, problem, hint):
-        return not hint or len(self.ids(problem, hint)[0]) <= self.config.max_prompt_length
+        def is_too_long(limit):
+            hint, _ = hints.make_hint(problem, ratio, c, state, limit)
+            return bool(hint) and len(self.ids(problem, hint)[0]) > c.max_prompt_length
+
+        limit = CHARS_PER_TOKEN * c.max_prompt_length  # characters
+        if is_too_long(limit):
+            limit = bisect.bisect_left(range(limit), True, key=is_too_long) - 1
+        return hints.make_hint(problem, ratio, c, state, limit)
 
     def request(self, group: Group, config: Config, slot: int, salt: Any) -> rollout.Request:
         """The Request for the group's next stage; its seed is a hash of run, salt (step), problem
         and stage, without the rank."""
         stage = group.next_stage
-        ids_of_hint, prefix_of_hint = {}, {}
-        for hint in set(stage.hints):
-            ids_of_hint[hint], prefix_of_hint[hint] = self.ids(group.problem, hint)
+        read = {hint: self.ids(group.problem, hint) for hint in set(stage.hints)}
         key = repr((config.seed, salt, group.problem.id, len(group.stages))).encode()
         digest = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
         return rollout.Request(
             problem=group.problem,
             stage=stage,
-            prompts=[ids_of_hint[hint] for hint in stage.hints],
-            prefixes=[prefix_of_hint[hint] for hint in stage.hints],
-            seed=digest >> (64 - SEED_BITS),
+            prompts=[read[hint][0] for hint in stage.hints],
+            prefixes=[read[hint][1] for hint in stage.hints],
+            seed=digest >> 2,  # 62 bits, to which sample j adds j
             config=config,
             slot=slot,
         )
@@ -292,20 +270,11 @@ class Row:
     token_weight: float = 0.0  # E6: of the loss of each of its tokens, 1 / denominator
 
     @classmethod
-    def weightless(cls, input_ids: list[int], n_context: int = 1) -> "Row":
+    def weightless(cls, input_ids: list[int], n_context: int = 1, advantage: float = 0.0) -> "Row":
         """A row that runs and moves nothing: all its tokens weigh 0 in the loss."""
         length = len(input_ids) - n_context
-        zeros = [0.0] * length
-        return cls(
-            input_ids=input_ids,
-            n_context=n_context,
-            behaviour_logp=zeros,
-            policy_weight=zeros,
-            sft_weight=zeros,
-            is_comparable=[False] * length,
-            advantage=0.0,
-            n_tokens=0,
-        )
+        zeros, never = [0.0] * length, [False] * length
+        return cls(input_ids, n_context, zeros, zeros, zeros, never, advantage, n_tokens=0)
 
     def has_gradient(self, config: Config) -> bool:
         if self.token_weight == 0:  # masked as truncated
@@ -594,7 +563,7 @@ def equal_micro_batches(run: Run, rows: list[Row]) -> list[tuple[dict, dict]]:
     batches = micro_batches(rows, c.micro_batch_tokens, c.packing)
     n_batches = fsdp_utils.all_reduce_scalars({"n": len(batches)}, "max")["n"]
     while len(batches) < max(1, n_batches):
-        batches.append([Row.weightless(FILLER_IDS)])
+        batches.append([Row.weightless([0, 0])])
     return [collate(batch, c.packing, run.device, run.master_dtype) for batch in batches]
 
 
@@ -624,7 +593,14 @@ def optimize(run: Run, rows: list[Row], lr: float) -> dict[str, float]:
             loss = loss * batch["token_weight"]  # E6
             loss.sum().backward()
             sums.append(token_sums(loss.detach(), is_clipped, entropy, old_logp[i], batch, c))
-        norm = update(run)
+        norm = float(fsdp_utils.clip_grad_norm(policy.parameters(), c.max_grad_norm))
+        need(
+            math.isfinite(norm),
+            f"gradient norm is {norm} in step {run.state.step + 1}: is learning_rate too high, or "
+            "are the weights not finite?",
+        )
+        run.optimizer.step()
+        run.optimizer.zero_grad()
     return token_metrics(sums) | {"grad_norm": norm, "lr": lr}
 
 
@@ -639,9 +615,11 @@ def hint_reliance(run: Run, groups: list[Group]) -> dict[str, float]:
     for group in groups:
         plain_ids, _ = run.prompts.ids(group.problem)
         for completion in group.completions:
-            if completion.hint:
-                rows.append(signed_row(completion.prompt_ids, completion.token_ids, 1.0))
-                rows.append(signed_row(plain_ids, completion.token_ids, -1.0))
+            if not completion.hint:
+                continue
+            for context, sign in ((completion.prompt_ids, 1.0), (plain_ids, -1.0)):
+                ids = [*context, *completion.token_ids]
+                rows.append(Row.weightless(ids, len(context), advantage=sign))
     difference, n_tokens = 0.0, 0
     for inputs, batch in equal_micro_batches(run, rows):
         logp, _ = run.policy(**inputs, temperature=c.temperature)
@@ -654,31 +632,11 @@ def hint_reliance(run: Run, groups: list[Group]) -> dict[str, float]:
     return {"hint/reliance": total["difference"] / total["tokens"]}
 
 
-def signed_row(context: list[int], targets: list[int], sign: float) -> Row:
-    """A row whose advantage is the sign of its log-probs in a difference."""
-    row = Row.weightless([*context, *targets], len(context))
-    row.advantage = sign
-    return row
-
-
-def update(run: Run) -> float:
-    """One optimizer step; returns the gradient's norm, which is finite, else nothing moves."""
-    norm = float(fsdp_utils.clip_grad_norm(run.policy.parameters(), run.config.max_grad_norm))
-    need(
-        math.isfinite(norm),
-        f"gradient norm is {norm} in step {run.state.step + 1}: is learning_rate too high, or are "
-        "the weights not finite?",
-    )
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    return norm
-
-
 def sample_groups(
     run: Run, groups: list[Group], c: Config, salt: Any, show: Callable | None = None
 ) -> list[Group]:
-    """Blank groups to final ones, with the current weights. salt: part of the seeds, the step or
-    the eval set's name."""
+    """All ranks' blank groups to this rank's share of final ones, with the current weights. salt:
+    part of the seeds, the step or the eval set's name."""
     state, fit = run.state, run.prompts.fit
 
     def ask(group, slot):
@@ -693,7 +651,8 @@ def sample_groups(
         # a stream, which engine hf never starts: it has the weights themselves, gathered by now
         run.engine.update_weights(fsdp_utils.full_tensors(run.policy.model, run.compute_dtype))
     with phase("generate"):
-        groups = [hints.advance(group, c, state, fit) for group in groups]
+        mine = groups[run.rank :: run.world]
+        groups = [hints.advance(group, c, state, fit) for group in mine]
         groups = rollout.collect(run.engine, groups, run.pool, ask, follow, show)
         run.engine.sleep()
     return groups
@@ -722,9 +681,9 @@ def train(run: Run, interrupt: Interrupt) -> int:
     """The algorithm: one pass of the loop is one rollout batch. run.state is alike on all ranks.
     Returns the signal that ended it, 0 when all steps are done, even if one came in the last."""
     c, state, plan = run.config, run.state, run.plan
-    bar = progress_bar(run)
-    saved_at = time.monotonic()
-    stopped_by = 0
+    is_hidden = run.rank > 0 or not sys.stderr.isatty()
+    bar = tqdm(desc=c.rl_type, total=plan.steps, initial=state.step, disable=is_hidden)
+    stopped_by, saved_at = 0, time.monotonic()
     while state.step < plan.steps and not stopped_by:
         started = time.perf_counter()
         failed_before = sum(run.pool.stats.values())
@@ -732,7 +691,7 @@ def train(run: Run, interrupt: Interrupt) -> int:
 
         # 1. Roll out G samples a problem; 2. hint: a group that fails is asked again (E2).
         blank = next_groups(run)
-        groups = sample_groups(run, of_rank(run, blank), c, state.step, bar.set_postfix_str)
+        groups = sample_groups(run, blank, c, state.step, bar.set_postfix_str)
         groups = sample_more(run, groups, met={group.problem.id for group in blank})
         outcomes = write_groups(run, groups, f"rollouts/step_{state.step + 1:06d}.jsonl")
         check_rewards(run, outcomes, sum(run.pool.stats.values()) - failed_before)
@@ -750,7 +709,8 @@ def train(run: Run, interrupt: Interrupt) -> int:
         metrics |= costs(run, rows, metrics["tokens/generated"], time.perf_counter() - started)
         state.step += 1
         write_metrics(run, metrics)
-        watch(run, metrics)
+        for look in (watch_mismatch, watch_collapse, watch_idle):
+            look(run, metrics)
         bar.update()
         is_last = state.step == plan.steps
         if c.eval_strategy == "steps" and (is_last or state.step % c.eval_steps == 0):
@@ -764,17 +724,6 @@ def train(run: Run, interrupt: Interrupt) -> int:
     return stopped_by if state.step < plan.steps else 0
 
 
-def progress_bar(run: Run) -> tqdm:
-    """On the terminal of rank 0, if there is one."""
-    is_shown = run.rank == 0 and sys.stderr.isatty()
-    return tqdm(
-        total=run.plan.steps,
-        desc=run.config.rl_type,
-        initial=run.state.step,
-        disable=not is_shown,
-    )
-
-
 def signal_and_minutes(interrupt: Interrupt, saved_at: float) -> tuple[int, float]:
     """(the signal that asks for the end, minutes since the last checkpoint): the ranks agree."""
     mine = {"signal": interrupt.received, "minutes": (time.monotonic() - saved_at) / 60}
@@ -786,62 +735,44 @@ def next_groups(run: Run) -> list[Group]:
     """The blank groups of the next step, for all ranks: returning problems, then fresh ones."""
     c, state = run.config, run.state
     n_returning = int(c.deferred_share * run.plan.prompts)
+    problem_of_id = {problem.id: problem for problem in run.problems}
     returning, waiting, ids = [], [], set()
     for problem_id, stages in state.queue:
         if len(returning) < n_returning and problem_id not in ids:  # none twice in a step
-            returning.append((problem_id, stages))
+            problem = problem_of_id[problem_id]
+            returning.append(Group(problem, stages, n_earlier=len(stages)))
             ids.add(problem_id)
         else:
             waiting.append((problem_id, stages))
     state.queue = waiting
-    problem_of_id = {problem.id: problem for problem in run.problems}
-    groups = []
-    for problem_id, stages in returning:
-        groups.append(Group(problem_of_id[problem_id], stages, n_earlier=len(stages)))
-    return groups + fresh_groups(run, run.plan.prompts - len(returning), ids)
+    return returning + fresh_groups(run, run.plan.prompts - len(returning), ids)
 
 
 def fresh_groups(run: Run, size: int, met: set[int]) -> list[Group]:
     """The next problems of the epoch, or of the next one. Those that this step has met, by their
     ids, are passed over: their turn in the epoch is the one that they had."""
-    state, n = run.state, epoch_length(run)
-    epoch, start = divmod(state.cursor, n)
-    places = unmet_places(run, epoch, start, met)
-    if len(places) < size:  # too few for a whole step: the rest of this epoch is left out
-        epoch += 1
-        places = unmet_places(run, epoch, 0, met)
+    n = len(run.problems)
+    if run.config.curriculum:  # an epoch leaves out some of all problems, not the hardest
+        n = run.plan.per_epoch * run.plan.prompts
+    now, start = divmod(run.state.cursor, n)
+    for epoch, first in ((now, start), (now + 1, 0)):
+        order = epoch_order(run, epoch, n)
+        places = [place for place in range(first, n) if order[place].id not in met]
+        if len(places) >= size:  # else too few for a whole step: the rest is left out
+            break
     chosen = places[:size]
     if chosen:
-        state.cursor = epoch * n + chosen[-1] + 1
-    order = epoch_order(run, epoch)
-    return [Group(run.problems[order[place]]) for place in chosen]
+        run.state.cursor = epoch * n + chosen[-1] + 1
+    return [Group(order[place]) for place in chosen]
 
 
-def of_rank(run: Run, items: list) -> list:
-    """This rank's share of what all ranks have to do."""
-    return items[run.rank :: run.world]
-
-
-def epoch_length(run: Run) -> int:
-    n = len(run.problems)
-    if run.config.curriculum:
-        n -= n % run.plan.prompts  # an epoch leaves out some of all problems, not the hardest
-    return n
-
-
-def epoch_order(run: Run, epoch: int) -> list[int]:
-    """The places in run.problems of an epoch's problems, as they are met."""
+def epoch_order(run: Run, epoch: int, n: int) -> list[Problem]:
+    """The n problems of an epoch, as they are met."""
     rng = np.random.default_rng([run.config.seed, epoch])
-    order = rng.permutation(len(run.problems))[: epoch_length(run)].tolist()
+    order = [run.problems[i] for i in rng.permutation(len(run.problems))[:n]]
     if run.config.curriculum:
-        order.sort(key=lambda i: run.problems[i].level)  # stable
+        order.sort(key=lambda problem: problem.level)  # stable
     return order
-
-
-def unmet_places(run: Run, epoch: int, start: int, met: set[int]) -> list[int]:
-    """The places in an epoch's order, from start on, of the problems that this step has not met."""
-    order = epoch_order(run, epoch)
-    return [place for place in range(start, len(order)) if run.problems[order[place]].id not in met]
 
 
 def sample_more(run: Run, groups: list[Group], met: set[int]) -> list[Group]:
@@ -859,7 +790,7 @@ def sample_more(run: Run, groups: list[Group], met: set[int]) -> list[Group]:
         if not fresh:
             break
         met = met | {group.problem.id for group in fresh}
-        groups = groups + sample_groups(run, of_rank(run, fresh), c, state.step)
+        groups = groups + sample_groups(run, fresh, c, state.step)
     return groups
 
 
@@ -928,13 +859,6 @@ def costs(run: Run, rows: list[Row], n_generated: float, seconds: float) -> dict
     metrics = fsdp_utils.all_reduce_scalars(counts)
     metrics["tokens/s"] = n_generated / seconds
     return metrics | fsdp_utils.phase_seconds() | fsdp_utils.gpu_memory()
-
-
-def watch(run: Run, metrics: dict) -> None:
-    """Looks at a step for what does not end a run by itself and should be known."""
-    watch_mismatch(run, metrics)
-    watch_collapse(run, metrics)
-    watch_idle(run, metrics)
 
 
 def watch_mismatch(run: Run, metrics: dict) -> None:
@@ -1024,8 +948,7 @@ def evaluate(run: Run) -> dict[str, dict]:
     eval_NAME.jsonl; the log has pass@1 as eval/NAME, all else as eval/NAME_KEY."""
     table, metrics = {}, {}
     for name, (c, problems) in run.eval_sets.items():
-        groups = [Group(problem) for problem in of_rank(run, problems)]
-        groups = sample_groups(run, groups, c, name)
+        groups = sample_groups(run, [Group(problem) for problem in problems], c, name)
         outcomes = write_groups(run, groups, f"eval_{name}.jsonl")
         rewards_PKF = np.array([outcome.rewards for outcome in outcomes])
         row = {"n": len(outcomes), "k": c.num_generations}
@@ -1124,24 +1047,21 @@ def setup(config: Config, is_eval: bool = False) -> Run:
     is loaded, the folder is ours before it is read, memory is tried before Adam's moments are
     loaded, and the engine takes what is left of it."""
     cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    pool = VerifierPool(config.reward_funcs, min(MAX_WORKERS, cores), config.verifier_timeout)
+    pool = VerifierPool(config.reward_funcs, min(8, cores), config.verifier_timeout)
     place = fsdp_utils.setup_distributed()
     if config.cpu_offload:
         torch.set_num_threads(cores)  # of Adam, which runs there; run.sh allows it one
     state = State()
     prompts = Prompts(config, state)
     problems, plan, eval_sets = load_data(config, prompts, place.world, is_eval)
-    probe_rewards(pool, config, problems, eval_sets)
+    examples = problems or [one for _, held_out in eval_sets.values() for one in held_out]
+    pool.probe([(one.gold, rollout.row_of(one, config)) for one in examples[:4]])
     state.prompts_per_step, state.data = plan.prompts, fingerprint(problems)
     compute_dtype, master_dtype = dtypes(config)
-    logging.disable_progress_bar()
     policy = load_policy(config)
-    reference = None
-    if config.beta:
-        reference = load_policy(config).requires_grad_(False).eval()
+    reference = load_policy(config).requires_grad_(False).eval() if config.beta else None
     optimizer = make_optimizer(config, policy, place.device)
-    folder = Path(config.output_dir)
-    open_folder(config, folder, place.rank, is_eval)
+    folder = open_folder(config, place.rank, is_eval)
     run = Run(
         config=config,
         state=state,
@@ -1162,27 +1082,11 @@ def setup(config: Config, is_eval: bool = False) -> Run:
         compute_dtype=compute_dtype,
         pool=pool,
     )
-    return prepared(run, is_eval)
-
-
-def prepared(run: Run, is_eval: bool) -> Run:
-    """A run whose model is proven, whose memory is tried, and that has resumed; with its engine."""
     check_policy(run)
-    if not is_eval and wants_startup_pass(run.config):
+    if not is_eval:
         startup_pass(run)
     resume(run, is_eval)
     return replace(run, engine=build_engine(run), wandb=start_wandb(run))
-
-
-def probe_rewards(
-    pool: VerifierPool, config: Config, problems: list[Problem], eval_sets: dict
-) -> None:
-    """Tries the rewards on the first problems: of training, else of the eval sets."""
-    examples = list(problems)
-    if not examples:
-        for _, held_out in eval_sets.values():
-            examples += held_out
-    pool.probe([(one.gold, rollout.row_of(one, config)) for one in examples[:N_PROBED]])
 
 
 def make_optimizer(config: Config, policy: "Policy", device: torch.device) -> torch.optim.Optimizer:
@@ -1200,21 +1104,16 @@ def load_data(
 ) -> tuple[list[Problem], Plan, dict]:
     """(the problems to train on, the plan of the run, the eval sets); an evaluation trains on
     none."""
-    eval_sets = load_eval_sets(config, prompts)
+    eval_sets = {}
+    for name, spec in config.eval_datasets.items():
+        c = eval_config(config, spec)
+        eval_sets[name] = c, load_problems(c, prompts, keep_all=True)
     if is_eval:
         return [], Plan(prompts=0, per_epoch=0, steps=0, save_every=0), eval_sets
     problems = load_problems(config, prompts)
     plan = make_plan(config, world, len(problems))
     tell_overlap(problems, eval_sets)
     return problems, plan, eval_sets
-
-
-def load_eval_sets(config: Config, prompts: Prompts) -> dict[str, tuple[Config, list[Problem]]]:
-    found = {}
-    for name, spec in config.eval_datasets.items():
-        c = eval_config(config, spec)
-        found[name] = c, load_problems(c, prompts, keep_all=True)
-    return found
 
 
 def tell_overlap(problems: list[Problem], eval_sets: dict) -> None:
@@ -1265,6 +1164,7 @@ def load_policy(config: Config) -> Policy:
     """The causal LM, its weights float32 (or float64), sharded."""
     compute_dtype, master_dtype = dtypes(config)
     as_stored = compute_dtype == torch.bfloat16  # in float32 that would round its buffers, too
+    logging.disable_progress_bar()
     model = load_model(config, "auto" if as_stored else master_dtype)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -1330,21 +1230,18 @@ def policy_error(run: Run, is_packed: bool) -> tuple[float, float]:
     return errors["mean"], errors["largest"]
 
 
-def wants_startup_pass(config: Config) -> bool:
-    if config.startup_pass is None:
-        return torch.cuda.is_available()
-    return config.startup_pass
-
-
 def startup_pass(run: Run) -> None:
     """Steps of rows at maximum length that weigh nothing, before a checkpoint is loaded:
-    out-of-memory comes in minute one, not hour ten."""
+    out-of-memory comes in minute one, not hour ten. On a GPU, unless the config says otherwise."""
     c = run.config
+    is_wanted = torch.cuda.is_available() if c.startup_pass is None else c.startup_pass
+    if not is_wanted:
+        return
     width = c.max_prompt_length + c.max_completion_length
-    row = Row.weightless([0] * width, c.max_prompt_length)
-    row.advantage = row.token_weight = 1.0  # else it would be left out
+    row = Row.weightless([0] * width, c.max_prompt_length, advantage=1.0)
+    row.token_weight = 1.0  # else it would be left out
     rows = [row] * max(1, c.micro_batch_tokens // width)
-    for _ in range(START_STEPS):
+    for _ in range(2):  # activations beside gradients, then beside Adam's moments
         optimize(run, rows + rows, 0.0)
     for moments in run.optimizer.state.values():
         for moment in moments.values():
@@ -1353,8 +1250,9 @@ def startup_pass(run: Run) -> None:
     say(f"start-up pass: {len(rows)} rows of {width} tokens and Adam's moments fit")
 
 
-def open_folder(config: Config, folder: Path, rank: int, is_eval: bool) -> None:
+def open_folder(config: Config, rank: int, is_eval: bool) -> Path:
     """Starts or refuses output_dir; a run of another config is moved aside, never deleted."""
+    folder = Path(config.output_dir)
     changed = changed_settings(config, folder / "config.yaml")
     may_move = config.overwrite_output_dir and not is_eval
     need(
@@ -1371,6 +1269,7 @@ def open_folder(config: Config, folder: Path, rank: int, is_eval: bool) -> None:
         lock_folder(folder)
         save_config(config, folder / "config.yaml")
     fsdp_utils.barrier("the folder is there")
+    return folder
 
 
 def resume(run: Run, is_eval: bool) -> None:
