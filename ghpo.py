@@ -13,7 +13,6 @@ also assign hints.NAME or ghpo.token_loss and then call ghpo.main().
 import argparse
 import bisect
 import copy
-import errno
 import hashlib
 import json
 import math
@@ -67,10 +66,6 @@ HEAD_LOGITS = 2**25  # of a chunk of tokens, forward and backward
 HEAD_TOKENS = 64  # of a chunk at least
 HEAD_CHUNKS = 16  # of a micro-batch at most: in bfloat16 each rounds the sum of the head's gradient
 CHARS_PER_TOKEN = 8  # longer hints are not tried: to tokenise a whole book takes seconds
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-NO_RIGHTS = {errno.EROFS, errno.EACCES, errno.EPERM}
-NO_SUCH_PLACE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
-MENDABLE = DISK_FULL | NO_RIGHTS | NO_SUCH_PLACE  # by the user
 FILLED_SHARE = 0.97  # of a padded micro-batch that are tokens, at least,
 FEW_TOKENS = 512  # unless it has so few
 # On the terminal; of eval sets only the pass rates.
@@ -1026,9 +1021,8 @@ def save(run: Run) -> None:
 
 def export(run: Run, folder: Path) -> None:
     """Weights, config and tokenizer as transformers and vLLM load them; called on all ranks."""
-    model = run.policy.model
+    model, weights = run.policy.model, {}
     tensors = fsdp_utils.full_tensors(model, run.compute_dtype)
-    weights = {}
     for name, tensor in tensors:  # on all ranks: each is a collective
         if run.rank == 0:
             weights[name] = tensor.cpu()
@@ -1037,9 +1031,8 @@ def export(run: Run, folder: Path) -> None:
     with as_user_error(f"{folder} cannot be written"):
         model.save_pretrained(folder, state_dict=weights)
         run.prompts.tokenizer.save_pretrained(folder)
-    path = folder / "config.json"  # in which transformers has put the masters' dtype
-    exported = json.loads(path.read_text()) | {"dtype": run.config.torch_dtype}
-    path.write_text(json.dumps(exported, indent=2) + "\n")
+    model.config.dtype = run.config.torch_dtype  # transformers has put the masters' there
+    model.config.save_pretrained(folder)
 
 
 def setup(config: Config, is_eval: bool = False) -> Run:
@@ -1136,20 +1129,16 @@ def schedule(config: Config, optimizer: Any, steps: int) -> Callable[[int], floa
 
     def learning_rate(step):
         # differs from reference: warm-up begins above 0, for a step at rate 0 is a step lost
-        if step < warmup:
-            return config.learning_rate * factor(step + 1)
-        return config.learning_rate * factor(step)
+        return config.learning_rate * factor(step + 1 if step < warmup else step)
 
     return learning_rate
 
 
 def build_engine(run: Run) -> Any:
     c, tokenizer = run.config, run.prompts.tokenizer
-    eos_ids = {tokenizer.eos_token_id}
-    eos_ids.update(np.ravel(run.policy.model.generation_config.eos_token_id).tolist())
-    eos_ids.discard(None)  # the model may name one, several or none
-    longest = longest_sequence(c)
-    return rollout.ENGINES[c.engine](c, tokenizer, eos_ids, longest, run.policy)
+    named = run.policy.model.generation_config.eos_token_id  # one, several or none
+    eos_ids = {tokenizer.eos_token_id, *np.ravel(named).tolist()} - {None}
+    return rollout.ENGINES[c.engine](c, tokenizer, eos_ids, longest_sequence(c), run.policy)
 
 
 def start_wandb(run: Run) -> Any:
@@ -1196,11 +1185,11 @@ def check_policy(run: Run) -> None:
         is_right = mean <= mean_limit and largest <= largest_limit
         if c.packing and not is_right:
             mean_alone, _ = policy_error(run, is_packed=False)
-            if mean_alone <= mean_limit:
-                raise UserError(
-                    f"{name}: rows that are packed see each other, log-probs are off "
-                    f"by {largest:.2g}: set packing=false"
-                )
+            need(
+                mean_alone > mean_limit,
+                f"{name}: rows that are packed see each other, log-probs are off "
+                f"by {largest:.2g}: set packing=false",
+            )
     fsdp_utils.reshard(run.policy)
     need(
         is_right,
@@ -1336,7 +1325,8 @@ def dry_run(config: Config) -> None:
 
 
 def main() -> None:
-    """The command line; what the user can mend ends the program with one message, status 2."""
+    """The command line; what the user can mend, as what the system refuses, ends the program with
+    one message, status 2."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         allow_abbrev=False,
@@ -1353,14 +1343,11 @@ def main() -> None:
             dry_run(config)
         else:
             stopped_by = run_config(config, args.eval)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)
-    except OSError as error:
-        if error.errno not in MENDABLE:
-            raise
-        place = fsdp_utils.current_phase()
-        print(f"error: in phase '{place}': {error}", file=sys.stderr, flush=True)
+    except (UserError, OSError) as error:
+        told = str(error)
+        if isinstance(error, OSError):
+            told = f"in phase '{fsdp_utils.current_phase()}': {error}"
+        print(f"error: {told}", file=sys.stderr, flush=True)
         os._exit(2)
     except KeyboardInterrupt:  # before there was a step to finish
         stopped_by = signal.SIGINT
