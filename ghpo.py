@@ -21,7 +21,6 @@ import re
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
@@ -130,9 +129,7 @@ class Run:
     def accuracy_column(self) -> int:
         """The reward that is reported as accuracy: the one named so, else the trigger."""
         names = self.config.reward_funcs
-        if "accuracy" in names:
-            return names.index("accuracy")
-        return self.trigger_column
+        return names.index("accuracy") if "accuracy" in names else self.trigger_column
 
     @property
     def trigger_column(self) -> int:
@@ -504,12 +501,10 @@ def micro_batches(rows: list[Row], budget: int, is_packed: bool) -> list[list[Ro
 def is_good_batch(rows: list[Row], budget: int, is_packed: bool) -> bool:
     """Do rows, the longest first, make a good micro-batch?"""
     n_tokens = sum(len(row.input_ids) for row in rows)
-    if is_packed:
-        return n_tokens <= budget
-    n_padded = len(rows) * len(rows[0].input_ids)
+    size = n_tokens if is_packed else len(rows) * len(rows[0].input_ids)
     # a little more padding is let in: splitting further costs more than it saves
-    is_dense = n_tokens >= FILLED_SHARE * n_padded or n_padded <= FEW_TOKENS
-    return n_padded <= budget and is_dense
+    is_dense = n_tokens >= FILLED_SHARE * size or size <= FEW_TOKENS
+    return size <= budget and is_dense
 
 
 def collate(
@@ -536,12 +531,8 @@ def collate(
     inputs = {key: torch.from_numpy(value).to(device) for key, value in inputs.items()}
     if is_packed:
         ends = torch.tensor([*starts, shape[1]], dtype=torch.int32, device=device)
-        inputs["segments"] = {
-            "cu_seq_lens_q": ends,
-            "cu_seq_lens_k": ends,
-            "max_length_q": max(lengths),
-            "max_length_k": max(lengths),
-        }
+        inputs["segments"] = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), ends)
+        inputs["segments"] |= dict.fromkeys(("max_length_q", "max_length_k"), max(lengths))
     batch = {"row": torch.from_numpy(np.concatenate(row_numbers)).to(device)}
     for key in ("behaviour_logp", "policy_weight", "sft_weight", "is_comparable"):
         values = np.concatenate([getattr(row, key) for row in rows])
@@ -751,7 +742,10 @@ def fresh_groups(run: Run, size: int, met: set[int]) -> list[Group]:
         n = run.plan.per_epoch * run.plan.prompts
     now, start = divmod(run.state.cursor, n)
     for epoch, first in ((now, start), (now + 1, 0)):
-        order = epoch_order(run, epoch, n)
+        rng = np.random.default_rng([run.config.seed, epoch])
+        order = [run.problems[i] for i in rng.permutation(len(run.problems))[:n]]
+        if run.config.curriculum:
+            order.sort(key=lambda problem: problem.level)  # stable
         places = [place for place in range(first, n) if order[place].id not in met]
         if len(places) >= size:  # else too few for a whole step: the rest is left out
             break
@@ -759,15 +753,6 @@ def fresh_groups(run: Run, size: int, met: set[int]) -> list[Group]:
     if chosen:
         run.state.cursor = epoch * n + chosen[-1] + 1
     return [Group(order[place]) for place in chosen]
-
-
-def epoch_order(run: Run, epoch: int, n: int) -> list[Problem]:
-    """The n problems of an epoch, as they are met."""
-    rng = np.random.default_rng([run.config.seed, epoch])
-    order = [run.problems[i] for i in rng.permutation(len(run.problems))[:n]]
-    if run.config.curriculum:
-        order.sort(key=lambda problem: problem.level)  # stable
-    return order
 
 
 def sample_more(run: Run, groups: list[Group], met: set[int]) -> list[Group]:
@@ -957,9 +942,11 @@ def evaluate(run: Run) -> dict[str, dict]:
     return table
 
 
-def write_table(table: dict[str, dict], path: Path) -> None:
+def write_table(run: Run, table: dict[str, dict]) -> None:
     """eval.json, and the same for the terminal."""
-    path.write_text(json.dumps(table, indent=1) + "\n")
+    if run.rank > 0:
+        return
+    (run.folder / "eval.json").write_text(json.dumps(table, indent=1) + "\n")
     keys = list(dict.fromkeys(key for row in table.values() for key in row))
     width = max(len(name) for name in table)
     print(" " * width, *(f"{key:>11}" for key in keys))
@@ -1053,7 +1040,7 @@ def setup(config: Config, is_eval: bool = False) -> Run:
     compute_dtype, master_dtype = dtypes(config)
     policy = load_policy(config)
     reference = load_policy(config).requires_grad_(False).eval() if config.beta else None
-    optimizer = make_optimizer(config, policy, place.device)
+    optimizer, learning_rate = make_optimizer(config, policy, plan.steps)
     folder = open_folder(config, place.rank, is_eval)
     run = Run(
         config=config,
@@ -1070,7 +1057,7 @@ def setup(config: Config, is_eval: bool = False) -> Run:
         policy=policy,
         reference=reference,
         optimizer=optimizer,
-        learning_rate=schedule(config, optimizer, plan.steps),
+        learning_rate=learning_rate,
         master_dtype=master_dtype,
         compute_dtype=compute_dtype,
         pool=pool,
@@ -1082,14 +1069,27 @@ def setup(config: Config, is_eval: bool = False) -> Run:
     return replace(run, engine=build_engine(run), wandb=start_wandb(run))
 
 
-def make_optimizer(config: Config, policy: "Policy", device: torch.device) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
+def make_optimizer(
+    config: Config, policy: Policy, steps: int
+) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
+    """(Adam, the learning rate as a function of the step, counted from 0)."""
+    optimizer = torch.optim.AdamW(
         policy.parameters(),
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
         betas=(config.adam_beta1, config.adam_beta2),
-        fused=device.type == "cuda",
+        fused=torch.cuda.is_available(),
     )
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
+    kind, more = config.lr_scheduler_type, config.lr_scheduler_kwargs
+    with as_user_error(f"config: lr_scheduler_type={kind}, lr_scheduler_kwargs={more}"):
+        (factor,) = get_scheduler(kind, optimizer, warmup, steps, more).lr_lambdas
+
+    def learning_rate(step):
+        # differs from reference: warm-up begins above 0, for a step at rate 0 is a step lost
+        return config.learning_rate * factor(step + 1 if step < warmup else step)
+
+    return optimizer, learning_rate
 
 
 def load_data(
@@ -1105,33 +1105,13 @@ def load_data(
         return [], Plan(prompts=0, per_epoch=0, steps=0, save_every=0), eval_sets
     problems = load_problems(config, prompts)
     plan = make_plan(config, world, len(problems))
-    tell_overlap(problems, eval_sets)
-    return problems, plan, eval_sets
-
-
-def tell_overlap(problems: list[Problem], eval_sets: dict) -> None:
-    """Says how many training problems also stand in an eval set: its numbers are then too good."""
-    texts = Counter(" ".join(problem.text.split()) for problem in problems)
+    texts = [" ".join(problem.text.split()) for problem in problems]
     for name, (_, held_out) in eval_sets.items():
-        also = {" ".join(problem.text.split()) for problem in held_out} & texts.keys()
-        if also:
-            n = sum(texts[text] for text in also)
-            say(f"data: {n} training problems also stand in the eval set {name}")
-
-
-def schedule(config: Config, optimizer: Any, steps: int) -> Callable[[int], float]:
-    """The learning rate as a function of the step, counted from 0."""
-    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * steps)
-    kind, more = config.lr_scheduler_type, config.lr_scheduler_kwargs
-    with as_user_error(f"config: lr_scheduler_type={kind}, lr_scheduler_kwargs={more}"):
-        scheduler = get_scheduler(kind, optimizer, warmup, steps, more)
-    (factor,) = scheduler.lr_lambdas
-
-    def learning_rate(step):
-        # differs from reference: warm-up begins above 0, for a step at rate 0 is a step lost
-        return config.learning_rate * factor(step + 1 if step < warmup else step)
-
-    return learning_rate
+        theirs = {" ".join(problem.text.split()) for problem in held_out}
+        n_also = sum(text in theirs for text in texts)
+        if n_also:  # its numbers are then too good
+            say(f"data: {n_also} training problems also stand in the eval set {name}")
+    return problems, plan, eval_sets
 
 
 def build_engine(run: Run) -> Any:
@@ -1360,9 +1340,7 @@ def run_config(config: Config, is_eval: bool) -> int:
     run = setup(config, is_eval)
     stopped_by = 0
     if is_eval:
-        table = evaluate(run)
-        if run.rank == 0:
-            write_table(table, run.folder / "eval.json")
+        write_table(run, evaluate(run))
     else:
         if config.eval_strategy == "steps" and run.state.step == 0:
             evaluate(run)
