@@ -669,7 +669,7 @@ def train(run: Run, interrupt: Interrupt) -> int:
     c, state, plan = run.config, run.state, run.plan
     is_hidden = run.rank > 0 or not sys.stderr.isatty()
     bar = tqdm(desc=c.rl_type, total=plan.steps, initial=state.step, disable=is_hidden)
-    stopped_by, saved_at = 0, time.monotonic()
+    stopped_by = 0
     while state.step < plan.steps and not stopped_by:
         started = time.perf_counter()
         failed_before = sum(run.pool.stats.values())
@@ -701,20 +701,12 @@ def train(run: Run, interrupt: Interrupt) -> int:
         is_last = state.step == plan.steps
         if c.eval_strategy == "steps" and (is_last or state.step % c.eval_steps == 0):
             evaluate(run)
-        stopped_by, minutes = signal_and_minutes(interrupt, saved_at)
-        is_due = c.save_minutes is not None and minutes >= c.save_minutes
-        if is_due or is_last or stopped_by or state.step % plan.save_every == 0:
+        received = fsdp_utils.all_reduce_scalars({"signal": interrupt.received}, "max")
+        stopped_by = int(received["signal"])  # the ranks agree
+        if is_last or stopped_by or state.step % plan.save_every == 0:
             save(run)
-            saved_at = time.monotonic()
     bar.close()
     return stopped_by if state.step < plan.steps else 0
-
-
-def signal_and_minutes(interrupt: Interrupt, saved_at: float) -> tuple[int, float]:
-    """(the signal that asks for the end, minutes since the last checkpoint): the ranks agree."""
-    mine = {"signal": interrupt.received, "minutes": (time.monotonic() - saved_at) / 60}
-    largest = fsdp_utils.all_reduce_scalars(mine, "max")
-    return int(largest["signal"]), largest["minutes"]
 
 
 def next_groups(run: Run) -> list[Group]:

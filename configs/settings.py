@@ -243,7 +243,6 @@ class Config:
     overwrite_output_dir: MayChange[bool] = False  # another run there is moved aside, not deleted
     save_strategy: MayChange[Literal["no", "steps", "epoch"]] = "steps"  # no: only the last
     save_steps: MayChange[Count] = 100
-    save_minutes: MayChange[Positive | None] = None  # also by the clock
     save_total_limit: MayChange[Count | None] = None
     push_to_hub: MayChange[bool] = False
     hub_model_id: MayChange[str | None] = None
