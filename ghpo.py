@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import create_repo, upload_folder
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_scheduler, logging
@@ -49,23 +50,16 @@ from hints import Group, Problem, Stage
 from reward import VerifierPool
 
 MISMATCH_STEPS = 10  # their mean is looked at
-WARN_LIMIT = 1e-2  # k3 that is told where mismatch_limit is null
 COLLAPSE_STEPS = 6  # the second half of them is compared with the first
-COLLAPSE_RISE = 0.1  # of another reward, added
-COLLAPSE_FALL = 0.8  # of accuracy and length, times
 PROMPT_DATE = datetime(2025, 1, 1)  # what a chat template shows as today
 MARK = re.compile("\ue000(\\d+)\ue001")  # private characters, see Prompts
 SYSTEM_PROBE = {"role": "system", "content": "Be brief."}
 USER_PROBE = {"role": "user", "content": "What is 1 + 2?"}
 CHECK_LENGTHS = [48, 48, 29]  # tokens of the sequences that check_policy compares
-CHECK_LIMITS = {"bfloat16": (0.02, 0.2)}  # mean and largest |dlogp|
-EXACT = (1e-4, 1e-4)  # those of the other types
+CHECK_LIMITS = {"bfloat16": (0.02, 0.2)}  # mean and largest |dlogp|; of other types 1e-4
 HEAD_LOGITS = 2**25  # of a chunk of tokens, forward and backward
 HEAD_TOKENS = 64  # of a chunk at least
 HEAD_CHUNKS = 16  # of a micro-batch at most: in bfloat16 each rounds the sum of the head's gradient
-CHARS_PER_TOKEN = 8  # longer hints are not tried: to tokenise a whole book takes seconds
-FILLED_SHARE = 0.97  # of a padded micro-batch that are tokens, at least,
-FEW_TOKENS = 512  # unless it has so few
 # On the terminal; of eval sets only the pass rates.
 SHOWN = re.compile(
     r"accuracy_|hard_|reward/|grad_norm|mismatch_k3|eval/(?!.*(?:stderr|tokens|truncated|_n|_k)$)"
@@ -222,7 +216,7 @@ class Prompts:
             hint, _ = hints.make_hint(problem, ratio, c, state, limit)
             return bool(hint) and len(self.ids(problem, hint)[0]) > c.max_prompt_length
 
-        limit = CHARS_PER_TOKEN * c.max_prompt_length  # characters
+        limit = 8 * c.max_prompt_length  # characters: to tokenise a whole book takes seconds
         if is_too_long(limit):
             limit = bisect.bisect_left(range(limit), True, key=is_too_long) - 1
         return hints.make_hint(problem, ratio, c, state, limit)
@@ -396,12 +390,8 @@ def token_metrics(sums: list[dict]) -> dict[str, float]:
 class HiddenStates(tuple):
     """(hidden states,) as a transformer would answer: None for all else that a head may ask for."""
 
-    @property
-    def last_hidden_state(self) -> torch.Tensor:
-        return self[0]
-
     def __getattr__(self, name):
-        return None
+        return self[0] if name == "last_hidden_state" else None
 
 
 class GivenStates:
@@ -488,7 +478,7 @@ class Policy(torch.nn.Module):
 def micro_batches(rows: list[Row], budget: int, is_packed: bool) -> list[list[Row]]:
     """Rows in lists of at most `budget` tokens, longest first, each list of about one length."""
     batches = []
-    for row in sorted(rows, key=lambda row: -len(row.input_ids)):
+    for row in sorted(rows, key=lambda row: len(row.input_ids), reverse=True):
         if batches and is_good_batch([*batches[-1], row], budget, is_packed):
             batches[-1].append(row)
         else:
@@ -500,8 +490,8 @@ def is_good_batch(rows: list[Row], budget: int, is_packed: bool) -> bool:
     """Do rows, the longest first, make a good micro-batch?"""
     n_tokens = sum(len(row.input_ids) for row in rows)
     size = n_tokens if is_packed else len(rows) * len(rows[0].input_ids)
-    # a little more padding is let in: splitting further costs more than it saves
-    is_dense = n_tokens >= FILLED_SHARE * size or size <= FEW_TOKENS
+    # a little padding is let in, and any in a small one: to split costs more than it saves
+    is_dense = n_tokens >= 0.97 * size or size <= 512
     return size <= budget and is_dense
 
 
@@ -518,12 +508,11 @@ def collate(
         starts = np.arange(len(rows)) * max(lengths)
     ids = np.zeros(shape, dtype=np.int64)
     positions = np.zeros_like(ids) + np.arange(shape[1])
-    places, row_numbers = [], []  # of the targets of each row, in the flat ids
-    for i, (row, start, length) in enumerate(zip(rows, starts, lengths)):
+    places = []  # of the targets of each row, in the flat ids
+    for row, start, length in zip(rows, starts, lengths):
         ids.flat[start : start + length] = row.input_ids
         positions.flat[start : start + length] = np.arange(length)
         places.append(np.arange(start + row.n_context, start + length))
-        row_numbers.append(np.full(length - row.n_context, i))
     place = np.concatenate(places)
     inputs = {"ids": ids, "positions": positions, "predict": place - 1, "target": ids.flat[place]}
     inputs = {key: torch.from_numpy(value).to(device) for key, value in inputs.items()}
@@ -531,7 +520,8 @@ def collate(
         ends = torch.tensor([*starts, shape[1]], dtype=torch.int32, device=device)
         inputs["segments"] = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), ends)
         inputs["segments"] |= dict.fromkeys(("max_length_q", "max_length_k"), max(lengths))
-    batch = {"row": torch.from_numpy(np.concatenate(row_numbers)).to(device)}
+    row_numbers = np.repeat(np.arange(len(rows)), [len(targets) for targets in places])
+    batch = {"row": torch.from_numpy(row_numbers).to(device)}
     for key in ("behaviour_logp", "policy_weight", "sft_weight", "is_comparable"):
         values = np.concatenate([getattr(row, key) for row in rows])
         batch[key] = torch.from_numpy(values).to(device, dtype)
@@ -847,7 +837,7 @@ def watch_mismatch(run: Run, metrics: dict) -> None:
     limit = mismatch_limit(c)
     may_stop = limit is not None
     if not may_stop:
-        limit = WARN_LIMIT
+        limit = 1e-2  # is told
     if max(k3, mean) <= limit:
         return
     told = f"sampler and trainer disagree: k3 is {k3:.2g} in this step, {mean:.2g} in the mean of "
@@ -865,10 +855,10 @@ def watch_mismatch(run: Run, metrics: dict) -> None:
 def watch_collapse(run: Run, metrics: dict) -> None:
     """Warns when another reward rises while un-hinted accuracy and length fall: the model learns to
     please that reward by answering at once."""
-    trend = run.state.trend
-    names = run.config.reward_funcs
+    trend, names = run.state.trend, run.config.reward_funcs
     others = [f"reward/{name}" for name in names if name != names[run.trigger_column]]
-    keys = ["accuracy_without_hint", "tokens/completion", *others]
+    falling = ["accuracy_without_hint", "tokens/completion"]
+    keys = [*falling, *others]
     if not others or any(key not in metrics for key in keys):
         return
     trend.append({key: metrics[key] for key in keys})
@@ -878,12 +868,10 @@ def watch_collapse(run: Run, metrics: dict) -> None:
     half = COLLAPSE_STEPS // 2
     early = {key: np.mean([line[key] for line in trend[:half]]) for key in keys}
     late = {key: np.mean([line[key] for line in trend[half:]]) for key in keys}
-    fallen = keys[:2]
-    if not all(late[key] < COLLAPSE_FALL * early[key] for key in fallen):
-        return
+    have_fallen = all(late[key] < 0.8 * early[key] for key in falling)
     for key in others:
-        if late[key] >= early[key] + COLLAPSE_RISE:
-            told = ", ".join(f"{k} {early[k]:.3g} -> {late[k]:.3g}" for k in [key, *fallen])
+        if have_fallen and late[key] >= early[key] + 0.1:
+            told = ", ".join(f"{k} {early[k]:.3g} -> {late[k]:.3g}" for k in [key, *falling])
             say(
                 f"collapse? In {COLLAPSE_STEPS} steps {told}: lower the weight of that reward in "
                 "reward_weights, or the learning rate"
@@ -908,19 +896,6 @@ def evaluate(run: Run) -> dict[str, dict]:
             metrics[f"eval/{name}_{key}".removesuffix("_pass@1")] = value
     write_metrics(run, metrics)
     return table
-
-
-def write_table(run: Run, table: dict[str, dict]) -> None:
-    """eval.json, and the same for the terminal."""
-    if run.rank > 0:
-        return
-    (run.folder / "eval.json").write_text(json.dumps(table, indent=1) + "\n")
-    keys = list(dict.fromkeys(key for row in table.values() for key in row))
-    width = max(len(name) for name in table)
-    print(" " * width, *(f"{key:>11}" for key in keys))
-    for name, row in table.items():
-        cells = [f"{row[key]:11.4g}" if key in row else " " * 11 for key in keys]
-        print(f"{name:{width}}", *cells, flush=True)
 
 
 def accuracy_at_k(is_right_PK: np.ndarray) -> dict[str, float]:
@@ -1126,24 +1101,18 @@ def check_policy(run: Run) -> None:
     """Compares the log-probs of the training pass with those of the whole causal LM on each
     sequence alone; UserError on a difference. Collective: every rank must call it."""
     c, model_type = run.config, run.policy.model.config.model_type
-    mean_limit, largest_limit = CHECK_LIMITS.get(c.torch_dtype, EXACT)
+    mean_limit, largest_limit = CHECK_LIMITS.get(c.torch_dtype, (1e-4, 1e-4))
     name = f"model_name_or_path={c.model_name_or_path}: {model_type}"
     with as_user_error(name), torch.no_grad():
         mean, largest = policy_error(run, c.packing)
-        is_right = mean <= mean_limit and largest <= largest_limit
-        if c.packing and not is_right:
-            mean_alone, _ = policy_error(run, is_packed=False)
-            need(
-                mean_alone > mean_limit,
-                f"{name}: rows that are packed see each other, log-probs are off "
-                f"by {largest:.2g}: set packing=false",
-            )
     fsdp_utils.reshard(run.policy)
+    remedy = "Try attn_implementation=eager or torch_dtype=float32, else take another model"
+    if c.packing:
+        remedy = "It may be that rows which are packed see each other: set packing=false"
     need(
-        is_right,
-        f"{name}: log-probs of the training pass are not the model's: off by {mean:.2g} "
-        f"in the mean, {largest:.2g} at most (allowed: {mean_limit:g}, {largest_limit:g}). Try "
-        "attn_implementation=eager or torch_dtype=float32, else take another model",
+        mean <= mean_limit and largest <= largest_limit,
+        f"{name}: log-probs of the training pass are not the model's: off by {mean:.2g} in the "
+        f"mean, {largest:.2g} at most (allowed: {mean_limit:g}, {largest_limit:g}). {remedy}",
     )
 
 
@@ -1160,7 +1129,7 @@ def policy_error(run: Run, is_packed: bool) -> tuple[float, float]:
         ids = torch.tensor([ids], device=run.device)
         whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
         logits_TV = policy(whole=whole)[0, :-1].to(logp.dtype)
-        expected.append(logits_TV.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1))
+        expected.append(-cross_entropy(logits_TV, ids[0, 1:], reduction="none"))
     error = (logp - torch.cat(expected)).abs().nan_to_num(torch.inf)
     errors = {"mean": float(error.mean()), "largest": float(error.max())}
     errors = fsdp_utils.all_reduce_scalars(errors, "max")
@@ -1265,8 +1234,7 @@ def dry_run(config: Config) -> None:
         ids, _ = prompts.ids(problem, hint)
         print(f"---- row {problem.id}, omega {omega:g}, {len(ids)} tokens, trimmed: {is_trimmed}")
         print(prompts.tokenizer.decode(ids))
-    n_params, n_gathered = sizes(config)
-    memory = bytes_per_gpu(config, world, n_params, n_gathered)
+    memory = bytes_per_gpu(config, world, *sizes(config))
     print(f"---- bytes per GPU, activations excluded: {memory}")
     if config.engine == "server":
         print(configs.plan.server_commands(config, torch.cuda.device_count()))
@@ -1308,7 +1276,10 @@ def run_config(config: Config, is_eval: bool) -> int:
     run = setup(config, is_eval)
     stopped_by = 0
     if is_eval:
-        write_table(run, evaluate(run))
+        table = json.dumps(evaluate(run), indent=1)
+        if run.rank == 0:
+            (run.folder / "eval.json").write_text(table + "\n")
+            print(table, flush=True)
     else:
         if config.eval_strategy == "steps" and run.state.step == 0:
             evaluate(run)
@@ -1329,9 +1300,6 @@ def finish(run: Run) -> None:
     if run.config.push_to_hub and run.rank == 0:
         place = create_repo(run.config.hub_model_id or run.folder.name, exist_ok=True)
         upload_folder(repo_id=place.repo_id, folder_path=run.folder / "model")
-    queued = len(run.state.queue)
-    if queued:
-        say(f"queue: {queued} deferred problems were not asked again")
     say(f"done: {run.folder}")
 
 
