@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from huggingface_hub import create_repo, upload_folder
 from torch.nn.functional import cross_entropy
+from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedModel, get_scheduler, logging
@@ -109,7 +110,7 @@ class Run:
     eval_sets: dict  # name: (config, problems)
     policy: "Policy"
     reference: "Policy | None"  # a frozen copy when beta > 0
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     learning_rate: Callable[[int], float]  # of a step
     master_dtype: torch.dtype  # of weights, moments and loss
     compute_dtype: torch.dtype
@@ -155,8 +156,7 @@ class Prompts:
         # a row's own text may not become one of these: of roles too, but not <think> and <answer>
         self.special = [name for name in special if not re.fullmatch("</?(think|answer)>", name)]
         # the date that a template shows must not change the prompts when a run is resumed
-        self.template_values = {"strftime_now": PROMPT_DATE.strftime}
-        self.template_values |= config.chat_template_kwargs
+        self.values = {"strftime_now": PROMPT_DATE.strftime, **config.chat_template_kwargs}
         if "strftime_now" in str(self.tokenizer.chat_template):
             say(f"chat template: the date that it shows is always {PROMPT_DATE:%Y-%m-%d}")
         name = f"model_name_or_path={config.model_name_or_path}"
@@ -177,8 +177,7 @@ class Prompts:
             messages = system_in_user_turn(messages)
         marked = [{**turn, "content": self._marked(turn["content"])} for turn in messages]
         text = self._rendered(marked, f"{self.config.dataset_name}: row {problem.id}")
-        opened = re.search(r"<think>\s*$", text)
-        opening = opened[0] if opened else ""
+        opening = re.search(r"(<think>\s*)?\Z", text)[0]
         if opening:
             prefix = prefix.removeprefix(hints.ASSISTANT_OPENING)
         return self._encoded(text + self._marked(prefix)), opening + prefix
@@ -186,7 +185,7 @@ class Prompts:
     def _rendered(self, messages, what):
         with as_user_error(f"{what}: chat template"):
             return self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, **self.template_values
+                messages, add_generation_prompt=True, tokenize=False, **self.values
             )
 
     def _marked(self, content):
@@ -283,9 +282,9 @@ def make_group_rows(group: Group, prompts: "Prompts", config: Config, state: Sta
     """The rows of one group, still without E6."""
     plain_ids, _ = prompts.ids(group.problem)
     rows = []
-    for j, advantage in enumerate(hints.advantages(group, config, state)):
+    for j, advantage in enumerate(hints.advantages(group, config, state).tolist()):
         completion = group.completions[j]
-        view = hints.loss_view(group, j, float(advantage), plain_ids, config, state)
+        view = hints.loss_view(group, j, advantage, plain_ids, config, state)
         input_ids = [*view.context, *view.targets]
         length = len(completion.token_ids)
         n_prompt = len(view.targets) - length  # targets that were part of the prompt
@@ -298,7 +297,7 @@ def make_group_rows(group: Group, prompts: "Prompts", config: Config, state: Sta
             policy_weight=view.policy_weight,
             sft_weight=view.sft_weight,
             is_comparable=[False] * n_prompt + [is_as_sampled] * length,
-            advantage=float(advantage),
+            advantage=advantage,
             n_tokens=0 if is_masked else length,
         )
         rows.append(row)
@@ -373,9 +372,7 @@ def token_sums(
 
 
 def token_metrics(sums: list[dict]) -> dict[str, float]:
-    """The token_sums of a step, over all ranks: means over tokens of entropy and clipped, over the
-    compared tokens of mismatch_k3 and importance_capped, the largest mismatch_max, and sums of all
-    other keys."""
+    """The token_sums of a step, over all ranks; means over tokens, but for loss and counts."""
     stacked = {key: torch.stack([part[key] for part in sums]) for key in sums[0]}
     largest = {"mismatch_max": float(stacked.pop("mismatch_max").max())}
     total = {key: float(values.sum()) for key, values in stacked.items()}
@@ -479,20 +476,16 @@ def micro_batches(rows: list[Row], budget: int, is_packed: bool) -> list[list[Ro
     """Rows in lists of at most `budget` tokens, longest first, each list of about one length."""
     batches = []
     for row in sorted(rows, key=lambda row: len(row.input_ids), reverse=True):
-        if batches and is_good_batch([*batches[-1], row], budget, is_packed):
-            batches[-1].append(row)
+        longer = [*batches[-1], row] if batches else [row]
+        n_tokens = sum(len(row.input_ids) for row in longer)
+        size = n_tokens if is_packed else len(longer) * len(longer[0].input_ids)
+        # a little padding is let in, and any in a small one: to split costs more than it saves
+        is_dense = n_tokens >= 0.97 * size or size <= 512
+        if batches and is_dense and size <= budget:
+            batches[-1] = longer
         else:
             batches.append([row])
     return batches
-
-
-def is_good_batch(rows: list[Row], budget: int, is_packed: bool) -> bool:
-    """Do rows, the longest first, make a good micro-batch?"""
-    n_tokens = sum(len(row.input_ids) for row in rows)
-    size = n_tokens if is_packed else len(rows) * len(rows[0].input_ids)
-    # a little padding is let in, and any in a small one: to split costs more than it saves
-    is_dense = n_tokens >= 0.97 * size or size <= 512
-    return size <= budget and is_dense
 
 
 def collate(
@@ -611,13 +604,12 @@ def sample_groups(
 ) -> list[Group]:
     """All ranks' blank groups to this rank's share of final ones, with the current weights. salt:
     part of the seeds, the step or the eval set's name."""
-    state, fit = run.state, run.prompts.fit
+    state, fit, column = run.state, run.prompts.fit, run.trigger_column
 
     def ask(group, slot):
         return run.prompts.request(group, c, slot, salt)
 
     def follow(group, completions, rewards):
-        column = run.trigger_column
         return hints.after_stage(group, completions, rewards, column, c, state, fit)
 
     with phase("sync"):
@@ -720,15 +712,17 @@ def fresh_groups(run: Run, size: int, met: set[int]) -> list[Group]:
     n = len(run.problems)
     if run.config.curriculum:  # an epoch leaves out some of all problems, not the hardest
         n = run.plan.per_epoch * run.plan.prompts
-    now, start = divmod(run.state.cursor, n)
-    for epoch, first in ((now, start), (now + 1, 0)):
+    cursor = run.state.cursor
+    for _ in range(2):
+        epoch, start = divmod(cursor, n)
         rng = np.random.default_rng([run.config.seed, epoch])
         order = [run.problems[i] for i in rng.permutation(len(run.problems))[:n]]
         if run.config.curriculum:
             order.sort(key=lambda problem: problem.level)  # stable
-        places = [place for place in range(first, n) if order[place].id not in met]
-        if len(places) >= size:  # else too few for a whole step: the rest is left out
+        places = [place for place in range(start, n) if order[place].id not in met]
+        if len(places) >= size:
             break
+        cursor = (epoch + 1) * n  # too few for a whole step: the rest of this epoch is left out
     chosen = places[:size]
     if chosen:
         run.state.cursor = epoch * n + chosen[-1] + 1
@@ -799,14 +793,10 @@ def check_rewards(run: Run, outcomes: list[hints.Outcome], n_failed: int) -> Non
     n_failed = int(fsdp_utils.all_reduce_scalars({"failed": n_failed})["failed"])
     stages = [stage for outcome in outcomes for stage in outcome.stages[outcome.n_earlier :]]
     n_texts = sum(len(stage.lengths) for stage in stages)
+    told = f"a reward failed, and is 0, for {n_failed} of {n_texts} texts; last: {run.pool.error}"
+    need(n_failed < n_texts, f"{told}. Mend reward_funcs, or raise verifier_timeout")
     if n_failed:
-        told = f"a reward failed, and is 0, for {n_failed} of {n_texts} texts"
-        say(f"rewards: {told}; last: {run.pool.error}")
-    need(
-        n_failed < n_texts,
-        f"a reward failed for all {n_texts} texts of step {run.state.step + 1}; last: "
-        f"{run.pool.error}. Mend reward_funcs, or raise verifier_timeout",
-    )
+        say(f"rewards: {told}")
 
 
 def costs(run: Run, rows: list[Row], n_generated: float, seconds: float) -> dict[str, float]:
@@ -828,8 +818,7 @@ def watch_mismatch(run: Run, metrics: dict) -> None:
     if not metrics["compared"]:
         return
     if not math.isfinite(k3):
-        say(f"sampler and trainer cannot be compared: mean k3 is {k3}")
-        return
+        k3 = 1e9  # for the state is JSON
     is_first = not seen
     seen.append(k3)
     del seen[:-MISMATCH_STEPS]
@@ -889,8 +878,8 @@ def evaluate(run: Run) -> dict[str, dict]:
         rewards_PKF = np.array([outcome.rewards for outcome in outcomes])
         row = {"n": len(outcomes), "k": c.num_generations}
         row |= accuracy_at_k(rewards_PKF[:, :, run.accuracy_column] > 0)
-        row["mean_tokens"] = float(np.mean([outcome.lengths for outcome in outcomes]))
-        row["truncated"] = float(np.mean([outcome.is_truncated for outcome in outcomes]))
+        row["mean_tokens"] = np.mean([outcome.lengths for outcome in outcomes])
+        row["truncated"] = np.mean([outcome.is_truncated for outcome in outcomes])
         table[name] = row
         for key, value in row.items():
             metrics[f"eval/{name}_{key}".removesuffix("_pass@1")] = value
@@ -906,10 +895,10 @@ def accuracy_at_k(is_right_PK: np.ndarray) -> dict[str, float]:
     error = 0.0
     if n_problems > 1:
         error = rates.std(ddof=1) / math.sqrt(n_problems)
-    found = {"pass@1": float(rates.mean()), "stderr": float(error)}
+    found = {"pass@1": rates.mean(), "stderr": error}
     for k in sorted({n_samples // 2, n_samples} - {0, 1}):
         passed = [pass_at_k(n_samples, int(n_right), k) for n_right in is_right_PK.sum(1)]
-        found[f"pass@{k}"] = float(np.mean(passed))
+        found[f"pass@{k}"] = np.mean(passed)
     return found
 
 
@@ -1012,11 +1001,9 @@ def setup(config: Config, is_eval: bool = False) -> Run:
     return replace(run, engine=build_engine(run), wandb=start_wandb(run))
 
 
-def make_optimizer(
-    config: Config, policy: Policy, steps: int
-) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
+def make_optimizer(config: Config, policy: Policy, steps: int) -> tuple[Optimizer, Callable]:
     """(Adam, the learning rate as a function of the step, counted from 0)."""
-    optimizer = torch.optim.AdamW(
+    optimizer = AdamW(
         policy.parameters(),
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
@@ -1038,8 +1025,7 @@ def make_optimizer(
 def load_data(
     config: Config, prompts: Prompts, world: int, is_eval: bool
 ) -> tuple[list[Problem], Plan, dict]:
-    """(the problems to train on, the plan of the run, the eval sets); an evaluation trains on
-    none."""
+    """(problems to train on, plan of the run, eval sets); an evaluation trains on no problem."""
     eval_sets = {}
     for name, spec in config.eval_datasets.items():
         c = eval_config(config, spec)
@@ -1072,22 +1058,17 @@ def start_wandb(run: Run) -> Any:
     return wandb.init(project="ghpo", config=asdict(run.config), dir=run.folder)
 
 
-def load_policy(config: Config) -> Policy:
+def load_policy(c: Config) -> Policy:
     """The causal LM, its weights float32 (or float64), sharded."""
-    compute_dtype, master_dtype = dtypes(config)
-    as_stored = compute_dtype == torch.bfloat16  # in float32 that would round its buffers, too
+    dtype, master_dtype = dtypes(c)
+    as_stored = dtype == torch.bfloat16  # in float32 that would round its buffers, too
     logging.disable_progress_bar()
-    model = load_model(config, "auto" if as_stored else master_dtype)
-    if config.gradient_checkpointing:
+    model = load_model(c, "auto" if as_stored else master_dtype)
+    if c.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()  # it is loaded in eval mode, in which nothing would be checkpointed
     return fsdp_utils.shard(
-        Policy(model),
-        blocks_of(model),
-        config.sharding,
-        compute_dtype,
-        config.replicas,
-        config.cpu_offload,
+        Policy(model), blocks_of(model), c.sharding, dtype, c.replicas, c.cpu_offload
     )
 
 
@@ -1160,9 +1141,8 @@ def open_folder(config: Config, rank: int, is_eval: bool) -> Path:
     """Starts or refuses output_dir; a run of another config is moved aside, never deleted."""
     folder = Path(config.output_dir)
     changed = changed_settings(config, folder / "config.yaml")
-    may_move = config.overwrite_output_dir and not is_eval
     need(
-        not changed or may_move,
+        not changed or (config.overwrite_output_dir and not is_eval),
         f"output_dir={folder} holds another run ({', '.join(changed)} differ): choose another, or, "
         "to train, overwrite_output_dir=true to move it",
     )
@@ -1241,8 +1221,7 @@ def dry_run(config: Config) -> None:
 
 
 def main() -> None:
-    """The command line; what the user can mend, as what the system refuses, ends the program with
-    one message, status 2."""
+    """The command line; what the user can mend, or the system refuses, is one line, status 2."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         allow_abbrev=False,
@@ -1285,22 +1264,17 @@ def run_config(config: Config, is_eval: bool) -> int:
             evaluate(run)
         stopped_by = train(run, Interrupt())
         if not stopped_by:
-            finish(run)
+            export(run, run.folder / "model")
+            if config.push_to_hub and run.rank == 0:
+                place = create_repo(config.hub_model_id or run.folder.name, exist_ok=True)
+                upload_folder(repo_id=place.repo_id, folder_path=run.folder / "model")
+            say(f"done: {run.folder}")
     fsdp_utils.barrier("every rank is done")
     run.engine.close()
     run.pool.close()
     if run.wandb:
         run.wandb.finish()
     return stopped_by
-
-
-def finish(run: Run) -> None:
-    """The trained model, in the run's folder and on the hub if asked."""
-    export(run, run.folder / "model")
-    if run.config.push_to_hub and run.rank == 0:
-        place = create_repo(run.config.hub_model_id or run.folder.name, exist_ok=True)
-        upload_folder(repo_id=place.repo_id, folder_path=run.folder / "model")
-    say(f"done: {run.folder}")
 
 
 if __name__ == "__main__":

@@ -478,7 +478,9 @@ def test_a_run_that_cannot_learn_ends(main, tmp_path):
         rl_type="grpo",
     )
     assert done.status == 2 and "Traceback" not in done.err
-    assert "a reward failed for all 16 texts of step 1; last: ZeroDivisionError" in done.err
+    assert (
+        "error: a reward failed, and is 0, for 16 of 16 texts; last: ZeroDivisionError" in done.err
+    )
 
 
 def test_metrics_are_json_whatever_the_numbers_are(setup):
