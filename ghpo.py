@@ -374,8 +374,8 @@ def token_sums(
 def token_metrics(sums: list[dict]) -> dict[str, float]:
     """The token_sums of a step, over all ranks; means over tokens, but for loss and counts."""
     stacked = {key: torch.stack([part[key] for part in sums]) for key in sums[0]}
-    largest = {"mismatch_max": float(stacked.pop("mismatch_max").max())}
-    total = {key: float(values.sum()) for key, values in stacked.items()}
+    largest = {"mismatch_max": stacked.pop("mismatch_max").max()}
+    total = {key: values.sum() for key, values in stacked.items()}
     total = fsdp_utils.all_reduce_scalars(total)
     for key in ("entropy", "clipped"):
         total[key] /= max(total["tokens"], 1)
@@ -479,7 +479,7 @@ def micro_batches(rows: list[Row], budget: int, is_packed: bool) -> list[list[Ro
         longer = [*batches[-1], row] if batches else [row]
         n_tokens = sum(len(row.input_ids) for row in longer)
         size = n_tokens if is_packed else len(longer) * len(longer[0].input_ids)
-        # a little padding is let in, and any in a small one: to split costs more than it saves
+        # a little padding is let in, in a small batch any: to split costs more than it saves
         is_dense = n_tokens >= 0.97 * size or size <= 512
         if batches and is_dense and size <= budget:
             batches[-1] = longer
@@ -513,15 +513,14 @@ def collate(
         ends = torch.tensor([*starts, shape[1]], dtype=torch.int32, device=device)
         inputs["segments"] = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), ends)
         inputs["segments"] |= dict.fromkeys(("max_length_q", "max_length_k"), max(lengths))
-    row_numbers = np.repeat(np.arange(len(rows)), [len(targets) for targets in places])
-    batch = {"row": torch.from_numpy(row_numbers).to(device)}
+    row_number = np.repeat(np.arange(len(rows)), [len(targets) for targets in places])
+    numbers = {}
     for key in ("behaviour_logp", "policy_weight", "sft_weight", "is_comparable"):
-        values = np.concatenate([getattr(row, key) for row in rows])
-        batch[key] = torch.from_numpy(values).to(device, dtype)
+        numbers[key] = np.concatenate([getattr(row, key) for row in rows])
     for key in ("advantage", "token_weight"):
-        values = np.array([getattr(row, key) for row in rows])
-        batch[key] = torch.from_numpy(values).to(device, dtype)[batch["row"]]
-    return inputs, batch
+        numbers[key] = np.array([getattr(row, key) for row in rows])[row_number]
+    batch = {key: torch.from_numpy(value).to(device, dtype) for key, value in numbers.items()}
+    return inputs, batch | {"row": torch.from_numpy(row_number).to(device)}
 
 
 def equal_micro_batches(run: Run, rows: list[Row]) -> list[tuple[dict, dict]]:
@@ -591,7 +590,7 @@ def hint_reliance(run: Run, groups: list[Group]) -> dict[str, float]:
     for inputs, batch in equal_micro_batches(run, rows):
         logp, _ = run.policy(**inputs, temperature=c.temperature)
         difference += float((logp * batch["advantage"]).sum())
-        n_tokens += int((batch["advantage"] > 0).sum())
+        n_tokens += (batch["advantage"] > 0).sum()
     fsdp_utils.reshard(run.policy)
     total = fsdp_utils.all_reduce_scalars({"difference": difference, "tokens": n_tokens})
     if not total["tokens"]:
@@ -1112,7 +1111,7 @@ def policy_error(run: Run, is_packed: bool) -> tuple[float, float]:
         logits_TV = policy(whole=whole)[0, :-1].to(logp.dtype)
         expected.append(-cross_entropy(logits_TV, ids[0, 1:], reduction="none"))
     error = (logp - torch.cat(expected)).abs().nan_to_num(torch.inf)
-    errors = {"mean": float(error.mean()), "largest": float(error.max())}
+    errors = {"mean": error.mean(), "largest": error.max()}
     errors = fsdp_utils.all_reduce_scalars(errors, "max")
     return errors["mean"], errors["largest"]
 
@@ -1223,7 +1222,7 @@ def dry_run(config: Config) -> None:
 def main() -> None:
     """The command line; what the user can mend, or the system refuses, is one line, status 2."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0],
+        description="GHPO and GRPO from scratch: trains, or evaluates, as a config says",
         allow_abbrev=False,
         epilog="then settings: key=value, --key value, --key=value",
     )
