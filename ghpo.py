@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import create_repo, upload_folder
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
@@ -52,7 +53,6 @@ from reward import VerifierPool
 
 MISMATCH_STEPS = 10  # their mean is looked at
 COLLAPSE_STEPS = 6  # the second half of them is compared with the first
-PROMPT_DATE = datetime(2025, 1, 1)  # what a chat template shows as today
 MARK = re.compile("\ue000(\\d+)\ue001")  # private characters, see Prompts
 SYSTEM_PROBE = {"role": "system", "content": "Be brief."}
 USER_PROBE = {"role": "user", "content": "What is 1 + 2?"}
@@ -155,10 +155,9 @@ class Prompts:
         special = [str(token) for token in added if token.special]
         # a row's own text may not become one of these: of roles too, but not <think> and <answer>
         self.special = [name for name in special if not re.fullmatch("</?(think|answer)>", name)]
-        # the date that a template shows must not change the prompts when a run is resumed
-        self.values = {"strftime_now": PROMPT_DATE.strftime, **config.chat_template_kwargs}
-        if "strftime_now" in str(self.tokenizer.chat_template):
-            say(f"chat template: the date that it shows is always {PROMPT_DATE:%Y-%m-%d}")
+        # the date that a template shows is always one: it must not change when a run is resumed
+        today = datetime(2025, 1, 1)
+        self.values = {"strftime_now": today.strftime, **config.chat_template_kwargs}
         name = f"model_name_or_path={config.model_name_or_path}"
         self._rendered([USER_PROBE], name)  # UserError if the template cannot even do this
         try:
@@ -188,12 +187,11 @@ class Prompts:
                 messages, add_generation_prompt=True, tokenize=False, **self.values
             )
 
-    def _marked(self, content):
+    def _marked(self, text):
         """A row's own text in which special tokens are replaced, so that a template's stand out."""
-        if isinstance(content, str):
-            for i, token in enumerate(self.special):
-                content = content.replace(token, f"\ue000{i}\ue001")
-        return content
+        for i, token in enumerate(self.special):
+            text = text.replace(token, f"\ue000{i}\ue001")
+        return text
 
     def _encoded(self, text):
         """Token ids; special tokens of the row's own text are read as the plain text they are."""
@@ -323,12 +321,8 @@ def denominator(row: Row, rows_of_group: list[Row], counts: dict, config: Config
 
 
 def token_loss(
-    logp: torch.Tensor,
-    old_logp: torch.Tensor,
-    ref_logp: torch.Tensor | None,
-    batch: dict,
-    config: Config,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, batch: dict, config: Config
+) -> tuple[Tensor, Tensor]:
     """E4, E5, E7: (loss, was the ratio clipped) of each token (M,). ref_logp: None if beta is 0.
     batch: (M,) tensors by the names of Row's fields, and `row`, the number of a token's row."""
     advantage = batch["advantage"]
@@ -348,27 +342,23 @@ def token_loss(
 
 
 def token_sums(
-    loss: torch.Tensor,
-    is_clipped: torch.Tensor,
-    entropy: torch.Tensor,
-    old_logp: torch.Tensor,
-    batch: dict,
-    config: Config,
-) -> dict[str, torch.Tensor]:
+    loss: Tensor, is_clipped: Tensor, entropy: Tensor, old_logp: Tensor, batch: dict, c: Config
+) -> dict[str, Tensor]:
     """Sums over the tokens of a micro-batch, and the largest |old_logp - behaviour_logp|."""
-    compared = batch["is_comparable"]
+    weight, compared = batch["policy_weight"], batch["is_comparable"]
     delta = (old_logp - batch["behaviour_logp"]) * compared
-    log_cap = math.log(config.importance_cap or math.inf)
-    return {
-        "loss": loss.double().sum(),
-        "tokens": batch["policy_weight"].double().sum(),
-        "clipped": torch.where(is_clipped, batch["policy_weight"], 0.0).double().sum(),
-        "entropy": (entropy * batch["policy_weight"]).double().sum(),
-        "compared": compared.double().sum(),
-        "mismatch_k3": (torch.expm1(delta) - delta).double().sum(),
-        "importance_capped": torch.where(delta > log_cap, compared, 0.0).double().sum(),
-        "mismatch_max": delta.abs().max().double(),
+    log_cap = math.log(c.importance_cap or math.inf)
+    numbers = {
+        "loss": loss,
+        "tokens": weight,
+        "clipped": torch.where(is_clipped, weight, 0.0),
+        "entropy": entropy * weight,
+        "compared": compared,
+        "mismatch_k3": torch.expm1(delta) - delta,
+        "importance_capped": torch.where(delta > log_cap, compared, 0.0),
     }
+    sums = {key: number.double().sum() for key, number in numbers.items()}
+    return sums | {"mismatch_max": delta.abs().max().double()}
 
 
 def token_metrics(sums: list[dict]) -> dict[str, float]:
@@ -427,10 +417,10 @@ class Policy(torch.nn.Module):
 
     def forward(
         self,
-        ids: torch.Tensor | None = None,
-        positions: torch.Tensor | None = None,
-        predict: torch.Tensor | None = None,
-        target: torch.Tensor | None = None,
+        ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        predict: Tensor | None = None,
+        target: Tensor | None = None,
         temperature: float = 1.0,
         generate: dict | None = None,
         whole: dict | None = None,
@@ -633,7 +623,6 @@ class Interrupt:
             signal.signal(number, self.take)
 
     def take(self, number: int, frame: Any) -> None:
-        """The handler of the three signals."""
         if self.received:
             os._exit(128 + number)
         self.received = number
@@ -738,8 +727,7 @@ def sample_more(run: Run, groups: list[Group], met: set[int]) -> list[Group]:
     for _ in range(c.replace_rounds):
         entering = [group for group in groups if hints.enters_batch(group, c, state)]
         total = fsdp_utils.all_reduce_scalars({"entering": len(entering)})["entering"]
-        n_missing = run.plan.prompts - int(total)
-        fresh = fresh_groups(run, max(0, n_missing), met)
+        fresh = fresh_groups(run, run.plan.prompts - int(total), met)
         if not fresh:
             break
         met = met | {group.problem.id for group in fresh}
@@ -1033,10 +1021,9 @@ def load_data(
         return [], Plan(prompts=0, per_epoch=0, steps=0, save_every=0), eval_sets
     problems = load_problems(config, prompts)
     plan = make_plan(config, world, len(problems))
-    texts = [" ".join(problem.text.split()) for problem in problems]
     for name, (_, held_out) in eval_sets.items():
-        theirs = {" ".join(problem.text.split()) for problem in held_out}
-        n_also = sum(text in theirs for text in texts)
+        theirs = {tuple(problem.text.split()) for problem in held_out}
+        n_also = sum(tuple(problem.text.split()) in theirs for problem in problems)
         if n_also:  # its numbers are then too good
             say(f"data: {n_also} training problems also stand in the eval set {name}")
     return problems, plan, eval_sets
