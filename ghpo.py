@@ -53,10 +53,8 @@ from reward import VerifierPool
 
 MISMATCH_STEPS = 10  # their mean is looked at
 COLLAPSE_STEPS = 6  # the second half of them is compared with the first
-MARK = re.compile("\ue000(\\d+)\ue001")  # private characters, see Prompts
 SYSTEM_PROBE = {"role": "system", "content": "Be brief."}
 USER_PROBE = {"role": "user", "content": "What is 1 + 2?"}
-CHECK_LENGTHS = [48, 48, 29]  # tokens of the sequences that check_policy compares
 CHECK_LIMITS = {"bfloat16": (0.02, 0.2)}  # mean and largest |dlogp|; of other types 1e-4
 HEAD_LOGITS = 2**25  # of a chunk of tokens, forward and backward
 HEAD_TOKENS = 64  # of a chunk at least
@@ -122,7 +120,9 @@ class Run:
     def accuracy_column(self) -> int:
         """The reward that is reported as accuracy: the one named so, else the trigger."""
         names = self.config.reward_funcs
-        return names.index("accuracy") if "accuracy" in names else self.trigger_column
+        if "accuracy" in names:
+            return names.index("accuracy")
+        return self.trigger_column
 
     @property
     def trigger_column(self) -> int:
@@ -135,9 +135,7 @@ class Run:
 
 
 def system_in_user_turn(messages: list[dict]) -> list[dict]:
-    """Chat messages without a system turn: its text stands in front of the first user turn."""
-    if messages[0]["role"] != "system":
-        return messages
+    """Chat messages without their system turn: its text is in front of the first user turn."""
     system, *turns = messages
     first = [turn["role"] for turn in turns].index("user")
     content = f"{system['content']}\n\n{turns[first]['content']}"
@@ -172,7 +170,7 @@ class Prompts:
         """(token ids, text the assistant's turn starts with: what the template opens, then the
         hint); UserError names the row that the template refuses."""
         messages, prefix = hints.render(problem, hint, self.config, self.state)
-        if not self.has_system_role:
+        if not self.has_system_role and messages[0]["role"] == "system":
             messages = system_in_user_turn(messages)
         marked = [{**turn, "content": self._marked(turn["content"])} for turn in messages]
         text = self._rendered(marked, f"{self.config.dataset_name}: row {problem.id}")
@@ -188,7 +186,8 @@ class Prompts:
             )
 
     def _marked(self, text):
-        """A row's own text in which special tokens are replaced, so that a template's stand out."""
+        """A row's own text with special tokens as numbers in private characters, which no template
+        has."""
         for i, token in enumerate(self.special):
             text = text.replace(token, f"\ue000{i}\ue001")
         return text
@@ -196,8 +195,8 @@ class Prompts:
     def _encoded(self, text):
         """Token ids; special tokens of the row's own text are read as the plain text they are."""
         ids = []
-        for number, piece in enumerate(MARK.split(text)):  # text, number of a token, text, ...
-            is_token = number % 2 == 1
+        for number, piece in enumerate(re.split("\ue000(\\d+)\ue001", text)):
+            is_token = number % 2 == 1  # text, number of a token, text, ...
             if is_token:
                 piece = self.special[int(piece)]
             ids += self.tokenizer(
@@ -466,7 +465,9 @@ def micro_batches(rows: list[Row], budget: int, is_packed: bool) -> list[list[Ro
     """Rows in lists of at most `budget` tokens, longest first, each list of about one length."""
     batches = []
     for row in sorted(rows, key=lambda row: len(row.input_ids), reverse=True):
-        longer = [*batches[-1], row] if batches else [row]
+        longer = [row]
+        if batches:
+            longer = [*batches[-1], row]
         n_tokens = sum(len(row.input_ids) for row in longer)
         size = n_tokens if is_packed else len(longer) * len(longer[0].input_ids)
         # a little padding is let in, in a small batch any: to split costs more than it saves
@@ -679,8 +680,8 @@ def train(run: Run, interrupt: Interrupt) -> int:
 
 def next_groups(run: Run) -> list[Group]:
     """The blank groups of the next step, for all ranks: returning problems, then fresh ones."""
-    c, state = run.config, run.state
-    n_returning = int(c.deferred_share * run.plan.prompts)
+    state = run.state
+    n_returning = int(run.config.deferred_share * run.plan.prompts)
     problem_of_id = {problem.id: problem for problem in run.problems}
     returning, waiting, ids = [], [], set()
     for problem_id, stages in state.queue:
@@ -789,10 +790,9 @@ def check_rewards(run: Run, outcomes: list[hints.Outcome], n_failed: int) -> Non
 def costs(run: Run, rows: list[Row], n_generated: float, seconds: float) -> dict[str, float]:
     """What a step took: seconds of rank 0 by phase (verify is part of generate, logprob of train),
     tokens of all ranks, GPU memory; and verifier failures since the start."""
-    c, pool = run.config, run.pool
-    n_trained = sum(len(row.input_ids) for row in rows if row.has_gradient(c))
-    counts = {f"verifier/{name}": count for name, count in pool.stats.items()}
-    counts["tokens/trained"] = c.num_iterations * n_trained
+    n_trained = sum(len(row.input_ids) for row in rows if row.has_gradient(run.config))
+    counts = {f"verifier/{name}": count for name, count in run.pool.stats.items()}
+    counts["tokens/trained"] = run.config.num_iterations * n_trained
     metrics = fsdp_utils.all_reduce_scalars(counts)
     metrics["tokens/s"] = n_generated / seconds
     return metrics | fsdp_utils.phase_seconds() | fsdp_utils.gpu_memory()
@@ -831,7 +831,8 @@ def watch_mismatch(run: Run, metrics: dict) -> None:
 def watch_collapse(run: Run, metrics: dict) -> None:
     """Warns when another reward rises while un-hinted accuracy and length fall: the model learns to
     please that reward by answering at once."""
-    trend, names = run.state.trend, run.config.reward_funcs
+    trend = run.state.trend
+    names = run.config.reward_funcs
     others = [f"reward/{name}" for name in names if name != names[run.trigger_column]]
     falling = ["accuracy_without_hint", "tokens/completion"]
     keys = [*falling, *others]
@@ -927,7 +928,8 @@ def save(run: Run) -> None:
 
 def export(run: Run, folder: Path) -> None:
     """Weights, config and tokenizer as transformers and vLLM load them; called on all ranks."""
-    model, weights = run.policy.model, {}
+    model = run.policy.model
+    weights = {}
     tensors = fsdp_utils.full_tensors(model, run.compute_dtype)
     for name, tensor in tensors:  # on all ranks: each is a collective
         if run.rank == 0:
@@ -1067,9 +1069,9 @@ def dtypes(config: Config) -> tuple[torch.dtype, torch.dtype]:
 def check_policy(run: Run) -> None:
     """Compares the log-probs of the training pass with those of the whole causal LM on each
     sequence alone; UserError on a difference. Collective: every rank must call it."""
-    c, model_type = run.config, run.policy.model.config.model_type
+    c = run.config
     mean_limit, largest_limit = CHECK_LIMITS.get(c.torch_dtype, (1e-4, 1e-4))
-    name = f"model_name_or_path={c.model_name_or_path}: {model_type}"
+    name = f"model_name_or_path={c.model_name_or_path}: {run.policy.model.config.model_type}"
     with as_user_error(name), torch.no_grad():
         mean, largest = policy_error(run, c.packing)
     fsdp_utils.reshard(run.policy)
@@ -1087,7 +1089,7 @@ def policy_error(run: Run, is_packed: bool) -> tuple[float, float]:
     """(mean, largest) |dlogp| over ranks, of random sequences through Policy and one by one."""
     policy, rng = run.policy, np.random.default_rng(0)
     size = policy.model.config.vocab_size
-    sequences = [rng.integers(size, size=length).tolist() for length in CHECK_LENGTHS]
+    sequences = [rng.integers(size, size=length).tolist() for length in (48, 48, 29)]
     rows = [Row.weightless(ids) for ids in sequences]
     inputs, _ = collate(rows, is_packed, run.device, run.master_dtype)
     logp, _ = policy(**inputs)
@@ -1171,12 +1173,10 @@ def check_resumed(run: Run, path: Path) -> None:
         f"{path} had {state.prompts_per_step} prompts a step, not {plan.prompts}: change "
         "gradient_accumulation_steps",
     )
-    has_other_end = state.steps not in (0, plan.steps)
-    if has_other_end and not c.lr_scheduler_type.startswith("constant"):
-        say(
-            f"max_steps was {state.steps} and is {plan.steps}: the {c.lr_scheduler_type} rate "
-            "goes on by the new one"
-        )
+    kind = c.lr_scheduler_type
+    before = state.steps
+    if before not in (0, plan.steps) and not kind.startswith("constant"):
+        say(f"max_steps was {before} and is {plan.steps}: the {kind} rate goes on by the new one")
 
 
 def cut_log(log: Path, length: int) -> None:
