@@ -361,7 +361,7 @@ def token_sums(
 
 
 def token_metrics(sums: list[dict]) -> dict[str, float]:
-    """The token_sums of a step, over all ranks; means over tokens, but for loss and counts."""
+    """Of a step and all ranks: loss and counts as sums, mismatch_max, all else as token means."""
     stacked = {key: torch.stack([part[key] for part in sums]) for key in sums[0]}
     largest = {"mismatch_max": stacked.pop("mismatch_max").max()}
     total = {key: values.sum() for key, values in stacked.items()}
@@ -805,7 +805,7 @@ def watch_mismatch(run: Run, metrics: dict) -> None:
     if not metrics["compared"]:
         return
     if not math.isfinite(k3):
-        k3 = 1e9  # for the state is JSON
+        k3 = 1e9  # the state becomes JSON, which has no infinity
     is_first = not seen
     seen.append(k3)
     del seen[:-MISMATCH_STEPS]

@@ -283,6 +283,7 @@ GOOD, BAD = 1e-6, 1e-3  # the limit in float32 is 1e-4
     [
         ({}, [GOOD] * 20, (None, [], 0)),
         ({}, [BAD], (0, [], 1)),  # the first step that compared tokens
+        ({}, [GOOD, float("inf")], (1, [], 1)),
         ({}, [None, None, None, None, BAD], (4, [], 1)),  # whenever that comes
         ({}, [GOOD] * 9 + [3e-4] + [GOOD] * 12, (None, [9], 0)),  # one step alone warns
         ({}, [GOOD] * 9 + [BAD] * 2, (9, [], 1)),  # the mean of ten is 1.009e-4
