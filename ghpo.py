@@ -186,8 +186,7 @@ class Prompts:
             )
 
     def _marked(self, text):
-        """A row's own text with special tokens as numbers in private characters, which no template
-        has."""
+        """A row's own text, its special tokens as numbers in private characters."""
         for i, token in enumerate(self.special):
             text = text.replace(token, f"\ue000{i}\ue001")
         return text
@@ -218,8 +217,7 @@ class Prompts:
         return hints.make_hint(problem, ratio, c, state, limit)
 
     def request(self, group: Group, config: Config, slot: int, salt: Any) -> rollout.Request:
-        """The Request for the group's next stage; its seed is a hash of run, salt (step), problem
-        and stage, without the rank."""
+        """The Request for the group's next stage, with a seed that is alike on any rank."""
         stage = group.next_stage
         read = {hint: self.ids(group.problem, hint) for hint in set(stage.hints)}
         key = repr((config.seed, salt, group.problem.id, len(group.stages))).encode()
@@ -719,9 +717,8 @@ def fresh_groups(run: Run, size: int, met: set[int]) -> list[Group]:
 
 
 def sample_more(run: Run, groups: list[Group], met: set[int]) -> list[Group]:
-    """Dynamic sampling (DAPO) if flat_groups is replace: with groups of fresh problems in the place
-    of those that do not enter the batch; all of them are returned, and counted as generated. met:
-    ids of the problems of all ranks' groups; where no others are left, fewer are replaced."""
+    """Dynamic sampling (DAPO) if flat_groups is replace: groups, and those of fresh problems for
+    such as do not enter the batch. met: ids of the problems of all ranks' groups."""
     c, state = run.config, run.state
     if c.flat_groups != "replace":
         return groups
@@ -748,8 +745,7 @@ def write_groups(run: Run, groups: list[Group], name: str) -> list[hints.Outcome
 
 
 def rollout_line(run: Run, group: Group) -> dict:
-    """A group as it is logged. Prompt and hint of a sample stand with it where they differ from
-    those of the first one."""
+    """A group as it is logged; a sample's prompt and hint where they are not the first one's."""
     first, decode = group.completions[0], run.prompts.tokenizer.decode
     samples = []
     for completion, scores in zip(group.completions, group.rewards):
@@ -776,8 +772,7 @@ def rollout_line(run: Run, group: Group) -> dict:
 
 
 def check_rewards(run: Run, outcomes: list[hints.Outcome], n_failed: int) -> None:
-    """Tells of texts of which a reward failed in this step, which is 0 then; ends a run in which
-    every text had one: it cannot learn."""
+    """Tells of texts of which a reward failed in this step; ends a run if that are all."""
     n_failed = int(fsdp_utils.all_reduce_scalars({"failed": n_failed})["failed"])
     stages = [stage for outcome in outcomes for stage in outcome.stages[outcome.n_earlier :]]
     n_texts = sum(len(stage.lengths) for stage in stages)
@@ -876,8 +871,7 @@ def evaluate(run: Run) -> dict[str, dict]:
 
 
 def accuracy_at_k(is_right_PK: np.ndarray) -> dict[str, float]:
-    """pass@1 (the mean over k samples), its standard error over problems, pass@k and pass@k/2, from
-    P problems' k samples."""
+    """pass@1, its standard error over problems, pass@k and pass@k/2, of P problems' K samples."""
     n_problems, n_samples = is_right_PK.shape
     rates = is_right_PK.mean(1)
     error = 0.0
