@@ -149,7 +149,6 @@ class Config:
     adam_beta1: Annotated[NonNegative, Lt(1)] = 0.9
     adam_beta2: Annotated[NonNegative, Lt(1)] = 0.999
     max_grad_norm: NonNegative = 1.0  # 0: no clipping
-    nonfinite: Literal["stop", "skip"] = "stop"  # when the gradient norm is not finite
     num_train_epochs: MayChange[Positive] = 1.0
     max_steps: MayChange[Annotated[Int, Ge(-1)]] = -1  # above 0 it wins over num_train_epochs
     per_device_train_batch_size: MayChange[Count] = 8  # see plan.py for the prompts of a step
@@ -179,13 +178,11 @@ class Config:
     overwrite_output_dir: MayChange[bool] = False  # another run there is moved aside, not deleted
     save_strategy: MayChange[Literal["no", "steps", "epoch"]] = "steps"  # no: only the last
     save_steps: MayChange[Count] = 100
-    save_minutes: MayChange[Positive | None] = None  # also by the clock
     save_total_limit: MayChange[Count | None] = None
     push_to_hub: MayChange[bool] = False
     hub_model_id: MayChange[str | None] = None
     report_to: MayChange[Tuple[str]] = ()  # wandb
     reliance_steps: MayChange[Natural] = 0  # log hint/reliance every so many steps; 0: never
-    gpu_tflops: MayChange[Positive | None] = None  # of a GPU in bf16 (H100: 989): then MFU is told
     logging_steps: MayChange[Count] = 1  # for the terminal; metrics.jsonl has every step
     seed: PerSet[Annotated[Int, Interval(ge=0, lt=2**63)]] = 42
 

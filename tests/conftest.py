@@ -126,7 +126,6 @@ class Policies:
             world=1,
             master_dtype=next(policy.parameters()).dtype,
             reference=None,
-            folder=Path("/tmp"),
             state=ghpo.State(),
             optimizer=torch.optim.SGD(policy.parameters(), lr=0.0),
         )

@@ -60,7 +60,7 @@ READ = [  # as YAML text, or as the command line has it
     ("hint_ratio", "0.5", (0.5,)), ("hint_ratio", "[0, 1]", (0.0, 1.0)),
     ("reward_weights", "[1, 2e-1]", (1.0, 0.2)), ("report_to", "none", ()), ("report_to", "[]", ()),
     ("chat_template_kwargs", "{enable_thinking: false}", {"enable_thinking": False}),
-    ("chat_template", "'{{ messages }}'", "{{ messages }}"), ("save_minutes", "15", 15.0),
+    ("chat_template", "'{{ messages }}'", "{{ messages }}"),
     ("dataset_answer_column", "reward_model.ground_truth", "reward_model.ground_truth"),
     ("attn_implementation", "eager", "eager"), ("temperature", "0.6", 0.6),
 ]  # fmt: skip
@@ -130,7 +130,6 @@ REFUSED = [
     ("verifier_timeout", 0, "verifier_timeout=0 must be greater than or equal to 0.01"),
     ("verifier_timeout", 1e30, "verifier_timeout=1e+30 must be less than or equal to 3600"),
     ("save_steps", 0, "save_steps=0 must be greater than or equal to 1"),
-    ("save_minutes", 0, "save_minutes=0 must be greater than 0"),
     ("save_total_limit", -1, "save_total_limit=-1 must be greater than or equal to 1"),
     ("vllm_gpu_memory_utilization", 1.5,
      "vllm_gpu_memory_utilization=1.5 must be less than or equal to 1"),

@@ -480,9 +480,8 @@ def test_chat_template_kwargs_reach_the_template(prompts_of):
     assert text_of(prompts, USER)[0].endswith("<|assistant|>off")
 
 
-def test_the_date_of_a_template_is_always_the_same(prompts_of, capsys):
+def test_the_date_of_a_template_is_always_the_same(prompts_of):
     prompts = prompts_of(DATE)
-    assert "the date that it shows is always 2025-01-01" in capsys.readouterr().err
     assert text_of(prompts, USER)[0].startswith("01 Jan 2025<|user|>")
 
 

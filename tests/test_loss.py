@@ -377,23 +377,14 @@ def test_chunked_log_probs_equal_full_ones(make_run, monkeypatch):
     policy.zero_grad()
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(make_run, prompts, tmp_path):
+def test_a_gradient_that_is_not_finite_stops_the_run(make_run, prompts):
     groups = recorded_groups()
     groups[0].completions[0].behaviour_logp[0] = float("nan")
-    run = make_run(float64(), folder=tmp_path)
+    run = make_run(float64())
     before = weights_of(run).clone()
-    with pytest.raises(ghpo.UserError, match="gradient norm is nan"):
-        step_of(run, groups, prompts)
-    assert list(tmp_path.glob("nonfinite_step_000001_rank_0.pt"))
-    run = make_run(float64(nonfinite="skip"), folder=tmp_path)
-    for _ in range(ghpo.MAX_NONFINITE):
+    with pytest.raises(ghpo.UserError, match="gradient norm is nan in step 1: is learning_rate"):
         step_of(run, groups, prompts)
     assert torch.equal(weights_of(run), before)
-    step_of(run, recorded_groups(), prompts)  # a good one between them
-    for _ in range(ghpo.MAX_NONFINITE):
-        step_of(run, groups, prompts)
-    with pytest.raises(ghpo.UserError, match="11 times in a row"):
-        step_of(run, groups, prompts)
 
 
 @pytest.mark.parametrize("loss_type", ["bnpo", "dapo"])

@@ -82,6 +82,7 @@ def uneven_sampling(rank, folder):
     run = new_run(rank, "zero3")
     run.prompts = ghpo.Prompts(run.config, run.state)
     run.engine, run.pool = new_engine(run.policy), ScriptedPool(lambda step, slot: 0)
+    run.rank, run.world = 0, 1  # so that each samples all that it is given
     tokens = []
     for count in ([3, 1][rank], [2, 0][rank]):
         blank = [Group(problem(i)) for i in range(count)]
