@@ -53,6 +53,7 @@ from reward import VerifierPool
 
 MISMATCH_STEPS = 10  # their mean is looked at
 COLLAPSE_STEPS = 6  # the second half of them is compared with the first
+IDLE_STEPS = 3  # in a row without a gradient are told
 SYSTEM_PROBE = {"role": "system", "content": "Be brief."}
 USER_PROBE = {"role": "user", "content": "What is 1 + 2?"}
 CHECK_LIMITS = {"bfloat16": (0.02, 0.2)}  # mean and largest |dlogp|; of other types 1e-4
@@ -77,6 +78,7 @@ class State:
     method: dict = field(default_factory=dict)  # see hints.py
     mismatch: list = field(default_factory=list)  # k3 of the last steps that compared something
     trend: list = field(default_factory=list)  # metrics of the last steps, for watch_collapse
+    idle: int = 0  # steps without a gradient in a row
     prompts_per_step: int = 0
     steps: int = 0  # that the run was to have
     data: str = ""  # fingerprint of the problems
@@ -664,6 +666,7 @@ def train(run: Run, interrupt: Interrupt) -> int:
         write_metrics(run, metrics)
         watch_mismatch(run, metrics)
         watch_collapse(run, metrics)
+        watch_idle(run, metrics)
         bar.update()
         is_last = state.step == plan.steps
         if c.eval_strategy == "steps" and (is_last or state.step % c.eval_steps == 0):
@@ -848,6 +851,28 @@ def watch_collapse(run: Run, metrics: dict) -> None:
                 f"collapse? In {COLLAPSE_STEPS} steps {told}: lower the weight of that reward in "
                 "reward_weights, or the learning rate"
             )
+
+
+def watch_idle(run: Run, metrics: dict) -> None:
+    """Warns when step after step has no gradient, as those of a policy that a learning rate far too
+    high has destroyed: its samples are all alike, and so are their rewards. In GHPO's cold start
+    that is nothing special."""
+    c, state = run.config, run.state
+    is_cold = hints.uses_hints(c) and state.step <= c.start_hint_step
+    if metrics["grad_norm"] != 0 or is_cold:
+        state.idle = 0
+        return
+    state.idle += 1
+    if state.idle % IDLE_STEPS == 0:
+        rewards = [f"reward/{name}" for name in c.reward_funcs]
+        keys = [*rewards, "truncated", "tokens/completion"]
+        told = ", ".join(f"{key} {metrics[key]:.3g}" for key in keys if key in metrics)
+        say(
+            f"nothing is learnt: {state.idle} steps in a row had no gradient: equal rewards in "
+            f"every group, or masked rows ({told}). Read rollouts/step_{state.step:06d}.jsonl: "
+            "if the samples are no text, learning_rate was too high, go back to a checkpoint; if "
+            "all are right or all wrong, take problems of another difficulty"
+        )
 
 
 def evaluate(run: Run) -> dict[str, dict]:

@@ -339,6 +339,25 @@ def test_accuracy_alone_cannot_collapse_to_something_else():
     assert run.state.trend == []
 
 
+def test_steps_without_a_gradient_are_told(capsys):
+    """A policy that a learning rate of 1 has destroyed says nothing by itself."""
+    run = SimpleNamespace(config=make_config(), state=ghpo.State())
+    metrics = {"grad_norm": 0.0, "truncated": 1.0, "reward/accuracy": 0.0}
+    told = []
+    for step, norm in enumerate([0.5, 0, 0, 0.1, 0, 0, 0, 0, 0, 0], 1):
+        run.state.step = step
+        ghpo.watch_idle(run, metrics | {"grad_norm": norm})
+        text = capsys.readouterr().err
+        if text:
+            told.append(step)
+            assert "reward/accuracy 0, truncated 1" in text and f"step_{step:06d}.jsonl" in text
+    assert told == [7, 10]
+    run.config = make_config(start_hint_step=20)  # GHPO's cold start
+    for _ in range(9):
+        ghpo.watch_idle(run, metrics)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_long_step_is_visible(make_run, prompts, monkeypatch):
     """Tokens as they are drawn, groups as they are done; each token once, ended rows no more."""
     texts = []
