@@ -1141,28 +1141,21 @@ def is_number(tree: Answer | str, with_pi: bool = False) -> bool:
     return is_wanted and all(is_number(part, with_pi) for part in parts)
 
 
-def is_solved(region: Tree) -> bool:
-    """Is the variable alone, or all that it stands in one |..|, in these inequalities?"""
-    kind, *parts = region
+def is_solved(answer: Answer) -> bool:
+    """x = 5 and y = (7 - 2x)/3 are; y = 2x + 3 is a line, which has many forms. In inequalities the
+    variable stands alone or with a sign, or all that it stands in is in one |..|."""
+    kind, *parts = answer
+    if isinstance(answer, Equation):
+        if answer.name is None or answer.value is None:
+            return False
+        return answer.value[0] == "quotient" or not variables(answer.value)
     if kind == "relation":
-        sides = [side for side in parts[::2] if variables(side)]
-        return all(is_alone(side) for side in sides)
-    return all(is_solved(part) for part in parts if isinstance(part, tuple))
-
-
-def is_alone(side: Tree) -> bool:
-    """x, -x or |..|, whatever is in it."""
-    kind, *parts = side
-    if kind == "negative":
-        return parts[0][0] == "var"
-    return kind in ("var", "fabs")
-
-
-def is_unsolved(equation: Equation) -> bool:
-    """y = 2x + 3 is a line, which has many forms; x = 5 and y = (7 - 2x)/3 are solved."""
-    if equation.name is None or equation.value is None:
+        for side in parts[::2]:
+            bare = side[1] if side[0] == "negative" else side
+            if variables(side) and bare[0] not in ("var", "fabs"):
+                return False
         return True
-    return bool(variables(equation.value)) and equation.value[0] != "quotient"
+    return all(is_solved(part) for part in parts if isinstance(part, tuple))
 
 
 def has_numerals(tree: Answer) -> bool:
@@ -1199,9 +1192,9 @@ def is_worked_out(answer: Answer, gold: Answer) -> bool:
     """A number wants a number, also as an item or an end; what is solved for its variable wants
     something solved; like terms are collected."""
     if isinstance(gold, Equation):
-        if is_unsolved(gold):
+        if not is_solved(gold):
             return True
-        if isinstance(answer, Equation) and is_unsolved(answer):  # 3x + 1 = 16 for x = 5
+        if isinstance(answer, Equation) and not is_solved(answer):  # 3x + 1 = 16 for x = 5
             return False
         gold = gold.value
     value = answer.value if isinstance(answer, Equation) else answer
@@ -1340,13 +1333,11 @@ def accuracy_reward(
     stands in the `problem`; evaluations whose numbers are compared with others' do without.
     """
     answer, gold = (extract_answer(response) or "").strip(), gold_answer(gold).strip()
-    is_correct = False
     if SIMPLE.match(answer) and SIMPLE.match(gold):
-        is_correct = Fraction(answer) == Fraction(gold)
-    else:
-        with contextlib.suppress(*REFUSED):
-            is_correct = is_right(answer, gold, problem, strict_answers)
-    return 1.0 if is_correct else 0.0
+        return float(Fraction(answer) == Fraction(gold))
+    with contextlib.suppress(*REFUSED):
+        return float(is_right(answer, gold, problem, strict_answers))
+    return 0.0
 
 
 def format_reward(response: str, gold: str = "") -> float:
