@@ -27,15 +27,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.fsdp as fsdp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from configs import UserError, need, say
 
-COMPLETE = re.compile("checkpoint-([0-9]{6}|[1-9][0-9]{6,})")  # our names; others are left alone
-UNFINISHED = re.compile(rf"{COMPLETE.pattern}\.tmp")
+OUR_NAME = "checkpoint-([0-9]{6}|[1-9][0-9]{6,})"  # others are left alone
 CHECKSUMS, METADATA = "checksums.json", ".metadata"
 # What DCP's pickled index may name: no BytesStorageMetadata, of which DCP unpickles the contents.
 METADATA_CLASSES = {
@@ -53,9 +52,8 @@ METADATA_CLASSES = {
 }
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # names of the optimizer's state
 
-# The phase that an error is told with, the limit of collectives, and the gloo group with the long
-# limit wait_s.
-_now = {"phase": "main", "timeout": timedelta(seconds=600), "slow_group": None}
+# The phase that an error is told with, and the gloo group with the long limit wait_s.
+_now = {"phase": "main", "slow_group": None}
 seconds = Counter()  # spent in each phase since this was last cleared
 
 
@@ -74,11 +72,9 @@ def setup_distributed(timeout_s: int = 600, wait_s: int = 3600) -> SimpleNamespa
         torch.cuda.set_device(device)
     else:
         refuse_unseen_gpu()
-    _now["timeout"] = timedelta(seconds=timeout_s)
+    limit = timedelta(seconds=timeout_s)
     store = None if "RANK" in os.environ else dist.HashStore()  # one process needs no port
-    dist.init_process_group(
-        backend, timeout=_now["timeout"], store=store, rank=rank, world_size=world
-    )
+    dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
     _now["slow_group"] = dist.new_group(backend="gloo", timeout=timedelta(seconds=wait_s))
     faulthandler.enable()  # NCCL's watchdog aborts the process: show where it stood
 
@@ -186,7 +182,10 @@ def shard(
         reduce_dtype=master,
         cast_forward_inputs=False,  # ids
     )
-    mesh = mesh_of(kind, world, replicate)
+    shape, names = (world,), ("shard",)
+    if replicate > 1:
+        shape, names = (replicate, world // replicate), ("replicate", "shard")
+    mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
     offload = fsdp.OffloadPolicy()
     if cpu_offload:
         offload = fsdp.CPUOffloadPolicy(pin_memory=kind == "cuda")
@@ -204,18 +203,6 @@ def shard(
         # trap: FSDP2 would scale within the reduction, which gloo cannot
         part.set_force_sum_reduction_for_comms(True)
     return module
-
-
-def mesh_of(kind: str, world: int, replicate: int) -> DeviceMesh:
-    """(world,) ranks, or (replicate, world / replicate) of them."""
-    if replicate == 1:
-        return DeviceMesh.from_group(dist.group.WORLD, kind)
-    ranks = torch.arange(world).view(replicate, -1)  # a row a replica, a column a shard
-    limit = _now["timeout"]  # the mesh itself would give its groups 30 minutes
-    column, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=limit)
-    row, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=limit)
-    names = ("replicate", "shard")
-    return DeviceMesh.from_group([column, row], kind, mesh=ranks, mesh_dim_names=names)
 
 
 def sync_replicas(module: Module, is_last: bool) -> None:
@@ -288,7 +275,7 @@ def save_checkpoint(
     rank = dist.get_rank()
     with phase(f"checkpoint {step}"):
         if rank == 0:
-            for left_by_a_kill in matching(folder, UNFINISHED):
+            for left_by_a_kill in checkpoints(folder, ".tmp"):
                 shutil.rmtree(left_by_a_kill)
             temporary.mkdir(parents=True)
         barrier("the folder is there")
@@ -383,15 +370,12 @@ def tensors_of(weights: dict, moments: dict) -> dict[str, dict]:
     return {"model": weights, "optimizer": moments}
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Paths of the complete checkpoints, oldest first. Only names that save_checkpoint makes."""
-    return sorted(matching(folder, COMPLETE), key=lambda path: int(path.name.split("-")[1]))
-
-
-def matching(folder: Path, pattern: re.Pattern) -> list[Path]:
-    """Folders of that name."""
+def checkpoints(folder: Path, suffix: str = "") -> list[Path]:
+    """Paths of the complete checkpoints, or of those with the suffix, oldest first."""
+    name = re.compile(OUR_NAME + re.escape(suffix))
     found = Path(folder).glob("checkpoint-*")
-    return [path for path in found if path.is_dir() and pattern.fullmatch(path.name)]
+    ours = [path for path in found if path.is_dir() and name.fullmatch(path.name)]
+    return sorted(ours, key=lambda path: int(path.stem.split("-")[1]))
 
 
 def checksum(path: Path) -> str:

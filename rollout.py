@@ -134,8 +134,11 @@ class Engine:
 
     deterministic = False  # do the same requests give the same bits, whenever verdicts arrive?
 
-    def __init__(self, tokenizer: Any, eos_ids: set[int], max_model_len: int):
-        self.tokenizer, self.eos_ids, self.max_model_len = tokenizer, sorted(eos_ids), max_model_len
+    def __init__(
+        self, config: Any, tokenizer: Any, eos_ids: set[int], max_model_len: int, policy: Any
+    ):
+        self.config, self.policy, self.tokenizer = config, policy, tokenizer
+        self.eos_ids, self.max_model_len = sorted(eos_ids), max_model_len
         self.calls = {}  # handle: (request, its completions so far, number of the sample)
         self.numbers = map(str, itertools.count())
         self.progress = Progress()
@@ -209,18 +212,7 @@ class HfEngine(Engine):
     """
 
     deterministic = True
-
-    def __init__(
-        self,
-        config: Any,
-        tokenizer: Any,
-        eos_ids: set[int],
-        max_model_len: int,
-        policy: torch.nn.Module,
-        max_rows: int = 256,
-    ):
-        super().__init__(tokenizer, eos_ids, max_model_len)
-        self.policy, self.max_rows = policy, max_rows
+    max_rows = 256  # that are generated at once
 
     def wake(self) -> None:
         self.policy.eval()
@@ -320,7 +312,7 @@ class VllmEngine(Engine):
     def __init__(
         self, config: Any, tokenizer: Any, eos_ids: set[int], max_model_len: int, policy: Any
     ):
-        super().__init__(tokenizer, eos_ids, max_model_len)
+        super().__init__(config, tokenizer, eos_ids, max_model_len, policy)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in-process: update_weights needs it
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
@@ -406,7 +398,7 @@ class ServerEngine(Engine):
     def __init__(
         self, config: Any, tokenizer: Any, eos_ids: set[int], max_model_len: int, policy: Any
     ):
-        super().__init__(tokenizer, eos_ids, max_model_len)
+        super().__init__(config, tokenizer, eos_ids, max_model_len, policy)
         host, port = config.vllm_server_host, config.vllm_server_port
         self.url = f"http://{host}:{port}"
         self.link = None  # to the server's workers, on rank 0
@@ -555,8 +547,8 @@ class ServerEngine(Engine):
         """vLLM's sequence of calls, one for a bucket of tensors, which is broadcast meanwhile."""
         if self.link and self.version:
             self._need_our_weights({self._call("/weight_info", method="GET")["weight_version"]})
-        proposed = (uuid.uuid4().hex, self.n_engines)
-        of_ranks = gather_objects(proposed)  # also a barrier: no rank is sampling any more
+        # also a barrier: no rank is sampling any more
+        of_ranks = gather_objects((uuid.uuid4().hex, self.n_engines))
         self.version, self.n_engines = of_ranks[0]
         if self.link:
             self._call("/pause?mode=wait")  # empties the prefix cache too, or answers 500
@@ -595,9 +587,7 @@ class ServerEngine(Engine):
         self.link = None  # frees port + 1 for the next run
 
 
-def buckets(
-    tensors: Iterable[tuple[str, torch.Tensor]], n_bytes: int
-) -> Iterator[list[tuple[str, torch.Tensor]]]:
+def buckets(tensors: Iterable, n_bytes: int) -> Iterator[list]:
     """The stream in lists, each of just so many tensors as reach n_bytes, the last of the rest."""
     bucket, size = [], 0
     for name, tensor in tensors:
