@@ -178,9 +178,7 @@ def shard(
     if world == 1 and dtype in (None, master) and not cpu_offload:
         return module.to(kind, master)
     policy = fsdp.MixedPrecisionPolicy(
-        param_dtype=dtype,
-        reduce_dtype=master,
-        cast_forward_inputs=False,  # ids
+        param_dtype=dtype, reduce_dtype=master, cast_forward_inputs=False
     )
     shape, names = (world,), ("shard",)
     if replicate > 1:
@@ -396,12 +394,12 @@ def faults_of(path: Path) -> list[str]:
                 faults.append(f"{name} is missing")
             elif checksum(path / name) != sums.get(name):
                 faults.append(f"{name} has changed since it was written")
-        if not faults:
+        if not faults:  # what is read is what was written, if not who knows by whom
             SafeReader(path).read_metadata()
             json.loads((path / "state.json").read_text())
     except OSError:  # of the disk, not of what is on it
         raise
-    except Exception as error:  # which of them is up to who wrote the files
+    except Exception as error:
         faults.append(f"{CHECKSUMS}, index or state: {error}")
     return faults
 
