@@ -27,7 +27,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.fsdp as fsdp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.optim import Optimizer
@@ -52,8 +52,9 @@ METADATA_CLASSES = {
 }
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # names of the optimizer's state
 
-# The phase that an error is told with, and the gloo group with the long limit wait_s.
-_now = {"phase": "main", "slow_group": None}
+# The phase that an error is told with, the limit of collectives, and the gloo group with the long
+# limit wait_s.
+_now = {"phase": "main", "limit": timedelta(seconds=600), "slow_group": None}
 seconds = Counter()  # spent in each phase since this was last cleared
 
 
@@ -72,7 +73,7 @@ def setup_distributed(timeout_s: int = 600, wait_s: int = 3600) -> SimpleNamespa
         torch.cuda.set_device(device)
     else:
         refuse_unseen_gpu()
-    limit = timedelta(seconds=timeout_s)
+    _now["limit"] = limit = timedelta(seconds=timeout_s)
     store = None if "RANK" in os.environ else dist.HashStore()  # one process needs no port
     dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
     _now["slow_group"] = dist.new_group(backend="gloo", timeout=timedelta(seconds=wait_s))
@@ -180,10 +181,7 @@ def shard(
     policy = fsdp.MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=master, cast_forward_inputs=False
     )
-    shape, names = (world,), ("shard",)
-    if replicate > 1:
-        shape, names = (replicate, world // replicate), ("replicate", "shard")
-    mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
+    mesh = mesh_of(kind, world, replicate)
     offload = fsdp.OffloadPolicy()
     if cpu_offload:
         offload = fsdp.CPUOffloadPolicy(pin_memory=kind == "cuda")
@@ -201,6 +199,18 @@ def shard(
         # trap: FSDP2 would scale within the reduction, which gloo cannot
         part.set_force_sum_reduction_for_comms(True)
     return module
+
+
+def mesh_of(kind: str, world: int, replicate: int) -> DeviceMesh:
+    """(world,) ranks, or (replicate, world / replicate) of them."""
+    if replicate == 1:
+        return DeviceMesh.from_group(dist.group.WORLD, kind)
+    ranks = torch.arange(world).view(replicate, -1)  # a row a replica, a column a shard
+    # groups of our own: the mesh would give them 30 minutes
+    column, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=_now["limit"])
+    row, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=_now["limit"])
+    names = ("replicate", "shard")
+    return DeviceMesh.from_group([column, row], kind, mesh=ranks, mesh_dim_names=names)
 
 
 def sync_replicas(module: Module, is_last: bool) -> None:
