@@ -25,50 +25,36 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+import torch.distributed.fsdp as fsdp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
 from torch.distributed.tensor import DTensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from configs import UserError, need, say
 
-COMPLETE = re.compile("checkpoint-([0-9]{6}|[1-9][0-9]{6,})")  # our names; others are left alone
-UNFINISHED = re.compile(rf"{COMPLETE.pattern}\.tmp")
-SHARD = re.compile(r"__(\d+)_\d+\.distcp")
+OUR_NAME = "checkpoint-([0-9]{6}|[1-9][0-9]{6,})"  # others are left alone
 CHECKSUMS, METADATA = "checksums.json", ".metadata"
-DCP_METADATA = "torch.distributed.checkpoint.metadata"
+# What DCP's pickled index may name: no BytesStorageMetadata, of which DCP unpickles the contents.
 METADATA_CLASSES = {
-    ("pathlib", "PosixPath"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(
-        (DCP_METADATA, name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
+    "pathlib.PosixPath",
+    "torch.Size",
+    "torch.serialization._get_layout",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.distributed.checkpoint.metadata.ChunkStorageMetadata",
+    "torch.distributed.checkpoint.metadata.Metadata",
+    "torch.distributed.checkpoint.metadata.MetadataIndex",
+    "torch.distributed.checkpoint.metadata.StorageMeta",
+    "torch.distributed.checkpoint.metadata.TensorProperties",
+    "torch.distributed.checkpoint.metadata.TensorStorageMetadata",
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
 }
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # names of the optimizer's state
 
 # The phase that an error is told with, the limit of collectives, and the gloo group with the long
 # limit wait_s.
-_now = {"phase": "main", "timeout": timedelta(seconds=600), "slow_group": None}
+_now = {"phase": "main", "limit": timedelta(seconds=600), "slow_group": None}
 seconds = Counter()  # spent in each phase since this was last cleared
 
 
@@ -87,11 +73,9 @@ def setup_distributed(timeout_s: int = 600, wait_s: int = 3600) -> SimpleNamespa
         torch.cuda.set_device(device)
     else:
         refuse_unseen_gpu()
-    _now["timeout"] = timedelta(seconds=timeout_s)
+    _now["limit"] = limit = timedelta(seconds=timeout_s)
     store = None if "RANK" in os.environ else dist.HashStore()  # one process needs no port
-    dist.init_process_group(
-        backend, timeout=_now["timeout"], store=store, rank=rank, world_size=world
-    )
+    dist.init_process_group(backend, timeout=limit, store=store, rank=rank, world_size=world)
     _now["slow_group"] = dist.new_group(backend="gloo", timeout=timedelta(seconds=wait_s))
     faulthandler.enable()  # NCCL's watchdog aborts the process: show where it stood
 
@@ -189,24 +173,22 @@ def shard(
     world = dist.get_world_size()
     if sharding == "ddp":
         replicate = world
-    check_sharding(sharding, world, replicate)
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     stored = next(module.parameters()).dtype
     master = torch.promote_types(torch.promote_types(stored, torch.float32), dtype or stored)
-    is_mixed = dtype not in (None, master)
-    if world == 1 and not is_mixed and not cpu_offload:
+    if world == 1 and dtype in (None, master) and not cpu_offload:
         return module.to(kind, master)
-    policy = MixedPrecisionPolicy(
-        param_dtype=dtype if is_mixed else None,
-        reduce_dtype=torch.float32 if is_mixed else None,
-        cast_forward_inputs=False,  # nothing to cast: the inputs are ids
+    policy = fsdp.MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=master, cast_forward_inputs=False
     )
     mesh = mesh_of(kind, world, replicate)
-    offload = CPUOffloadPolicy(pin_memory=kind == "cuda") if cpu_offload else OffloadPolicy()
+    offload = fsdp.OffloadPolicy()
+    if cpu_offload:
+        offload = fsdp.CPUOffloadPolicy(pin_memory=kind == "cuda")
     for part in [*blocks, module]:
         # the root keeps its weights up to the backward, which starts with them
         part.frees_after_forward = sharding == "zero3" and part is not module
-        fully_shard(
+        fsdp.fully_shard(
             part.to(master),
             mesh=mesh,
             reshard_after_forward=part.frees_after_forward,
@@ -219,32 +201,21 @@ def shard(
     return module
 
 
-def check_sharding(sharding: str, world: int, replicate: int) -> None:
-    if sharding not in ("zero3", "zero2", "ddp") or world % replicate != 0:
-        raise ValueError(
-            f"sharding {sharding!r} with {world} ranks in {replicate} replicas: need "
-            "zero3, zero2 or ddp, and ranks divisible by replicas"
-        )
-
-
 def mesh_of(kind: str, world: int, replicate: int) -> DeviceMesh:
     """(world,) ranks, or (replicate, world / replicate) of them."""
     if replicate == 1:
         return DeviceMesh.from_group(dist.group.WORLD, kind)
     ranks = torch.arange(world).view(replicate, -1)  # a row a replica, a column a shard
-    groups = [group_of_this_rank(ranks.T), group_of_this_rank(ranks)]
-    return DeviceMesh.from_group(groups, kind, mesh=ranks, mesh_dim_names=("replicate", "shard"))
-
-
-def group_of_this_rank(rows: torch.Tensor) -> dist.ProcessGroup:
-    """Makes a process group of each row of ranks; the mesh itself would give them 30 minutes."""
-    mine, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout=_now["timeout"])
-    return mine
+    # groups of our own: the mesh would give them 30 minutes
+    column, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=_now["limit"])
+    row, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=_now["limit"])
+    names = ("replicate", "shard")
+    return DeviceMesh.from_group([column, row], kind, mesh=ranks, mesh_dim_names=names)
 
 
 def sync_replicas(module: Module, is_last: bool) -> None:
     """Leave the all-reduce over replicas (HSDP, ddp) to the step's last backward."""
-    if isinstance(module, FSDPModule):
+    if isinstance(module, fsdp.FSDPModule):
         module.set_requires_all_reduce(is_last)
 
 
@@ -263,7 +234,7 @@ def reshard(module: Module) -> None:
 
 
 def _fsdp_parts(module):
-    return [m for m in module.modules() if isinstance(m, FSDPModule)]
+    return [m for m in module.modules() if isinstance(m, fsdp.FSDPModule)]
 
 
 def full_tensors(
@@ -312,27 +283,28 @@ def save_checkpoint(
     rank = dist.get_rank()
     with phase(f"checkpoint {step}"):
         if rank == 0:
-            for left_by_a_kill in matching(folder, UNFINISHED):
+            for left_by_a_kill in checkpoints(folder, ".tmp"):
                 shutil.rmtree(left_by_a_kill)
             temporary.mkdir(parents=True)
         barrier("the folder is there")
         reshard(model)
+        weights, moments = get_state_dict(model, optimizer, options=FLAT)
         with as_one_line(f"{temporary} cannot be written (is the disk full?)"):
-            dcp.save(tensors_of(model, optimizer), checkpoint_id=temporary)
+            dcp.save(tensors_of(weights, moments), checkpoint_id=temporary)
         if export:
             export(temporary)
         if rank == 0:
             (temporary / "state.json").write_text(json.dumps(state, allow_nan=False))
         barrier("all is written")
-        mine = [path for path in files_in(temporary) if writer_of(path) == rank]
+        mine = [*temporary.glob(f"__{rank}_*.distcp")]
+        if rank == 0:
+            others = [path for path in temporary.rglob("*") if path.suffix != ".distcp"]
+            mine += [path for path in others if path.is_file()]
         sums = gather_objects({str(path.relative_to(temporary)): checksum(path) for path in mine})
-        to_disk(mine)
-        barrier("all is on the disk")
         if rank == 0:
             merged = {name: value for part in sums for name, value in part.items()}
             (temporary / CHECKSUMS).write_text(json.dumps(merged, indent=0))
-            folders = [path for path in temporary.rglob("*") if path.is_dir()]
-            to_disk([temporary / CHECKSUMS, *folders, temporary])
+            to_disk([temporary, *temporary.rglob("*")])  # where DCP's own are already
             temporary.rename(final)
             if keep:
                 delete(checkpoints(folder)[:-keep])
@@ -390,48 +362,28 @@ def as_one_line(what: str) -> Iterator[None]:
 
 def load_checkpoint(path: Path, model: Module, optimizer: Optimizer) -> dict:
     """Fill weights and optimizer in place; return the saved state."""
-    tensors = tensors_of(model, optimizer)
+    weights, moments = get_state_dict(model, optimizer, options=FLAT)
     with as_one_line(f"{path} cannot be loaded"):
-        dcp.load(tensors, storage_reader=SafeReader(path))
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    _, present = get_state_dict(model, optimizer, options=options)  # rates, betas: not in the file
+        dcp.load(tensors_of(weights, moments), storage_reader=SafeReader(path))
     set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=tensors["model"],
-        optim_state_dict=present | tensors["optimizer"],
-        options=options,
+        model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=FLAT
     )
     return json.loads((Path(path) / "state.json").read_text())
 
 
-def tensors_of(model: Module, optimizer: Optimizer) -> dict[str, dict]:
-    """What a checkpoint holds of both: tensors only, for numbers would be pickled."""
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    weights, moments = get_state_dict(model, optimizer, options=options)
+def tensors_of(weights: dict, moments: dict) -> dict[str, dict]:
+    """What a checkpoint holds of a model's and its optimizer's state: tensors only, for numbers
+    (rates, betas) would be pickled."""
     moments = {name: value for name, value in moments.items() if isinstance(value, torch.Tensor)}
     return {"model": weights, "optimizer": moments}
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Paths of the complete checkpoints, oldest first. Only names that save_checkpoint makes."""
-    return sorted(matching(folder, COMPLETE), key=lambda path: int(path.name.split("-")[1]))
-
-
-def matching(folder: Path, pattern: re.Pattern) -> list[Path]:
-    """Folders of that name."""
+def checkpoints(folder: Path, suffix: str = "") -> list[Path]:
+    """Paths of the complete checkpoints, or of those with the suffix, oldest first."""
+    name = re.compile(OUR_NAME + re.escape(suffix))
     found = Path(folder).glob("checkpoint-*")
-    return [path for path in found if path.is_dir() and pattern.fullmatch(path.name)]
-
-
-def files_in(path: Path) -> list[Path]:
-    return sorted(file for file in Path(path).rglob("*") if file.is_file())
-
-
-def writer_of(path: Path) -> int:
-    """The rank that wrote a file: shards are named __RANK_NUMBER.distcp, all else is rank 0's."""
-    match = SHARD.fullmatch(path.name)
-    return int(match[1]) if match else 0
+    ours = [path for path in found if path.is_dir() and name.fullmatch(path.name)]
+    return sorted(ours, key=lambda path: int(path.stem.split("-")[1]))
 
 
 def checksum(path: Path) -> str:
@@ -441,25 +393,25 @@ def checksum(path: Path) -> str:
 
 def faults_of(path: Path) -> list[str]:
     """What is wrong with this rank's share of a checkpoint's files, and with its index."""
-    try:
-        sums = {**json.loads((path / CHECKSUMS).read_text())}
-    except (FileNotFoundError, ValueError, TypeError, RecursionError) as error:
-        return [f"{CHECKSUMS}: {error}"]
-    share = sorted(sums)[dist.get_rank() :: dist.get_world_size()]
+    if not (path / CHECKSUMS).is_file():
+        return [f"{CHECKSUMS} is missing"]
     faults = []
-    for name in {*share, METADATA, "state.json"}:
-        if not (path / name).is_file():
-            faults.append(f"{name} is missing")
-        elif checksum(path / name) != sums.get(name):
-            faults.append(f"{name} has changed since it was written")
-    if faults:
-        return sorted(faults)
     try:
-        SafeReader(path).read_metadata()  # not before it is known to be what was written
-        json.loads((path / "state.json").read_text())
-    except (pickle.UnpicklingError, AttributeError, TypeError, ValueError, LookupError) as error:
-        return [str(error)]
-    return []
+        sums = json.loads((path / CHECKSUMS).read_text())
+        share = sorted(sums)[dist.get_rank() :: dist.get_world_size()]
+        for name in sorted({*share, METADATA, "state.json"}):
+            if not (path / name).is_file():
+                faults.append(f"{name} is missing")
+            elif checksum(path / name) != sums.get(name):
+                faults.append(f"{name} has changed since it was written")
+        if not faults:  # what is read is what was written, if not who knows by whom
+            SafeReader(path).read_metadata()
+            json.loads((path / "state.json").read_text())
+    except OSError:  # of the disk, not of what is on it
+        raise
+    except Exception as error:
+        faults.append(f"{CHECKSUMS}, index or state: {error}")
+    return faults
 
 
 def next_free(path: Path) -> Path:
@@ -472,27 +424,19 @@ def next_free(path: Path) -> Path:
 
 
 class SafeReader(dcp.FileSystemReader):
-    """Reads checkpoints of which nothing can run code: a list of classes in the metadata, and
-    tensors, which torch loads as weights only."""
+    """Reads checkpoints of which nothing can run code: an index of known classes, and tensors,
+    which torch loads as weights only."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
         with open(Path(self.path) / METADATA, "rb") as file:
-            metadata = MetadataUnpickler(file).load()
-        for name, item in metadata.state_dict_metadata.items():
-            if not isinstance(item, TensorStorageMetadata):
-                raise pickle.UnpicklingError(f".metadata: {name} is no tensor")
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+            return MetadataUnpickler(file).load()
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Knows the classes that DCP's own metadata consists of."""
+    """Knows METADATA_CLASSES and the dtypes of torch."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in METADATA_CLASSES and not is_dtype(module, name):
-            raise pickle.UnpicklingError(f".metadata names {module}.{name}")
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if f"{module}.{name}" not in METADATA_CLASSES and not is_dtype:
+            raise pickle.UnpicklingError(f"{METADATA} names {module}.{name}")
         return super().find_class(module, name)
-
-
-def is_dtype(module: str, name: str) -> bool:
-    return module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)

@@ -8,14 +8,13 @@ rewards only. To add an engine, subclass Engine and name the class in ENGINES.
 
 import asyncio
 import itertools
-import math
 import os
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from typing import Any
 import httpx2
 import numpy as np
 import torch
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
@@ -40,7 +38,6 @@ KEEP_SECONDS = 2  # of an idle connection: the server ends one after 5
 MAX_CALLS = 512  # of a rank that the server computes at once
 BUCKET_BYTES = 2**30  # of weights that are sent with one call
 LOWEST_LOGP, HIGHEST_LOGP = -9000, 0.001  # over HTTP a NaN is -9999
-DRAW_BLOCK = 512  # tokens that are searched as one before each is
 SHOW_SECONDS = 0.5  # between two updates of the progress bar
 
 
@@ -106,7 +103,7 @@ def collect(
         must_wait = engine.deterministic or not engine.is_busy()
         with phase("verify"):
             verdicts = pool.poll(wait=must_wait)
-        verdicts.sort(key=slot_of)
+        verdicts.sort(key=lambda verdict: verdict[0][0].slot)
         for (request, completions), rewards in verdicts:
             group = follow(groups[request.slot], completions, rewards)
             groups[request.slot] = group
@@ -124,11 +121,6 @@ def collect(
     return groups
 
 
-def slot_of(verdict: tuple) -> int:
-    (request, _), _ = verdict
-    return request.slot
-
-
 def row_of(problem: Problem, config: Any) -> dict:
     """What rewards may ask for beside the text and the gold answer."""
     known = {"problem": problem.text, "strict_answers": config.strict_answers}
@@ -142,8 +134,11 @@ class Engine:
 
     deterministic = False  # do the same requests give the same bits, whenever verdicts arrive?
 
-    def __init__(self, tokenizer: Any, eos_ids: set[int], max_model_len: int):
-        self.tokenizer, self.eos_ids, self.max_model_len = tokenizer, sorted(eos_ids), max_model_len
+    def __init__(
+        self, config: Any, tokenizer: Any, eos_ids: set[int], max_model_len: int, policy: Any
+    ):
+        self.config, self.policy, self.tokenizer = config, policy, tokenizer
+        self.eos_ids, self.max_model_len = sorted(eos_ids), max_model_len
         self.calls = {}  # handle: (request, its completions so far, number of the sample)
         self.numbers = map(str, itertools.count())
         self.progress = Progress()
@@ -217,18 +212,7 @@ class HfEngine(Engine):
     """
 
     deterministic = True
-
-    def __init__(
-        self,
-        config: Any,
-        tokenizer: Any,
-        eos_ids: set[int],
-        max_model_len: int,
-        policy: torch.nn.Module,
-        max_rows: int = 256,
-    ):
-        super().__init__(tokenizer, eos_ids, max_model_len)
-        self.policy, self.max_rows = policy, max_rows
+    max_rows = 256  # that are generated at once
 
     def wake(self) -> None:
         self.policy.eval()
@@ -283,8 +267,8 @@ class SeededDraws(LogitsProcessor):
     """Makes generate's greedy choice a draw by each row's own seed alone; keeps the log-probs."""
 
     def __init__(self, config: Any, seeds: list[int], eos_ids: list[int], progress: Progress):
-        self.config, self.progress = config, progress
-        self.eos_ids, self.is_ended_B1 = torch.tensor(eos_ids), None
+        self.config, self.progress, self.eos_ids = config, progress, torch.tensor(eos_ids)
+        self.is_ended_B1 = torch.zeros(len(seeds), 1, dtype=torch.bool)
         self.logp = []  # a (B,) tensor for each token
         length = config.max_completion_length
         draws = [np.random.default_rng(seed).random(length) for seed in seeds]
@@ -296,42 +280,28 @@ class SeededDraws(LogitsProcessor):
             logits_BV = TopKLogitsWarper(self.config.top_k)(ids, logits_BV)
         if self.config.top_p < 1:
             logits_BV = TopPLogitsWarper(self.config.top_p)(ids, logits_BV)
-        most_B1 = logits_BV.amax(-1, keepdim=True)
-        B, V = logits_BV.shape
-        # softmax weights in N blocks of K tokens, the last filled up with zeros; written in place,
-        # which spares a copy of (B, V)
-        weight_BNK = logits_BV.new_zeros(B, math.ceil(V / DRAW_BLOCK), DRAW_BLOCK)
-        torch.sub(logits_BV, most_B1, out=weight_BNK.flatten(1)[:, :V]).exp_()
-        cdf_BN = weight_BNK.sum(-1).double().cumsum(-1)  # of whole blocks
+        weight_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).exp_()
+        # trap: a GPU sums in a tree, where float32 could lift a token of weight 0
+        exact = torch.float64 if ids.is_cuda else torch.float32
+        cdf_BV = weight_BV.cumsum(-1, dtype=exact)
         if self.config.temperature:
-            uniform_B1 = self.uniform_BT[:, len(self.logp), None].to(ids.device)
-            token_B1 = draw(weight_BNK, cdf_BN, uniform_B1)
+            token_B1 = draw(cdf_BV, self.uniform_BT[:, len(self.logp), None].to(ids.device))
         else:
             token_B1 = logits_BV.argmax(-1, keepdim=True)
-        logp_B1 = logits_BV.gather(-1, token_B1) - most_B1 - cdf_BN[:, -1:].log()
-        self.logp.append(logp_B1.squeeze(1).float())
-        self._count(token_B1)
-        return torch.full_like(logits_BV, -torch.inf).scatter_(-1, token_B1, 0.0)
-
-    def _count(self, token_B1):
-        """Tells the progress bar of the tokens of rows that have not ended."""
-        if self.is_ended_B1 is None:
-            self.is_ended_B1 = torch.zeros_like(token_B1, dtype=torch.bool)
+        p_B1 = weight_BV.gather(-1, token_B1) / cdf_BV[:, -1:]
+        self.logp.append(p_B1.log().squeeze(1).float())
         self.progress.update(tokens=int((~self.is_ended_B1).sum()))
-        self.is_ended_B1 |= torch.isin(token_B1, self.eos_ids.to(token_B1.device))
+        self.is_ended_B1 |= torch.isin(token_B1.cpu(), self.eos_ids)
+        return logits_BV.fill_(-torch.inf).scatter_(-1, token_B1, 0.0)
 
 
-def draw(weight_BNK: torch.Tensor, cdf_BN: torch.Tensor, uniform_B1: torch.Tensor) -> torch.Tensor:
-    """Inverts the distribution function of weights in blocks, given that of whole blocks: (B, 1)
-    places of which none has weight 0."""
-    level_B1 = uniform_B1 * cdf_BN[:, -1:]
-    block_B1 = (cdf_BN <= level_B1).sum(-1, True).clamp(max=cdf_BN.shape[1] - 1)
-    rest_B1 = level_B1 - pad(cdf_BN, (1, 0)).gather(-1, block_B1)
-    inside_BK = weight_BNK.take_along_dim(block_B1[..., None], 1)[:, 0].double().cumsum(-1)
-    # trap: cdf_BN is made of float32 sums, so a block may end a rounding error below the level
-    below_B1 = torch.nextafter(inside_BK[:, -1:], torch.zeros_like(rest_B1))
-    place_B1 = (inside_BK <= torch.minimum(rest_B1, below_B1)).sum(-1, True)
-    return block_B1 * weight_BNK.shape[-1] + place_B1
+def draw(cdf_BV: torch.Tensor, uniform_B1: torch.Tensor) -> torch.Tensor:
+    """Inverts a distribution function of any sum: (B, 1) places, of which none has weight 0."""
+    total_B1 = cdf_BV[:, -1:]
+    below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
+    level_B1 = torch.minimum((uniform_B1 * total_B1).to(cdf_BV.dtype), below_B1)
+    place_B1 = torch.searchsorted(cdf_BV, level_B1, right=True)
+    return place_B1.clamp(max=cdf_BV.shape[1] - 1)  # where all is NaN, which poll tells of
 
 
 class VllmEngine(Engine):
@@ -342,7 +312,7 @@ class VllmEngine(Engine):
     def __init__(
         self, config: Any, tokenizer: Any, eos_ids: set[int], max_model_len: int, policy: Any
     ):
-        super().__init__(tokenizer, eos_ids, max_model_len)
+        super().__init__(config, tokenizer, eos_ids, max_model_len, policy)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in-process: update_weights needs it
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
@@ -428,10 +398,9 @@ class ServerEngine(Engine):
     def __init__(
         self, config: Any, tokenizer: Any, eos_ids: set[int], max_model_len: int, policy: Any
     ):
-        super().__init__(tokenizer, eos_ids, max_model_len)
+        super().__init__(config, tokenizer, eos_ids, max_model_len, policy)
         host, port = config.vllm_server_host, config.vllm_server_port
         self.url = f"http://{host}:{port}"
-        self.next_check = 0.0
         self.link = None  # to the server's workers, on rank 0
         self.version = None  # of the weights that were sent last
         self.rank = int(os.environ.get("RANK", "0"))
@@ -445,8 +414,8 @@ class ServerEngine(Engine):
             limits=httpx2.Limits(keepalive_expiry=KEEP_SECONDS),
         )
         self.turns, self.loop = asyncio.Semaphore(MAX_CALLS), asyncio.new_event_loop()
-        in_thread(self.loop.run_forever)  # all calls
-        self.probe = self._begin("/is_paused", method="GET")  # of the server's engine
+        threading.Thread(target=self.loop.run_forever, daemon=True).start()  # all calls
+        self.next_check, self.probe = 0.0, self._begin(self._http("/is_paused", method="GET"))
         if self.rank == 0:
             self._need_same_model(config.model_name_or_path)
             self.link = self._open_link(host, port)
@@ -481,16 +450,15 @@ class ServerEngine(Engine):
 
         # that of an earlier run; refused after a run that was killed while it sent weights
         self._call("/shutdown_weight_transfer_engine")
-        joined = self._begin("/init_weight_transfer_engine", {"init_info": place})
+        joined = self._http("/init_weight_transfer_engine", {"init_info": place})
         try:
-            link, _ = self._results(in_thread(trainer_init, place), joined)
+            return self._result(asyncio.to_thread(trainer_init, place), joined)
         except RuntimeError as error:  # ours, or NCCL's
             raise ServerError(
                 f"vLLM server {self.url}: no group for the weights: {error}. On GPUs: NCCL takes "
                 "one process each, so server and training need GPUs of their own; "
                 "CUDA_VISIBLE_DEVICES divides those of one machine"
             ) from None
-        return link
 
     def submit(self, request: Request) -> None:
         """All samples of a problem go to one of the server's engines, which then has its prompt."""
@@ -501,7 +469,7 @@ class ServerEngine(Engine):
 
     def _start(self, prompt, fields):
         body = {"token_ids": prompt, "sampling_params": fields}
-        return asyncio.run_coroutine_threadsafe(self._generate(body, self.headers), self.loop)
+        return self._begin(self._generate(body, self.headers))
 
     async def _generate(self, body, headers):
         async with self.turns:
@@ -529,15 +497,20 @@ class ServerEngine(Engine):
     def _check(self):
         """ServerError when the server no longer lives, however long a call may still wait."""
         if time.monotonic() > self.next_check:
-            self._begin("/health", None, "GET", ALIVE_SECONDS).result()
+            self._begin(self._http("/health", None, "GET", ALIVE_SECONDS)).result()
             if self.probe.done():  # the engine answers this one, between its steps
                 self.probe.result()
-                self.probe = self._begin("/is_paused", method="GET")
+                self.probe = self._begin(self._http("/is_paused", method="GET"))
             self.next_check = time.monotonic() + CHECK_SECONDS
 
-    def _results(self, *calls):
-        """What calls that need each other return; what one raises at once, or that the server is
-        seen not to live meanwhile."""
+    def _begin(self, coroutine):
+        """Its Future; it runs beside the calls."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def _result(self, *coroutines):
+        """What the first of coroutines that need each other returns, once all have; what one raises
+        at once, or that the server is seen not to live meanwhile."""
+        calls = [self._begin(coroutine) for coroutine in coroutines]
         deadline, waiting = time.monotonic() + CALL_SECONDS + ALIVE_SECONDS, calls
         while waiting:
             done, waiting = wait(calls, POLL_SECONDS, FIRST_EXCEPTION)
@@ -546,20 +519,13 @@ class ServerEngine(Engine):
             self._check()
             if time.monotonic() > deadline:
                 raise self._error("", TimeoutError("nothing moves"))
-        return [call.result() for call in calls]
+        return calls[0].result()
 
     def _call(self, path, body=None, method="POST"):
         """The server's answer."""
-        (answer,) = self._results(self._begin(path, body, method))
-        return answer
+        return self._result(self._http(path, body, method))
 
-    def _begin(self, path, body=None, method="POST", timeout=CALL_SECONDS):
-        """The Future of the server's answer."""
-        call = self._http(path, body, method, timeout, {})
-        return asyncio.run_coroutine_threadsafe(call, self.loop)
-
-    async def _http(self, path, body, method, timeout, headers):
-        """The server's JSON answer."""
+    async def _http(self, path, body=None, method="POST", timeout=CALL_SECONDS, headers=None):
         limits = httpx2.Timeout(timeout, connect=CONNECT_SECONDS)
         try:
             answer = await self.http.request(
@@ -581,8 +547,8 @@ class ServerEngine(Engine):
         """vLLM's sequence of calls, one for a bucket of tensors, which is broadcast meanwhile."""
         if self.link and self.version:
             self._need_our_weights({self._call("/weight_info", method="GET")["weight_version"]})
-        proposed = (uuid.uuid4().hex, self.n_engines)
-        of_ranks = gather_objects(proposed)  # also a barrier: no rank is sampling any more
+        # also a barrier: no rank is sampling any more
+        of_ranks = gather_objects((uuid.uuid4().hex, self.n_engines))
         self.version, self.n_engines = of_ranks[0]
         if self.link:
             self._call("/pause?mode=wait")  # empties the prefix cache too, or answers 500
@@ -606,8 +572,8 @@ class ServerEngine(Engine):
         tensors = [tensor.contiguous() for tensor in tensors]
         # trap: a thread has a stream of its own, on which nothing waits for cast and gather
         stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
-        taken = self._begin("/update_weights", {"update_info": info})
-        self._results(in_thread(self._broadcast, tensors, stream), taken)
+        taken = self._http("/update_weights", {"update_info": info})
+        self._result(asyncio.to_thread(self._broadcast, tensors, stream), taken)
 
     def _broadcast(self, tensors, stream):
         try:
@@ -621,23 +587,7 @@ class ServerEngine(Engine):
         self.link = None  # frees port + 1 for the next run
 
 
-def in_thread(function: Callable, *args: Any) -> Future:
-    """The Future of a call in a thread, a daemon: if it hangs it does not keep the process."""
-    future = Future()
-
-    def run():
-        try:
-            future.set_result(function(*args))
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future
-
-
-def buckets(
-    tensors: Iterable[tuple[str, torch.Tensor]], n_bytes: int
-) -> Iterator[list[tuple[str, torch.Tensor]]]:
+def buckets(tensors: Iterable, n_bytes: int) -> Iterator[list]:
     """The stream in lists, each of just so many tensors as reach n_bytes, the last of the rest."""
     bucket, size = [], 0
     for name, tensor in tensors:

@@ -146,12 +146,13 @@ def make_run(alone):
     return Policies(alone)
 
 
-def new_engine(policy, kind=HfEngine, **options):
+def new_engine(policy, kind=HfEngine, max_rows=256):
     """An hf engine with the tiny tokenizer."""
     config = make_config()
-    return kind(
-        config, ghpo.Prompts(config, ghpo.State()).tokenizer, {EOS}, math.inf, policy, **options
-    )
+    tokenizer = ghpo.Prompts(config, ghpo.State()).tokenizer
+    engine = kind(config, tokenizer, {EOS}, math.inf, policy)
+    engine.max_rows = max_rows
+    return engine
 
 
 @pytest.fixture

@@ -240,7 +240,7 @@ def test_calls_take_no_thread_each(stub, monkeypatch):
         time.sleep(0.01)
     time.sleep(0.1)
     assert [path for path, _, _ in stub.calls].count("/inference/v1/generate") == 40
-    assert threading.active_count() <= before + 1
+    assert threading.active_count() <= before + 2  # the loop, and one that broadcasts
     stub.waits["/inference/v1/generate"].set()
     done = []
     while engine.is_busy():
