@@ -404,7 +404,7 @@ def faults_of(path: Path) -> list[str]:
                 faults.append(f"{name} is missing")
             elif checksum(path / name) != sums.get(name):
                 faults.append(f"{name} has changed since it was written")
-        if not faults:  # what is read is what was written, if not who knows by whom
+        if not faults:  # whole, but perhaps a stranger's: only known classes are loaded
             SafeReader(path).read_metadata()
             json.loads((path / "state.json").read_text())
     except OSError:  # of the disk, not of what is on it

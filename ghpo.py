@@ -41,10 +41,10 @@ import configs.plan
 import fsdp_utils
 import hints
 import rollout
-from configs import UserError, need, say
+from configs import UserError, as_user_error, need, say
 from configs.data import fingerprint, load_problems
 from configs.folder import as_yaml, changed_settings, lock_folder, save_config
-from configs.model import as_user_error, blocks_of, load_model, load_tokenizer, sizes
+from configs.model import blocks_of, control_tokens, load_model, load_tokenizer, sizes
 from configs.plan import Plan, bytes_per_gpu, longest_sequence, make_plan, mismatch_limit
 from configs.settings import Config, eval_config, load_config
 from fsdp_utils import phase
@@ -59,7 +59,8 @@ USER_PROBE = {"role": "user", "content": "What is 1 + 2?"}
 CHECK_LIMITS = {"bfloat16": (0.02, 0.2)}  # mean and largest |dlogp|; of other types 1e-4
 HEAD_LOGITS = 2**25  # of a chunk of tokens, forward and backward
 HEAD_TOKENS = 64  # of a chunk at least
-HEAD_CHUNKS = 16  # of a micro-batch at most: in bfloat16 each rounds the sum of the head's gradient
+# Of a micro-batch at most: each adds its gradient of the head to one sum, which bfloat16 rounds.
+HEAD_CHUNKS = 16
 # On the terminal; of eval sets only the pass rates.
 SHOWN = re.compile(
     r"accuracy_|hard_|reward/|grad_norm|mismatch_k3|eval/(?!.*(?:stderr|tokens|truncated|_n|_k)$)"
@@ -151,10 +152,8 @@ class Prompts:
     def __init__(self, config: Config, state: State | None = None):
         self.config, self.state = config, state or State()
         self.tokenizer = load_tokenizer(config)
-        added = self.tokenizer.added_tokens_decoder.values()
-        special = [str(token) for token in added if token.special]
-        # a row's own text may not become one of these: of roles too, but not <think> and <answer>
-        self.special = [name for name in special if not re.fullmatch("</?(think|answer)>", name)]
+        # a row's own text may not become one of these
+        self.special = list(control_tokens(self.tokenizer).values())
         # the date that a template shows is always one: it must not change when a run is resumed
         today = datetime(2025, 1, 1)
         self.values = {"strftime_now": today.strftime, **config.chat_template_kwargs}
@@ -700,7 +699,9 @@ def fresh_groups(run: Run, size: int, met: set[int]) -> list[Group]:
     """The next problems of the epoch, or of the next one. Those that this step has met, by their
     ids, are passed over: their turn in the epoch is the one that they had."""
     n = len(run.problems)
-    if run.config.curriculum:  # an epoch leaves out some of all problems, not the hardest
+    # the end of an epoch may be left out: sorted, that would always be the hardest problems, so
+    # those of the epoch are drawn before
+    if run.config.curriculum:
         n = run.plan.per_epoch * run.plan.prompts
     cursor = run.state.cursor
     for _ in range(2):
@@ -1068,7 +1069,9 @@ def start_wandb(run: Run) -> Any:
 def load_policy(c: Config) -> Policy:
     """The causal LM, its weights float32 (or float64), sharded."""
     dtype, master_dtype = dtypes(c)
-    as_stored = dtype == torch.bfloat16  # in float32 that would round its buffers, too
+    # as stored it takes less memory until `shard` casts it; not where float32 is computed, for
+    # buffers that are stored in bfloat16 would stay rounded
+    as_stored = dtype == torch.bfloat16
     logging.disable_progress_bar()
     model = load_model(c, "auto" if as_stored else master_dtype)
     if c.gradient_checkpointing:
@@ -1135,8 +1138,10 @@ def startup_pass(run: Run) -> None:
     row = Row.weightless([0] * width, c.max_prompt_length, advantage=1.0)
     row.token_weight = 1.0  # else it would be left out
     rows = [row] * max(1, c.micro_batch_tokens // width)
-    for _ in range(2):  # activations beside gradients, then beside Adam's moments
-        optimize(run, rows + rows, 0.0)
+    for _ in range(2):  # the second pass beside Adam's moments
+        optimize(
+            run, rows + rows, 0.0
+        )  # two micro-batches: the second beside the first's gradients
     for moments in run.optimizer.state.values():
         for moment in moments.values():
             moment.zero_()  # as new; they stay, for the engine measures what memory is free

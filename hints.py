@@ -23,8 +23,8 @@ signatures need not grow. state.step is the step (0 is the first), state.history
 {"attempts", "pass_rate", "ratio"}}: how many steps met a problem, and how the last of them ended.
 state.method is a dict for whatever else a method must remember: JSON, alike on every rank,
 checkpointed; its keys are text: str(problem.id). Evaluations, the first of which is before step 0,
-call only merge, with the eval set's config (G is eval_samples), make_hint, at ratio 0 of a problem
-without solution, and render. Neither torch nor vllm is imported.
+go through advance and after_stage too, with the eval set's config (G is eval_samples): one stage,
+for which next_ratio is not asked and make_hint gets ratio 0. Neither torch nor vllm is imported.
 """
 
 import bisect
@@ -170,11 +170,11 @@ def advance(group: Group, config: Any, state: Any, fit: Callable) -> Group:
             break
         wanted = as_list(ratio, config.num_generations)
         stage = make_stage(group.problem, wanted, fit)
+        if len(stages) >= MAX_STAGES:
+            raise ValueError(f"next_ratio gave {ratio} after {len(stages)} stages: it must end")
         if not stages or is_news(stage, stages[-1]):
             is_deferred = config.hint_timing == "deferred" and bool(group.completions)
             return replace(group, next_stage=stage, is_deferred=is_deferred)
-        if len(stages) == MAX_STAGES:
-            raise ValueError(f"next_ratio gave {ratio} after {len(stages)} stages: it must end")
         # a skipped stage keeps hints and passes of the one before, whose verdict still holds
         skipped = replace(
             stages[-1], ratios=wanted, lengths=[], is_trimmed=stage.is_trimmed, is_skipped=True
@@ -495,6 +495,7 @@ def latest_hint_end(solution: str, gold: str, ends: list[int]) -> int:
     if derived is None:  # all in words: the last whole step before the marker
         sentences = [match.end() for match in SENTENCE_END.finditer(solution)]
         whole = max(end for end in [0, *sentences, len(solution)] if end <= marker)
+        # a place inside that step, so that its own end comes too late
         derived = max(0, len(solution[:whole].rstrip()) - 1)
     places = [derived]
     gold = gold.strip().strip("$").strip()

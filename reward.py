@@ -98,7 +98,7 @@ def boxed(text: str) -> str | None:
             if end is None:
                 return ""
             if box[1:end].strip():
-                return box[1:end].rstrip("\\")
+                return box[1:end].rstrip("\\")  # the \ of a \} that closed it
     return None
 
 
@@ -170,7 +170,7 @@ def extract_answer(response: str) -> str | None:
         found = found[-1:]
         if not found or not PATTERNS["stray"].fullmatch(text, found[0].end()):
             return None
-        text = ""
+        text = ""  # no other place counts
     bodies = set()
     for body, end in (block.groups() for block in found):
         body = body.strip()
@@ -370,6 +370,8 @@ class Reader:
         has_bracket = self.tokens[-1] in ("(", "{")
         argument = self.prefix() if has_bracket else self.tree(ARGUMENT)
         tree = (name, argument)
+        if base and name != "ln":
+            raise ValueError(f"{name} with an index")
         if base:
             tree = ("quotient", ("ln", argument), ("ln", base))
         if exponent:
@@ -413,7 +415,7 @@ class Reader:
         outside = self.in_bars
         self.in_bars = opening == "|"
         inner = ("list",)  # nothing in the brackets
-        if self.tokens[-1] not in CLOSERS or self.tokens[-1] == "|":
+        if self.tokens[-1] not in CLOSERS or self.tokens[-1] == "|":  # here a | opens
             inner = self.tree()
         self.in_bars = outside
         closer = self.tokens.pop()
@@ -454,7 +456,7 @@ def spelled(words: list[str]) -> Fraction:
         after = Fraction(0)
         if words[place + 1 :]:
             after = spelled(words[place + 1 :])
-        if after < MULTIPLIERS[largest]:
+        if after < MULTIPLIERS[largest]:  # else it has no value: two thousand three thousand
             return spelled(words[:place]) * MULTIPLIERS[largest] + after
     values = [NUMBERS[word] for word in words]
     is_one_number = len(values) < 2
@@ -1113,7 +1115,7 @@ def compares(a: Number, sign: str, b: Number) -> bool:
 # ---- an answer must be as worked out as the gold ----
 
 
-MANY_DIVISORS = math.lcm(*range(1, 21))
+MANY_DIVISORS = math.lcm(*range(1, 21))  # times it, a fraction over up to 20 is whole
 
 
 def is_number(tree: Answer | str, with_pi: bool = False) -> bool:
@@ -1142,7 +1144,8 @@ def is_number(tree: Answer | str, with_pi: bool = False) -> bool:
 
 
 def is_solved(answer: Answer) -> bool:
-    """x = 5 and y = (7 - 2x)/3 are; y = 2x + 3 is a line, which has many forms. In inequalities the
+    """x = 5 and y = (7 - 2x)/3 are; y = 2x + 3 is a line in one of its many forms, where a quotient
+    shows that y was asked for. In inequalities the
     variable stands alone or with a sign, or all that it stands in is in one |..|."""
     kind, *parts = answer
     if isinstance(answer, Equation):
@@ -1258,7 +1261,7 @@ class Reading(NamedTuple):
 LETTERS = re.compile(r"[A-J](?:(?:,|and)+[A-J])+|\([A-J]\)")  # A,B,andD of several choices; (B)
 CHOICE = re.compile(r"\(([A-J])\)|([A-J])[).:]")  # (B) or B. before its text
 SIMPLE = re.compile(r"-?\d{1,40}(?:\.\d{1,40})?\Z")  # 17, -0.5
-MAX_DIGITS = 12  # of a gold that only a number answers
+MAX_DIGITS = 12  # a gold of more may be answered by a formula, as 2^100
 
 
 def split_choice(tokens: list[str]) -> tuple[str | None, list[str]]:
@@ -1281,7 +1284,7 @@ def read(text: str) -> Reading:
         return Reading("", None, None)
     if LETTERS.fullmatch(plain):  # A, B and D are \text{ABD}
         plain = re.sub(r"[(),]|and", "", plain)
-        if len(plain) > 1:
+        if len(plain) > 1:  # as tokenise does with words
             plain = plain.lower()
     tree = None
     with contextlib.suppress(*REFUSED):
@@ -1354,7 +1357,8 @@ def format_reward(response: str, gold: str = "") -> float:
 REWARDS = {"accuracy": accuracy_reward, "format": format_reward}
 ADAPTER = (
     "def mine(response, gold, **row): "
-    "return theirs(completions=[response], prompts=[row['problem']], **row)[0]"
+    "return theirs(completions=[response], prompts=[row['problem']], "
+    "**{name: [value] for name, value in row.items()})[0]"
 )
 MAX_REWARD = 1e9  # larger ones would not stay finite in sums
 
@@ -1382,7 +1386,8 @@ def score(reward: Callable, text: str, gold: str, row: dict) -> tuple[float, str
     """The reward of one text, or 0.0 and what went wrong. The reward gets the columns that it names
     after (response, gold), all of them as **row."""
     parameters = list(inspect.signature(reward).parameters.values())
-    columns = row
+    taken = {parameter.name for parameter in parameters[:2]}
+    columns = {name: value for name, value in row.items() if name not in taken}
     if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
         names = [parameter.name for parameter in parameters[2:]]
         columns = {name: row[name] for name in names if name in row}

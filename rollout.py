@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from configs import UserError
+from configs.model import control_tokens
 from configs.plan import need_port
 from configs.serve_key import key_header
 from fsdp_utils import barrier, gather_objects, phase, reshard, saved_buffers, unshard
@@ -139,6 +140,7 @@ class Engine:
     ):
         self.config, self.policy, self.tokenizer = config, policy, tokenizer
         self.eos_ids, self.max_model_len = sorted(eos_ids), max_model_len
+        self.control_tokens = control_tokens(tokenizer)  # which no text of a completion shows
         self.calls = {}  # handle: (request, its completions so far, number of the sample)
         self.numbers = map(str, itertools.count())
         self.progress = Progress()
@@ -189,7 +191,7 @@ class Engine:
                 hint_ratio=request.stage.ratios[j],
                 hint=request.stage.hints[j],
                 prefix=request.prefixes[j],
-                text=self.tokenizer.decode(ids, skip_special_tokens=True),
+                text=self.tokenizer.decode([i for i in ids if i not in self.control_tokens]),
             )
             if None not in completions:
                 finished.append((request, completions))
@@ -415,7 +417,9 @@ class ServerEngine(Engine):
         )
         self.turns, self.loop = asyncio.Semaphore(MAX_CALLS), asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()  # all calls
-        self.next_check, self.probe = 0.0, self._begin(self._http("/is_paused", method="GET"))
+        self.next_check = 0.0
+        # waits for the server's engine, which answers between its steps: see _check
+        self.engine_probe = self._begin(self._http("/is_paused", method="GET"))
         if self.rank == 0:
             self._need_same_model(config.model_name_or_path)
             self.link = self._open_link(host, port)
@@ -498,9 +502,9 @@ class ServerEngine(Engine):
         """ServerError when the server no longer lives, however long a call may still wait."""
         if time.monotonic() > self.next_check:
             self._begin(self._http("/health", None, "GET", ALIVE_SECONDS)).result()
-            if self.probe.done():  # the engine answers this one, between its steps
-                self.probe.result()
-                self.probe = self._begin(self._http("/is_paused", method="GET"))
+            if self.engine_probe.done():
+                self.engine_probe.result()
+                self.engine_probe = self._begin(self._http("/is_paused", method="GET"))
             self.next_check = time.monotonic() + CHECK_SECONDS
 
     def _begin(self, coroutine):
@@ -508,8 +512,8 @@ class ServerEngine(Engine):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def _result(self, *coroutines):
-        """What the first of coroutines that need each other returns, once all have; what one raises
-        at once, or that the server is seen not to live meanwhile."""
+        """Runs coroutines side by side and waits for all; returns what the first one does. What one
+        of them raises, or a server that no longer lives, is raised at once."""
         calls = [self._begin(coroutine) for coroutine in coroutines]
         deadline, waiting = time.monotonic() + CALL_SECONDS + ALIVE_SECONDS, calls
         while waiting:
@@ -553,7 +557,8 @@ class ServerEngine(Engine):
         if self.link:
             self._call("/pause?mode=wait")  # empties the prefix cache too, or answers 500
             self._call("/start_weight_update")
-        for bucket in buckets(tensors, BUCKET_BYTES if self.link else 0):  # gathered by all ranks
+        # all ranks gather: those without a link one tensor at a time, which they drop
+        for bucket in buckets(tensors, BUCKET_BYTES if self.link else 0):
             if self.link:
                 self._send(bucket)
             del bucket  # before the next one is gathered

@@ -61,6 +61,15 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """{id: text} of the special tokens, of roles and ends; <think> and <answer> are text."""
+    found = {}
+    for number, token in tokenizer.added_tokens_decoder.items():
+        if token.special and not re.fullmatch("</?(think|answer)>", str(token)):
+            found[number] = str(token)
+    return found
+
+
 def prove_export(name: str, *parts: Any) -> None:
     """Saves configs or a tokenizer once, lest the first checkpoint of a run fails on them."""
     with as_user_error(f"{name}: cannot be exported"), TemporaryDirectory() as folder:

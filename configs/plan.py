@@ -52,6 +52,7 @@ def make_plan(config: Config, world: int, n_problems: int, is_dry: bool = False)
     prompts = world * rows // G
     per_epoch = n_problems // prompts
     need(per_epoch, f"{config.dataset_name}: {n_problems} usable problems, a step takes {prompts}")
+    need_room_for_deferred(config, prompts)
     steps = max(1, int(config.num_train_epochs * per_epoch))
     if config.max_steps > 0:
         steps = config.max_steps
@@ -65,6 +66,17 @@ def make_plan(config: Config, world: int, n_problems: int, is_dry: bool = False)
         f" = {prompts} prompts a step; {per_epoch} steps an epoch; {steps} steps"
     )
     return Plan(prompts, per_epoch, steps, save_every)
+
+
+def need_room_for_deferred(config: Config, prompts: int) -> None:
+    """UserError when deferred problems, with a share of a step's prompts, would never return."""
+    is_deferred = config.rl_type == "ghpo" and config.hint_timing == "deferred"
+    n_returning = int(config.deferred_share * prompts)
+    need(
+        not is_deferred or n_returning > 0,
+        f"config: hint_timing=deferred and deferred_share={config.deferred_share:g} of {prompts} "
+        "prompts a step: no problem could return, raise gradient_accumulation_steps",
+    )
 
 
 def mismatch_limit(config: Config) -> float | None:

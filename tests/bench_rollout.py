@@ -178,7 +178,7 @@ def main():
             model_name_or_path=folder, model_revision="main", torch_dtype="float32",
             vllm_gpu_memory_utilization=0.3,
         )  # fmt: skip
-        no_text = SimpleNamespace(decode=lambda ids, skip_special_tokens: "")
+        no_text = SimpleNamespace(decode=lambda ids: "", added_tokens_decoder={})
         engine = Engine(config, no_text, [], PROMPT + TRACE + args.cap, None)
     variants = {"grpo": run_grpo, "ladder": run_ladder, "inline": run_inline}
     variants["deferred"] = Deferred()

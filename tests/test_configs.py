@@ -881,6 +881,7 @@ def test_plan_arithmetic():
     ({"num_generations": 1}, 9, "num_generations=1: .* takes 2"),
     ({}, 3, "3 usable problems, a step takes 4"),
     ({"replicas": 2}, 9, "replicas=2 does not divide 1 ranks"),
+    ({"hint_timing": "deferred", "deferred_share": 0.2}, 9, "0.2 of 4 prompts .* could return"),
 ])  # fmt: skip
 def test_plans_that_cannot_be(changes, problems, message):
     with pytest.raises(UserError, match=message):

@@ -29,7 +29,7 @@ from transformers import (
 
 import ghpo
 from configs import UserError
-from configs.model import blocks_of, check_wrapper, tell
+from configs.model import blocks_of, check_wrapper, control_tokens, tell
 from reward import VerifierPool, format_reward
 
 REWARD = "def digest(text, gold):\n    return sum(text.encode()) % 97 / 97\n"
@@ -520,5 +520,10 @@ def test_special_tokens_in_a_rows_text_are_plain_text(prompts_of):
         "<|user|>Say <|end|> or <think>.<|end|><|assistant|><think>\na <|pad|> b"
     )
     assert prefix == "<think>\na <|pad|> b"
+    # nor may the text of a completion lose what is read from it, where these are special tokens
+    tokenizer = prompts.tokenizer
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "<|tool|>"]})
+    assert "<|tool|>" in control_tokens(tokenizer).values()
+    assert "<think>" not in control_tokens(tokenizer).values()
     plain = prompts.ids(problem())[0]
     assert plain == prompts.tokenizer("<|user|>4a3b5c2?<|end|><|assistant|><think>\n").input_ids

@@ -511,6 +511,16 @@ def test_a_list_of_ratios_has_one_for_each_sample():
         hints.as_list([], 1)
 
 
+def test_stages_that_are_sampled_for_ever_are_an_error(monkeypatch):
+    monkeypatch.setattr(hints, "next_ratio", lambda group, config, state: 0.5)
+    config = SimpleNamespace(rl_type="ghpo", num_generations=1, hint_timing="inline")
+    stages = [hints.Stage([0.5], [str(number)], [0.0]) for number in range(100)]
+    with pytest.raises(ValueError, match="after 100 stages: it must end"):
+        hints.advance(
+            hints.Group(hints.Problem(0, [], "1"), stages), config, None, lambda *_: ("new", False)
+        )
+
+
 def test_a_ratio_that_is_given_for_ever_is_an_error(monkeypatch):
     monkeypatch.setattr(hints, "next_ratio", lambda group, config, state: 0.0)
     config = SimpleNamespace(rl_type="ghpo", num_generations=2, hint_timing="inline")

@@ -1154,7 +1154,8 @@ def test_rewards_see_the_row(make_pool, user):
     assert dict(pool.poll(wait=True)) == {"group": [[1.0, 16.0]] * 2, "strict": [[0.0, 16.0]] * 2}
     pool = make_pool([user + ":see_all"], workers=1)
     pool.submit("group", ["a"], "5", ROW)
-    assert pool.poll(wait=True) == [("group", [[4.0]])]
+    pool.submit("names", ["a"], "5", ROW | {"response": "x", "gold": "y"})  # columns so named
+    assert pool.poll(wait=True) == [("group", [[4.0]]), ("names", [[4.0]])]
 
 
 def test_a_group_is_sent_once(make_pool, user, monkeypatch):
@@ -1192,6 +1193,15 @@ def test_probe(make_pool, user):
 def test_a_reward_of_trl_is_refused_with_its_adapter(user, function):
     with pytest.raises(UserError, match=r"TRL; wrap it: def mine\(response, gold"):
         VerifierPool([f"{user}:{function}"], workers=1)
+
+
+def test_the_adapter_gives_lists_of_one():
+    def theirs(completions, prompts, answer, **more):
+        return [float(text == right) for text, right in zip(completions, answer)]
+
+    scope = {"theirs": theirs}
+    exec(reward.ADAPTER, scope)
+    assert scope["mine"]("42", "", problem="6 * 7?", answer="42") == 1.0
 
 
 def test_a_file_that_exits_when_imported_is_refused(tmp_path):

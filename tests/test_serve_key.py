@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import httpx2
 import pytest
@@ -143,6 +144,6 @@ def test_the_trainer_shows_the_key_and_never_tells_it(key, monkeypatch):
         httpx2, "AsyncClient", lambda **options: client(**options, transport=transport)
     )
     with pytest.raises(ServerError, match="401.*same VLLM_API_KEY as here") as caught:
-        ServerEngine(make_config(), None, {1}, 10, None)
+        ServerEngine(make_config(), SimpleNamespace(added_tokens_decoder={}), {1}, 10, None)
     assert KEY not in str(caught.value)
     assert asked and set(asked) == {f"Bearer {KEY}"}

@@ -18,6 +18,8 @@ import rollout
 from hints import Problem, Stage
 from rollout import Request, ServerEngine, ServerError
 
+NO_TEXT = SimpleNamespace(decode=lambda ids: "", added_tokens_decoder={})
+
 
 class Stub:
     """Answers as vLLM would; .calls: (path, body, headers). It may fail or wait on a path."""
@@ -84,8 +86,7 @@ def stub(monkeypatch):
 
 def connected(monkeypatch, link):
     monkeypatch.setattr(ServerEngine, "_open_link", lambda *_: link)
-    tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: "")
-    return ServerEngine(make_config(), tokenizer, {1}, 99, None)
+    return ServerEngine(make_config(), NO_TEXT, {1}, 99, None)
 
 
 def weights(*sizes, dtype=torch.float32):
@@ -283,7 +284,7 @@ class Probe:
 
 def test_the_group_of_the_weights_begins_anew(stub, vllm_group):
     stub.workers = 4
-    engine = ServerEngine(make_config(), None, {1}, 99, None)
+    engine = ServerEngine(make_config(), NO_TEXT, {1}, 99, None)
     assert engine.link == "the link" and engine.n_engines == 4
     place = {"rank_offset": 1, "master_address": "10.0.0.9", "master_port": 8001, "world_size": 5}
     assert vllm_group["place"] == place
@@ -298,7 +299,7 @@ def test_a_server_in_mid_update_is_to_be_restarted(stub, vllm_group):
     refusal = "Cannot release a trainer connection during a weight update"
     stub.fails["/shutdown_weight_transfer_engine"] = refusal
     with pytest.raises(ServerError, match=f"{refusal}.*Start it anew.*run.sh serve"):
-        ServerEngine(make_config(), None, {1}, 99, None)
+        ServerEngine(make_config(), NO_TEXT, {1}, 99, None)
     assert "/init_weight_transfer_engine" not in stub.paths()
 
 
@@ -306,5 +307,5 @@ def test_two_processes_on_one_gpu_are_told_of(stub, vllm_group):
     vllm_group["error"] = RuntimeError("NCCL error: invalid usage")
     stub.waits["/init_weight_transfer_engine"] = threading.Event()
     with pytest.raises(ServerError, match="invalid usage.*GPUs of their own.*CUDA_VISIBLE_DEVICES"):
-        ServerEngine(make_config(), None, {1}, 99, None)
+        ServerEngine(make_config(), NO_TEXT, {1}, 99, None)
     stub.waits["/init_weight_transfer_engine"].set()

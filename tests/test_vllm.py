@@ -40,7 +40,7 @@ EOS = {1, 7}  # two, of which the model's own config names none
 LENGTH, KEY = 300, "a-key-of-this-test"
 
 
-NO_TEXT = SimpleNamespace(decode=lambda ids, skip_special_tokens: "", pad_token_id=0)
+NO_TEXT = SimpleNamespace(decode=lambda ids: "", added_tokens_decoder={}, pad_token_id=0)
 
 
 def random_model(folder, tied):
