@@ -854,6 +854,8 @@ def same(answer: Answer, gold: Answer) -> bool:
         return same_sequence(answer, gold)
     if kinds == {"mod"}:
         return same_residue(answer, gold)
+    if kinds & STRUCTURES == {"ratio"}:
+        return same_ratio(answer, gold)
     if kinds & STRUCTURES:
         return same_parts(answer, gold)
     if "piecewise" in kinds:
@@ -863,6 +865,31 @@ def same(answer: Answer, gold: Answer) -> bool:
 
 def same_parts(answer: Tree, gold: Tree) -> bool:
     return len(answer) == len(gold) and all(map(same, answer, gold))
+
+
+def same_ratio(answer: Tree, gold: Tree) -> bool:
+    """3:4 is 6:8, and 3/4; what may be a time is itself only."""
+    if is_time(answer) or is_time(gold):
+        return same_parts(answer, gold)
+    (a, *others), (b, *gold_others) = terms_of(answer), terms_of(gold)
+    if len(others) != len(gold_others):
+        return False
+    pairs = zip(others, gold_others)
+    return all(equal(("quotient", x, a), ("quotient", y, b)) for x, y in pairs)
+
+
+def is_time(tree: Tree) -> bool:
+    """Two integers, the second one 0 or of two digits: 4:30 is not 2:15."""
+    if tree[0] != "ratio" or any(part[0] != "num" for part in tree[1:]):
+        return False
+    last = tree[-1][1]
+    return len(tree) == 3 and (last == 0 or 10 <= last < 60)
+
+
+def terms_of(tree: Tree) -> tuple:
+    """3 and 4 of 3:4 and of 3/4, 3 and 1 of 3."""
+    kind, *parts = tree
+    return tuple(parts) if kind in ("ratio", "quotient") else (tree, ONE)
 
 
 def same_residue(answer: Tree, gold: Tree) -> bool:
@@ -1172,13 +1199,39 @@ def has_numerals(tree: Answer) -> bool:
 
 
 def has_like_terms(tree: Tree) -> bool:
-    """Does a sum in it hold two terms whose quotient is a rational number, such as 3x + 2x?"""
+    """Has it a sum with terms whose quotient is a rational number, such as 3x + 2x, or a product
+    with several numbers, such as 3 * 4x?"""
     for part in walk(tree):
-        if part[0] == "sum" and not is_number(part):
-            pairs = itertools.combinations(part[1:], 2)
+        kind, *parts = part
+        if is_number(part):
+            continue
+        if kind == "sum":
+            pairs = itertools.combinations(parts, 2)
             if any(is_rational_quotient(a, b) for a, b in pairs):
                 return True
+        if kind == "product":
+            numbers = [factor for factor in factors(part) if is_rational(factor)]
+            if len(numbers) > 1:
+                return True
     return False
+
+
+def factors(tree: Tree) -> list[Tree]:
+    """Those of a product, and of the products in it."""
+    kind, *parts = tree
+    if kind != "product":
+        return [tree]
+    return [factor for part in parts for factor in factors(part)]
+
+
+def is_rational(factor: Tree) -> bool:
+    """Has it a rational value? Powers of ten do not count."""
+    if variables(factor) or factor[:2] == ("power", TEN):
+        return False
+    try:
+        return isinstance(evaluate(factor), Fraction)
+    except REFUSED:
+        return False
 
 
 def is_rational_quotient(a: Tree, b: Tree) -> bool:

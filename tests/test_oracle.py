@@ -135,6 +135,13 @@ def agree(a, b) -> bool:
             all(agrees_or_unknown(x, y) for x, y in zip(a[1:], order))
             for order in itertools.permutations(b[1:])
         )
+    if "ratio" in kinds and kinds & reward.STRUCTURES == {"ratio"} and a[0] != b[0]:
+        return sympy.simplify(quotient_of(a) - quotient_of(b)) == 0
+    if kinds == {"ratio"} and not reward.is_time(a) and not reward.is_time(b):
+        first, second = ([expression(term) for term in tree[1:]] for tree in (a, b))
+        return len(first) == len(second) and all(
+            x * second[0] == y * first[0] for x, y in zip(first, second)
+        )
     if kinds & reward.STRUCTURES:
         pairs = list(zip(a[1:], b[1:]))
         return (
@@ -143,6 +150,15 @@ def agree(a, b) -> bool:
             and all(x == y if isinstance(x, str) else agree(x, y) for x, y in pairs)
         )
     return agree_values(a, b)
+
+
+def quotient_of(tree):
+    """3:4 as 3/4."""
+    if tree[0] != "ratio":
+        return expression(tree)
+    if len(tree) != 3:
+        raise Undecided("a ratio of three")
+    return expression(tree[1]) / expression(tree[2])
 
 
 def agrees_or_unknown(x, y) -> bool:
