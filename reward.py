@@ -1037,9 +1037,12 @@ def same_or_none(a: Number | None, b: Number | None) -> bool:
 
 def ends_of_pieces(tree: Tree) -> list[Number]:
     """Of a function by pieces; "otherwise" has none."""
-    if tree[0] != "piecewise":
-        return []
-    return [end for when in tree[2::2] if variables(when) for end in ends(when)]
+    found = []
+    if tree[0] == "piecewise":
+        for condition in tree[2::2]:
+            if variables(condition):
+                found += ends(condition)
+    return found
 
 
 def value_at(tree: Tree, x: Number) -> Number | None:
@@ -1389,11 +1392,13 @@ def accuracy_reward(
     stands in the `problem`; evaluations whose numbers are compared with others' do without.
     """
     answer, gold = (extract_answer(response) or "").strip(), gold_answer(gold).strip()
+    is_correct = False
     if SIMPLE.match(answer) and SIMPLE.match(gold):
-        return float(Fraction(answer) == Fraction(gold))
-    with contextlib.suppress(*REFUSED):
-        return float(is_right(answer, gold, problem, strict_answers))
-    return 0.0
+        is_correct = Fraction(answer) == Fraction(gold)
+    else:
+        with contextlib.suppress(*REFUSED):
+            is_correct = is_right(answer, gold, problem, strict_answers)
+    return 1.0 if is_correct else 0.0
 
 
 def format_reward(response: str, gold: str = "") -> float:
