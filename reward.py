@@ -541,6 +541,10 @@ def sample(name: str, point: int) -> Fraction:
     return low + share * (high - low)
 
 
+class NoPiece(ValueError):
+    """A function by pieces has no value here."""
+
+
 def evaluate(tree: Tree, point: int = 0, x: Number | None = None) -> Number:
     """The value at a sample point, or with all variables equal to the number x."""
     kind, *parts = tree
@@ -558,7 +562,7 @@ def evaluate(tree: Tree, point: int = 0, x: Number | None = None) -> Number:
         for value, when in zip(parts[::2], parts[1::2]):
             if holds(when, point, x):
                 return evaluate(value, point, x)
-        raise ValueError("no piece holds")
+        raise NoPiece("no piece holds")
     return operate(kind, [evaluate(part, point, x) for part in parts])
 
 
@@ -1049,7 +1053,7 @@ def value_at(tree: Tree, x: Number) -> Number | None:
     """None where there is no value: between pieces, at a pole."""
     try:
         return evaluate(tree, x=x)
-    except (ValueError, ArithmeticError):
+    except (NoPiece, ArithmeticError):
         return None
 
 
