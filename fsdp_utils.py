@@ -39,6 +39,7 @@ CHECKSUMS, METADATA = "checksums.json", ".metadata"
 # What DCP's pickled index may name: no BytesStorageMetadata, of which DCP unpickles the contents.
 METADATA_CLASSES = {
     "pathlib.PosixPath",
+    "pathlib._local.PosixPath",  # Python 3.13
     "torch.Size",
     "torch.serialization._get_layout",
     "torch.distributed.checkpoint.filesystem._StorageInfo",
@@ -342,8 +343,9 @@ def load_newest(folder: Path, model: Module, optimizer: Optimizer) -> tuple[Path
         if dist.get_rank() == 0:
             path.rename(next_free(path.with_name(f"{path.name}.damaged")))
         barrier("it is set aside")
+    damaged = [*Path(folder).glob("checkpoint-*.damaged*")]  # now, or by an earlier start
     need(
-        not found,
+        not damaged,
         f"output_dir={folder} has no good checkpoint left: put one back, or choose "
         "another output_dir to begin anew",
     )

@@ -152,7 +152,7 @@ class Prompts:
     def __init__(self, config: Config, state: State | None = None):
         self.config, self.state = config, state or State()
         self.tokenizer = load_tokenizer(config)
-        # a row's own text may not become one of these
+        # a row's own text may not become one of these; <think> may, for the prefix is text, too
         self.special = list(control_tokens(self.tokenizer).values())
         # the date that a template shows is always one: it must not change when a run is resumed
         today = datetime(2025, 1, 1)
@@ -174,7 +174,7 @@ class Prompts:
         if not self.has_system_role and messages[0]["role"] == "system":
             messages = system_in_user_turn(messages)
         marked = [{**turn, "content": self._marked(turn["content"])} for turn in messages]
-        text = self._rendered(marked, f"{self.config.dataset_name}: row {problem.id}")
+        text = self._rendered(marked, f"row {problem.id}")
         opening = re.search(r"(<think>\s*)?\Z", text)[0]
         if opening:
             prefix = prefix.removeprefix(hints.ASSISTANT_OPENING)
@@ -401,6 +401,7 @@ def head_of(model: PreTrainedModel) -> PreTrainedModel:
     with a transformer that answers with the hidden states which we have already.
     """
     head, place = copy.copy(model), model.base_model_prefix
+    # past setattr, which takes only modules in a module's place
     head._modules = {name: part for name, part in model._modules.items() if name != place}
     head.__dict__[place] = GivenStates(model.base_model)
     return head
@@ -535,7 +536,7 @@ def optimize(run: Run, rows: list[Row], lr: float) -> dict[str, float]:
             for i, (inputs, _) in enumerate(batches):
                 ref_logp[i], _ = run.reference(**inputs, temperature=c.temperature)
             fsdp_utils.reshard(run.reference)
-            torch.get_device_module(run.device).synchronize()
+            torch.get_device_module(run.device).synchronize()  # for the seconds of the phase
     for group in run.optimizer.param_groups:
         group["lr"] = lr
     old_logp, sums = [], []  # old_logp: from before the first update on this batch

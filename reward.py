@@ -45,7 +45,8 @@ from configs import UserError
 NOTATION = yaml.safe_load((Path(__file__).parent / "configs/verifier.yaml").read_text("utf-8"))
 MAX_CHARS = 3000  # of an answer that is read
 MAX_ITEMS = 60  # of a list, and ends of a region
-MAX_SIZE = 60_000  # bits of an exact number, natural logarithm of another power, an argument
+# At most: bits of exact operands, natural logarithm of another power, argument of a function.
+MAX_SIZE = 60_000
 # What an answer that means nothing may raise; of TypeError and LookupError: "not comparable", for
 # trees of different kinds have other parts.
 REFUSED = (RecursionError, ValueError, ArithmeticError, TypeError, LookupError)
@@ -456,7 +457,7 @@ def spelled(words: list[str]) -> Fraction:
         after = Fraction(0)
         if words[place + 1 :]:
             after = spelled(words[place + 1 :])
-        if after < MULTIPLIERS[largest]:  # else it has no value: two thousand three thousand
+        if after < MULTIPLIERS[largest]:  # else NUMBERS refuses it: two thousand three thousand
             return spelled(words[:place]) * MULTIPLIERS[largest] + after
     values = [NUMBERS[word] for word in words]
     is_one_number = len(values) < 2
@@ -770,7 +771,8 @@ def settle_items(kind: str, parts: Any) -> Answer:
         raise ValueError("no items, or too many")
     kinds = [item[0] for item in items]
     if not REGIONS.isdisjoint(kinds):
-        conditions = [as_condition(item, items[0]) for item in items]  # 1/2 or x < 3: x = 1/2
+        # a bare 1/2, as in "1/2 or x < 3", stays: for `holds` it is x = 1/2
+        conditions = [as_condition(item, items[0]) for item in items]
         return ("union" if kind in ("or", "∨") else "intersection", *conditions)
     if kind in LOGIC and "equation" not in kinds:
         return (kind, *parts)
@@ -1242,13 +1244,17 @@ def is_rational(factor: Tree) -> bool:
 
 
 def is_rational_quotient(a: Tree, b: Tree) -> bool:
+    """Is a / b the same rational number at two sample points, and not 0?"""
     try:
-        quotients = [evaluate(a, point) * (1 / evaluate(b, point)) for point in (1, 2)]
+        quotient, other = [evaluate(a, point) * (1 / evaluate(b, point)) for point in (1, 2)]
     except REFUSED:
         return False
-    multiple = MANY_DIVISORS * MP.convert(quotients[0])
-    is_whole = is_real(multiple) and near(multiple, MP.nint(multiple))
-    return is_whole and near(*quotients) and multiple != 0
+    if quotient == 0 or not near(quotient, other):
+        return False
+    if isinstance(quotient, Fraction):
+        return True
+    multiple = MANY_DIVISORS * quotient
+    return is_real(multiple) and near(multiple, MP.nint(multiple))
 
 
 def is_worked_out(answer: Answer, gold: Answer) -> bool:
@@ -1383,7 +1389,8 @@ def is_right(answer: str, gold: str, problem: str | None, strict: bool) -> bool:
     if problem and not is_plain(ours.tree) and is_copied(answer, gold, problem):
         return False
     n_digits = len([char for char in theirs.text if char.isdigit()])
-    return n_digits > MAX_DIGITS or is_worked_out(ours.tree, theirs.tree)
+    is_long = is_number(theirs.tree) and n_digits > MAX_DIGITS
+    return is_long or is_worked_out(ours.tree, theirs.tree)
 
 
 def accuracy_reward(

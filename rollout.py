@@ -452,7 +452,8 @@ class ServerEngine(Engine):
             import configs.vllm_cpu  # noqa: F401, puts gloo in the place of NCCL
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
-        # that of an earlier run; refused after a run that was killed while it sent weights
+        # ends the group of an earlier run; if that was killed while it sent weights the server
+        # refuses, and so does this run
         self._call("/shutdown_weight_transfer_engine")
         joined = self._http("/init_weight_transfer_engine", {"init_info": place})
         try:
@@ -553,7 +554,7 @@ class ServerEngine(Engine):
             self._need_our_weights({self._call("/weight_info", method="GET")["weight_version"]})
         # also a barrier: no rank is sampling any more
         of_ranks = gather_objects((uuid.uuid4().hex, self.n_engines))
-        self.version, self.n_engines = of_ranks[0]
+        self.version, self.n_engines = of_ranks[0]  # rank 0 alone has asked for the engines
         if self.link:
             self._call("/pause?mode=wait")  # empties the prefix cache too, or answers 500
             self._call("/start_weight_update")

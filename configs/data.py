@@ -215,7 +215,7 @@ def load_problems(config: Any, prompts: Any, keep_all: bool = False) -> list[Pro
             need(is_short, f"prompt over max_prompt_length={c.max_prompt_length} tokens")
             need(keep_all or not reason, reason)
         except UserError as error:
-            reason = str(error).removeprefix(f"{name}: row {number}: ")  # of a chat template
+            reason = str(error).removeprefix(f"row {number}: ")  # of a chat template
             need(not keep_all, f"{name}, row {number}: {reason}; evaluation drops no row, mend it")
             told["dropped", reason].append(number)
             continue
