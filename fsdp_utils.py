@@ -244,9 +244,10 @@ def full_tensors(
     """Yield (name, whole tensor) one at a time, same order on all ranks, tied weights once, saved
     buffers last. Every rank must take all of them: each is a collective. dtype casts the weights
     before the gather."""
-    is_sharded = bool(_fsdp_parts(module))
+    has_shards = bool(_fsdp_parts(module))
     for name, p in module.named_parameters():
-        if is_sharded and not isinstance(p, DTensor):
+        is_sharded = isinstance(p, DTensor)
+        if has_shards and not is_sharded:
             raise RuntimeError(f"{name} is unsharded: call reshard(root) before full_tensors")
         tensor = p.detach().to(dtype or p.dtype)
         if is_sharded:

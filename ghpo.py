@@ -781,7 +781,8 @@ def check_rewards(run: Run, outcomes: list[hints.Outcome], n_failed: int) -> Non
     n_failed = int(fsdp_utils.all_reduce_scalars({"failed": n_failed})["failed"])
     stages = [stage for outcome in outcomes for stage in outcome.stages[outcome.n_earlier :]]
     n_texts = sum(len(stage.lengths) for stage in stages)
-    told = f"a reward failed, and is 0, for {n_failed} of {n_texts} texts; last: {run.pool.error}"
+    last = [error for error in fsdp_utils.gather_objects(run.pool.error) if error][-1:]
+    told = f"a reward failed, and is 0, for {n_failed} of {n_texts} texts; last: {''.join(last)}"
     need(n_failed < n_texts, f"{told}. Mend reward_funcs, or raise verifier_timeout")
     if n_failed:
         say(f"rewards: {told}")
@@ -1055,7 +1056,7 @@ def load_data(
 def build_engine(run: Run) -> Any:
     c, tokenizer = run.config, run.prompts.tokenizer
     named = run.policy.model.generation_config.eos_token_id  # one, several or none
-    eos_ids = {tokenizer.eos_token_id, *np.ravel(named).tolist()} - {None}
+    eos_ids = {tokenizer.eos_token_id, *np.ravel(named).tolist()} - {None}  # ravel(None) is [None]
     return rollout.ENGINES[c.engine](c, tokenizer, eos_ids, longest_sequence(c), run.policy)
 
 

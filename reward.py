@@ -124,7 +124,8 @@ def without_stray(body: str) -> str:
 
 
 def from_sentence(text: str) -> str:
-    """The one number of a sentence that neither negates nor hedges; what is no sentence, itself."""
+    """The result that a sentence tells, if it neither negates nor hedges: the $formula$ after its
+    last "is", what a calculation equals, its one number. What is no sentence, itself."""
     if len(text) > MAX_CHARS or PATTERNS["hedges"].search(text):
         return text
     words = WORD.findall(TEXT_COMMAND.sub("", text))
@@ -749,7 +750,8 @@ def settle_rows(kind: str, tree: Tree) -> Answer:
     lines = tree[1:] if tree[0] == "row" else [tree]
     rows = [line[1:] if line[0] == "cell" else (line,) for line in lines]
     if kind == "cases" and all(len(row) == 2 for row in rows):
-        return ("piecewise", *itertools.chain(*rows))
+        pieces = [(value, settle_condition(condition)) for value, condition in rows]
+        return ("piecewise", *itertools.chain(*pieces))
     rows = [[settle(cell) for cell in row] for row in rows]
     cells = list(itertools.chain(*rows))
     if kind == "cases" or any(isinstance(cell, Equation) for cell in cells):
@@ -757,6 +759,16 @@ def settle_rows(kind: str, tree: Tree) -> Answer:
     if len(cells) == len(rows):
         return ("tuple", "()", *cells)
     return as_matrix(rows)
+
+
+def settle_condition(tree: Tree) -> Tree:
+    """Of a piece: "x > 0, x < 3" is both, "x = 1 or x = 2" either."""
+    if tree[0] == "relation":
+        return tree
+    settled = settle(tree)
+    if settled[0] == "list":
+        return ("union", *(as_condition(item, item) for item in settled[1:]))
+    return settled
 
 
 def settle_items(kind: str, parts: Any) -> Answer:
@@ -774,7 +786,7 @@ def settle_items(kind: str, parts: Any) -> Answer:
         # a bare 1/2, as in "1/2 or x < 3", stays: for `holds` it is x = 1/2
         conditions = [as_condition(item, items[0]) for item in items]
         return ("union" if kind in ("or", "∨") else "intersection", *conditions)
-    if kind in LOGIC and "equation" not in kinds:
+    if kind in LOGIC and "equation" not in kinds:  # p ∧ q stays; x = 1 ∨ x = 2 is a list
         return (kind, *parts)
     if len(items) == 1:
         return items[0]
@@ -1180,9 +1192,9 @@ def is_number(tree: Answer | str, with_pi: bool = False) -> bool:
 
 
 def is_solved(answer: Answer) -> bool:
-    """x = 5 and y = (7 - 2x)/3 are; y = 2x + 3 is a line in one of its many forms, where a quotient
-    shows that y was asked for. In inequalities the
-    variable stands alone or with a sign, or all that it stands in is in one |..|."""
+    """x = 5 is. y = 2x + 3 is not: any form of that line may answer it. With a quotient as value,
+    y = (7 - 2x)/3, it is: y was asked for. In inequalities the variable stands alone or with a
+    sign, or all that it stands in is in one |..|."""
     kind, *parts = answer
     if isinstance(answer, Equation):
         if answer.name is None or answer.value is None:

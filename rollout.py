@@ -300,6 +300,7 @@ class SeededDraws(LogitsProcessor):
 def draw(cdf_BV: torch.Tensor, uniform_B1: torch.Tensor) -> torch.Tensor:
     """Inverts a distribution function of any sum: (B, 1) places, of which none has weight 0."""
     total_B1 = cdf_BV[:, -1:]
+    # the cast may round up to the total, behind the last token that has a weight
     below_B1 = torch.nextafter(total_B1, torch.zeros_like(total_B1))
     level_B1 = torch.minimum((uniform_B1 * total_B1).to(cdf_BV.dtype), below_B1)
     place_B1 = torch.searchsorted(cdf_BV, level_B1, right=True)
