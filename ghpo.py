@@ -188,6 +188,7 @@ class Prompts:
 
     def _marked(self, text):
         """A row's own text, its special tokens as numbers in private characters."""
+        text = re.sub("[\ue000\ue001]", "", text)  # if it has some already
         for i, token in enumerate(self.special):
             text = text.replace(token, f"\ue000{i}\ue001")
         return text
@@ -884,8 +885,10 @@ def evaluate(run: Run) -> dict[str, dict]:
     eval_NAME.jsonl; the log has pass@1 as eval/NAME, all else as eval/NAME_KEY."""
     table, metrics = {}, {}
     for name, (c, problems) in run.eval_sets.items():
+        failed_before = sum(run.pool.stats.values())
         groups = sample_groups(run, [Group(problem) for problem in problems], c, name)
         outcomes = write_groups(run, groups, f"eval_{name}.jsonl")
+        check_rewards(run, outcomes, sum(run.pool.stats.values()) - failed_before)
         rewards_PKF = np.array([outcome.rewards for outcome in outcomes])
         row = {"n": len(outcomes), "k": c.num_generations}
         row |= accuracy_at_k(rewards_PKF[:, :, run.accuracy_column] > 0)

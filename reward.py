@@ -238,7 +238,9 @@ NAME = re.compile(r"[^\W_]|∅|∞|" + NOTATION["tokens"]["opaque"])  # begins w
 TOKEN = re.compile("|".join(NOTATION["tokens"].values()))
 COMMAND = re.compile(r"\\([A-Za-z]+)")  # \dfrac
 REPEATING = re.compile(r"(\d*)\.(\d*)\((\d+)\)")  # 0.1(6)
-ITEM = re.compile(r"\\[{}]|(?:\([^()]*\)|\\[^{}]|[^,\\])+")  # of a list: 5, x, (a, b)
+ITEM = re.compile(
+    r"\\[{}]|(?:\([^()]*\)|\\[^{}]|[^,\\])+"
+)  # of a list: 5, x, (a, b); \{ alone, for ± must not double it
 UPPER, LOWER = str.maketrans("±∓", "+-"), str.maketrans("±∓", "-+")
 
 

@@ -503,6 +503,7 @@ class ServerEngine(Engine):
     def _check(self):
         """ServerError when the server no longer lives, however long a call may still wait."""
         if time.monotonic() > self.next_check:
+            # the HTTP process, within 15 s; below the engine behind it, within 120 s
             self._begin(self._http("/health", None, "GET", ALIVE_SECONDS)).result()
             if self.engine_probe.done():
                 self.engine_probe.result()
