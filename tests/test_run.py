@@ -804,3 +804,23 @@ def test_failed_rewards_are_told_in_the_step_in_which_they_fail(main, tmp_path):
     steps = sum(after > before for before, after in zip([0, *failed], failed))
     assert failed[-1] > 0 and len(told) == steps
     assert all("no reward here" in line for line in told)
+
+
+def test_rewards_that_fail_in_an_evaluation_are_told(main, tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(
+        "def mine(response, gold):\n"
+        "    if gold == 'none such':\n"
+        "        raise ValueError('no reward here')\n"
+        "    return 0.5\n")  # fmt: skip
+    rows = read_jsonl(DATA / "eval_easy.jsonl")[:3]
+    rows[1]["solution"] = "none such"
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = main(tmp_path, max_steps=1, reward_funcs=[f"{own}:mine"], reward_weights=[1.0],
+                rl_type="grpo", max_completion_length=2, eval_strategy="steps",
+                eval_datasets={"held": str(held_out)})  # fmt: skip
+    told = "a reward failed, and is 0, for 1 of 3 texts; last: ValueError('no reward here')"
+    assert (
+        done.status == 0 and done.err.count(told) == 2
+    )  # before the first step and after the last
